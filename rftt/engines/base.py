@@ -1,0 +1,59 @@
+"""What the rest of the code may ask of a sampling engine: ids in, ids out, awaited.
+
+An engine knows nothing of text, problems or trees. Thousands of coroutines may await `generate` at
+once; batching happens inside the engine and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from rftt.schema import Completion, Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Counters:
+    """Running totals of one engine; take the difference of two `snapshot`s to measure a stretch."""
+
+    requests: int = 0
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache saved."""
+    steps: int = 0
+    """Forward passes that generated tokens: generated_tokens / steps is the mean batch."""
+
+
+class Engine(Protocol):
+    counters: Counters
+    max_model_len: int
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Sample one continuation. Cancelling the awaiting task frees its place in the batch.
+
+        Raises UserError when prompt and max_tokens cannot fit `max_model_len`; a request whose budget
+        only partly fits is the caller's to shorten.
+        """
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace every weight by the learner's, streamed as (Hugging Face name, full tensor).
+
+        Drops cached prefixes and verifies a checksum; must not be called while requests run.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give the device's memory back to the learner, where the platform can."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again before `load_weights`."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,127 @@
+"""What flows between the rooms: problems in; steps, traces and rollouts out. No torch here.
+
+Token ids are the truth and text is derived from them. Everything is frozen except the tree's `Node`
+(search/mcts.py): a record is extended with `dataclasses.replace`, never edited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class UserError(Exception):
+    """Bad input or an impossible request. Its one line names what, where, and how to mend it."""
+
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: str
+    question: str
+    answer: str | None = None
+    """Gold answer; None at inference, so that no sampler can see it."""
+    solution: str | None = None
+    level: str | None = None
+    subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is sampled. RL samples with top_p = 1, so that log-probs are the policy's own."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy; log-probs are then those of temperature 1."""
+    top_p: float = 1.0
+    seed: int = 0
+    """Makes the request's tokens independent of the batch it happens to share (`seed_for`)."""
+    stop_ids: tuple[int, ...] = ()
+    """Generation ends with the first of these; it stays in `token_ids`."""
+    watch_ids: tuple[int, ...] = ()
+    """Ids (the openers) whose log-probs are wanted wherever a segment may begin."""
+    watch_after: tuple[int, ...] = ()
+    """A segment may begin at position 0 and after each of these ids (the closers)."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine returns for one request."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """log π of each token under the sampling temperature, over the tokenizer's ids."""
+    finish: Finish
+    watched: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    """position -> log-probs of `Sampling.watch_ids` for the token at that position."""
+    n_prompt: int = 0
+    n_cached: int = 0
+    """Prompt tokens that the prefix cache saved."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One functional segment: opener, text, closer."""
+
+    act: str
+    text: str
+    token_ids: tuple[int, ...] = ()
+    """Opener to closer, as the policy emitted them. Empty in phase 1, where a step is still text."""
+    logprobs: tuple[float, ...] = ()
+    forced: bool = False
+    """The tree, not the policy, chose the opener."""
+    priors: dict[str, float] = field(default_factory=dict)
+    """π(act | this step has just ended), where the engine reported it."""
+    answer: str | None = None
+    """Final answer that this step states, if any: the path ends here."""
+    score: float | None = None
+    """Process reward of the step (PRM), in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A root-to-leaf path of a tree. Curation reads it and SFT rows are written from it."""
+
+    problem: Problem
+    steps: tuple[Step, ...]
+    nodes: tuple[int, ...]
+    answer: str | None
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One finished response used for learning. R response tokens, S steps."""
+
+    problem: Problem
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    sampling_logprobs: tuple[float, ...]
+    """(R,) the engine's log-probs when the tokens were sampled."""
+    action_mask: tuple[bool, ...]
+    """(R,) tokens that count as the policy's actions."""
+    step_ends: tuple[int, ...]
+    """(S,) index in the response of the last token of each step; the last one is always R - 1."""
+    acts: tuple[str, ...]
+    """(S,) act of each step, "" for text outside any segment."""
+    finish: Finish
+    group: int
+    """Rollouts of one problem in one batch share it."""
+    n_generated: int
+    """Tokens this rollout cost; a prefix it shares with an earlier rollout is free."""
+    answer: str | None = None
+    outcome: float = 0.0
+    """1 if the grader accepts the answer, else 0."""
+    step_rewards: tuple[float, ...] = ()
+    """(S,) reward on the last token of each step (rewards/compose.py)."""
+    nodes: tuple[int, ...] = ()
+    """Ids of the tree nodes on its path; empty without a tree."""
+
+
+def seed_for(*keys: object) -> int:
+    """63-bit seed from (run seed, problem id, path, …): the same in every process, in any order."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
