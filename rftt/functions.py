@@ -2,8 +2,8 @@
 
 A reasoning act is a segment `<act> text </act>` whose two delimiters are single vocabulary entries
 (PAPER §1). They are *normal* added tokens: decoders drop "special" ones. In phase 1 (search with
-prompts) an act is an instruction to an ordinary instruct model; in phase 2 (RL) it is a token that the
-policy emits. Both grammars, the limits and the prompts are the table below; nothing else knows them.
+prompts) an act is an instruction to an ordinary instruct model; in phase 2 (RL) it is a token that
+the policy emits. Prompts, limits and both grammars are the table below; nothing else knows them.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "verify": Function(
         description="verify the steps and find the mistake",
-        instruction="Say where continuation A goes wrong, comparing it with the similar steps of B. "
-        "Write as if checking your own work: do not mention A or B, and do not give the final answer.",
+        instruction="Say where continuation A goes wrong, comparing it with the similar steps of "
+        "B. Write as if checking your own work: do not mention A or B, and do not give the final "
+        "answer.",
         max_tokens=512,
         learned=("next_step", "refine", "direct_answer", "subquestion", "verify", "output"),
     ),
@@ -117,7 +118,7 @@ def successors(act: str | None, phase: Phase) -> tuple[str, ...]:
     return FUNCTIONS[act].prompted if phase == "prompted" else FUNCTIONS[act].learned
 
 
-# ---- Prompts of phase 1 ---------------------------------------------------------------------------
+# ---- Prompts of phase 1 ----
 
 
 def ask(act: str, question: str, so_far: str) -> Messages:
@@ -129,7 +130,7 @@ def ask(act: str, question: str, so_far: str) -> Messages:
 
 
 def ask_verify(question: str, so_far: str, wrong: str, correct: str) -> Messages:
-    """Cross verification: both continuations of `so_far`, and where the wrong one errs (PAPER §1)."""
+    """Cross verification: both continuations of `so_far`, and where the wrong one errs."""
     return _user(
         question,
         f"Solution so far:\n{so_far}",
@@ -165,7 +166,7 @@ def sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
 
 
-# ---- Vocabulary -----------------------------------------------------------------------------------
+# ---- Vocabulary ----
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def function_ids(tokenizer: PreTrainedTokenizerBase) -> FunctionIds:
     )
 
 
-# ---- Render and parse, by id ----------------------------------------------------------------------
+# ---- Render and parse, by id ----
 
 
 @dataclass(frozen=True)

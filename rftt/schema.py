@@ -31,7 +31,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request is sampled. RL samples with top_p = 1, so that log-probs are the policy's own."""
+    """How one request is sampled. RL keeps top_p = 1: its log-probs must be the policy's own."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -69,7 +69,7 @@ class Step:
     act: str
     text: str
     token_ids: tuple[int, ...] = ()
-    """Opener to closer, as the policy emitted them. Empty in phase 1, where a step is still text."""
+    """Opener to closer, as the policy emitted them. Empty in phase 1: a step is still text."""
     logprobs: tuple[float, ...] = ()
     forced: bool = False
     """The tree, not the policy, chose the opener."""

@@ -21,7 +21,7 @@ def build_engine(
     gpu_memory_utilization: float,
     device: str,
 ) -> Engine:
-    """Open `model_path` for sampling. `n_tokens` is len(tokenizer): ids beyond it are never sampled."""
+    """Open `model_path` for sampling; ids from `n_tokens` = len(tokenizer) on are never sampled."""
     match name:
         case "hf":
             from rftt.engines.hf import HFEngine
