@@ -36,8 +36,8 @@ class Engine(Protocol):
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """Sample one continuation. Cancelling the awaiting task frees its place in the batch.
 
-        Raises UserError when prompt and max_tokens do not fit `max_model_len`: to shorten a budget is
-        the caller's decision.
+        Raises UserError when prompt and max_tokens do not fit `max_model_len`: shortening a budget
+        is the caller's decision.
         """
         ...
 

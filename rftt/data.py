@@ -1,0 +1,264 @@
+"""Rows on disk <-> problems, prompts, training rows. JSONL only; errors name file and line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rftt.functions import ALIASES, FUNCTIONS, FunctionIds, Messages, function_ids, render
+from rftt.rewards.grader import parse_gold
+from rftt.schema import Problem, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+SYNONYMS = {
+    "question": ("problem", "question", "prompt", "query"),
+    "answer": ("answer", "final_answer", "gold"),
+    "level": ("level", "difficulty"),
+    "subject": ("subject", "subfield", "type"),
+    "id": ("id", "unique_id", "idx"),
+}
+"""Names under which public data sets keep a field; the first that a row has is taken."""
+
+
+# ---- Files ----
+
+
+def read_jsonl(path: str | Path) -> list[tuple[int, Row]]:
+    """(line number, row) for each line. Raises UserError on a missing, empty or broken file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist.")
+    rows: list[tuple[int, Row]] = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number} is not JSON ({error.msg}).") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} holds a {type(row).__name__}, not an object.")
+            rows.append((number, row))
+    if not rows:
+        raise UserError(f"{path} has 0 rows.")
+    return rows
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write all rows or none: a temporary file takes the name only when it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """As `write_jsonl`, for one readable value."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+class Journal:
+    """An append-only JSONL of finished work: a killed job reopens it and does only the rest.
+
+    One line per unit, flushed before the next is begun; a last line cut off by a kill is dropped.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.path.read_bytes() if self.path.exists() else b""
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if kept != whole:
+            os.truncate(self.path, len(kept))
+        self.rows: list[Row] = [json.loads(line) for line in kept.splitlines()]
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
+
+    def append(self, row: Row) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.rows.append(row)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# ---- Problems ----
+
+
+def load_problems(path: str, *, limit: int | None = None, graded: bool = True) -> list[Problem]:
+    """Read any of the usual data sets as it is (GSM8K, MATH-500, AIME, AMC, OlympiadBench, …).
+
+    Raises UserError on a row without a question, on repeated ids, and, where `graded`, on a gold
+    answer that does not parse.
+    """
+    problems: list[Problem] = []
+    for number, row in read_jsonl(path)[:limit]:
+        where = f"{path}:{number}"
+        question = _field(row, "question")
+        if not question:
+            raise UserError(
+                f"{where} has no problem (looked for {', '.join(SYNONYMS['question'])}; "
+                f"found {', '.join(row)})."
+            )
+        gold = _field(row, "answer")
+        answer = parse_gold(gold if gold is not None else str(row.get("solution") or ""))
+        if graded and answer is None:
+            raise UserError(f"{where} has no gold answer that parses (found {gold!r}).")
+        solution = row.get("solution")
+        problems.append(
+            Problem(
+                id=_field(row, "id") or f"{Path(path).stem}-{number}",
+                question=question,
+                answer=answer,
+                solution=solution if isinstance(solution, str) else None,
+                level=_field(row, "level"),
+                subject=_field(row, "subject"),
+            )
+        )
+    if len({problem.id for problem in problems}) < len(problems):
+        problems = [
+            Problem(f"{Path(path).stem}-{i}", p.question, p.answer, p.solution, p.level, p.subject)
+            for i, p in enumerate(problems)
+        ]
+    return problems
+
+
+def _field(row: Row, name: str) -> str | None:
+    value = next((row[key] for key in SYNONYMS[name] if row.get(key) not in (None, "", [])), None)
+    if isinstance(value, list):  # OlympiadBench: a list of answers
+        return ", ".join(map(str, value))
+    if isinstance(value, float) and value.is_integer():  # AMC: 27.0
+        value = int(value)
+    return None if value is None else str(value)
+
+
+# ---- Prompts ----
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise UserError(f"model_name_or_path {path} is neither a folder nor a hub name.")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.chat_template is None:
+        raise UserError(f"the tokenizer of {path} has no chat template; use an instruct model.")
+    return tokenizer
+
+
+def question_messages(question: str, system_prompt: str | None = None) -> Messages:
+    """The conversation that SFT, RL and evaluation share: a system prompt if set, the question."""
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Prompt ids up to where the reply begins: the one way from messages to ids.
+
+    Raises UserError where the template doubles the BOS token.
+    """
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    bos = tokenizer.bos_token_id
+    if bos is not None and list(ids[:2]) == [bos, bos]:
+        raise UserError("prompt starts with two BOS tokens; the chat template already adds one.")
+    return list(ids)
+
+
+# ---- Training rows ----
+
+SFTExample = tuple[list[int], list[int], list[bool]]
+"""prompt ids, response ids, which response tokens count in the loss"""
+
+
+def load_rows(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system_prompt: str | None,
+    mask_wrong: bool,
+    max_length: int,
+) -> tuple[list[SFTExample], int]:
+    """Read SFT rows; returns examples and how many rows were left out for exceeding `max_length`.
+
+    A row is {"question", "steps": [{"act", "text"}, …]} or, for a plain chain of thought,
+    {"question", "response"}. `mask_wrong` leaves the steps marked `"wrong": true` out of the loss:
+    the model learns to mend a mistake without learning to make it.
+    """
+    examples: list[SFTExample] = []
+    too_long = 0
+    ids: FunctionIds | None = None
+    for number, row in read_jsonl(path):
+        question = _field(row, "question")
+        if not question:
+            raise UserError(f"{path}:{number} has no problem (found {', '.join(row)}).")
+        prompt = encode_chat(tokenizer, question_messages(question, system_prompt))
+        if "steps" in row:
+            ids = ids or function_ids(tokenizer)
+            response, mask = _encode_steps(row["steps"], tokenizer, ids, mask_wrong, path, number)
+        elif "response" in row:
+            response = tokenizer.encode(row["response"], add_special_tokens=False)
+            mask = [True] * len(response)
+        else:
+            raise UserError(f"{path}:{number} has neither steps nor response.")
+        response.append(_eos(tokenizer))
+        mask.append(True)
+        if len(prompt) + len(response) > max_length:
+            too_long += 1
+        else:
+            examples.append((prompt, response, mask))
+    if not examples:
+        raise UserError(f"{path}: all {too_long} rows exceed max_length {max_length}.")
+    return examples, too_long
+
+
+def _encode_steps(
+    steps: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    ids: FunctionIds,
+    mask_wrong: bool,
+    path: str,
+    number: int,
+) -> tuple[list[int], list[bool]]:
+    response: list[int] = []
+    mask: list[bool] = []
+    for step in steps:
+        act = ALIASES.get(step["act"], step["act"])
+        if act not in FUNCTIONS:
+            raise UserError(f"{path}:{number} has the unknown act {step['act']!r}.")
+        segment = render([(act, step["text"])], tokenizer, ids)
+        response += segment
+        mask += [not (mask_wrong and step.get("wrong", False))] * len(segment)
+    return response, mask
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no single EOS token.")
+    return tokenizer.eos_token_id
+
+
+def shuffled_epochs(n: int, seed: int) -> Iterator[int]:
+    """Indices 0 … n-1 in a new order each epoch, for ever; the same order in every process."""
+    from random import Random
+
+    epoch = 0
+    while True:
+        order = list(range(n))
+        Random(f"{seed}-{epoch}").shuffle(order)
+        yield from order
+        epoch += 1
