@@ -1,0 +1,423 @@
+"""One dataclass per script, a docstring per field, strict YAML and `key=value` overrides.
+
+`python train_rl.py configs/tiny/rl.yaml learning_rate=1e-6` reads the file, then the overrides. An
+unknown key, a wrong type or an impossible combination ends in one line and exit code 2, before
+anything heavy is imported. Sources are sections of the paper, or the library that set the name.
+Field groups are dataclass bases: the one use of inheritance beside nn.Module, so that no field is
+written twice.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rftt.schema import UserError
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    output_dir: str
+    """Run directory; everything the script writes is below it."""
+    model_name_or_path: str
+    """Hugging Face folder or hub name of the model to start from."""
+    seed: int = 0
+    """Every random choice derives from it, the problem's id and the step."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of weights in engines and of compute in training (PAPER §1: bf16)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU when there is one."""
+    system_prompt: str | None = None
+    """Goes before every question; the same for search, SFT, RL and evaluation."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    engine: Literal["hf", "vllm"] = "hf"
+    """What samples: transformers, always there, or vLLM, the fast one."""
+    max_model_len: int = 8192
+    """Prompt plus response, in tokens (PAPER §1: cutoff 8192)."""
+    max_num_seqs: int = 256
+    """Sequences decoded together at most."""
+    gpu_memory_utilization: float = 0.4
+    """Share of a GPU that vLLM may take beside the learner."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    learning_rate: float
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after the warm-up."""
+    warmup_ratio: float = 0.0
+    """Share of all optimizer steps over which the rate rises from 0."""
+    min_lr_ratio: float = 0.0
+    """The schedule ends at this share of the peak."""
+    adam_beta1: float = 0.9
+    """PAPER §1."""
+    adam_beta2: float = 0.95
+    """PAPER §1."""
+    weight_decay: float = 0.0
+    """AdamW, decoupled."""
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit needs bitsandbytes."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm (PAPER §1)."""
+    max_tokens_per_microbatch: int = 16384
+    """Packed tokens of one forward pass on one rank: the knob for memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about 30 % more compute."""
+    fsdp_cpu_offload: bool = False
+    """Keep sharded weights and optimizer state in host memory between uses."""
+    save_steps: int = 50
+    """A checkpoint every so many steps, and at the end; 0 keeps only the end."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    report_to: list[str] = field(default_factory=list)
+    """Any of tensorboard, wandb; metrics.jsonl is always written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(Common, Engine):
+    """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
+
+    train_file: str
+    """JSONL of problems with gold answers."""
+    max_problems: int | None = None
+    """Only the first so many."""
+    method: Literal["mcts", "sample"] = "mcts"
+    """mcts: prompted functional tree search. sample: plain answers to the bare question."""
+    simulations: int = 16
+    """Tree search passes per problem (PAPER §1), or answers per problem with method=sample."""
+    search_depth: int = 15
+    """Steps on a path at most (PAPER §1)."""
+    exploration_weight: float = 2.0
+    """c of UCT (PAPER §1)."""
+    leaves_in_flight: int = 4
+    """Simulations of one tree that run at once, kept apart by virtual loss; 1 is textbook MCTS."""
+    problems_in_flight: int = 64
+    """Trees grown at once; with leaves_in_flight it fills the engine's batch."""
+    temperature: float = 0.95
+    """Of every prompted reply (PAPER §1)."""
+    max_direct_sentences: int = 4
+    """A simulation does not choose direct answers longer than this (PAPER §1)."""
+    max_completion_length: int = 4096
+    """Tokens of one reply at most; an act's own limit may be lower."""
+    max_plain_paths: int = 2
+    """Disjoint correct paths kept per problem beside the merged one (PAPER §1)."""
+    min_shared_steps: int = 0
+    """Steps that the right and the wrong path of a pair must share."""
+    max_repeats: int = 2
+    """A path with a sentence occurring more often than this is left out."""
+    max_row_tokens: int = 8192
+    """Longer rows are left out (PAPER §1: cutoff)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(Common, Training):
+    """train_sft.py: offline training on curated rows (warm-up)."""
+
+    train_file: str
+    """JSONL of rows: question with steps, or question with response."""
+    eval_file: str | None = None
+    """Rows for the evaluation loss; otherwise eval_ratio of the training rows."""
+    eval_ratio: float = 0.05
+    """Share of the training rows held out for the evaluation loss."""
+    num_train_epochs: float = 10
+    """PAPER §1: up to 10."""
+    train_batch_size: int = 128
+    """Rows per optimizer step over all ranks (PAPER §1)."""
+    max_length: int = 8192
+    """Longer rows are left out and counted (PAPER §1: cutoff)."""
+    functional_tokens: bool = True
+    """Add the functional tokens to the vocabulary; false for plain chain of thought."""
+    mask_wrong: bool = True
+    """Keep the wrong branch of a merged row out of the loss."""
+    eval_steps: int = 50
+    """Optimizer steps between two evaluation losses; 0 is only at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(Common, Engine, Training):
+    """train_rl.py: online RL whose explorer is a tree search over functional tokens (phase 2)."""
+
+    train_file: str
+    """JSONL of problems with gold answers."""
+    eval_file: str | None = None
+    """Problems for the greedy accuracy logged every eval_steps."""
+    max_eval_problems: int = 500
+    """Only the first so many."""
+    eval_steps: int = 0
+    """Steps between two greedy evaluations; 0 never."""
+    max_steps: int = 250
+    """Exploration-and-learning rounds (PAPER §1)."""
+    # -- explore
+    sampling_method: Literal["mcts", "normal"] = "mcts"
+    """mcts: tree over functional tokens; normal: independent responses (the official name)."""
+    rollout_batch_size: int = 16
+    """Problems per step over all ranks (PAPER §1)."""
+    num_generations: int = 16
+    """Rollouts per problem (PAPER §1)."""
+    search_depth: int = 18
+    """Steps on a path at most (PAPER §1)."""
+    exploration_weight: float = 2.0
+    """c of UCT (PAPER §1)."""
+    leaves_in_flight: int = 4
+    """Simulations of one tree that run at once; 1 is textbook MCTS."""
+    rollout_mode: Literal["free", "stepwise"] = "free"
+    """free: one request per rollout; stepwise: greedy acts, one request per act (the paper's)."""
+    temperature: float = 0.95
+    """PAPER §1."""
+    top_p: float = 1.0
+    """Must be 1: anything less makes sampling and training log-probs differ."""
+    max_completion_length: int = 4096
+    """Response tokens at most."""
+    # -- score
+    correct_reward: float = 1.0
+    """A finished path with the right answer (PAPER §1)."""
+    wrong_reward: float = 0.1
+    """An answer that is wrong (PAPER §1)."""
+    no_answer_reward: float = 0.0
+    """No answer at all (PAPER §1, without a PRM)."""
+    reward_scheme: Literal["paper", "blend"] = "paper"
+    """blend: 0.6 x correct + 0.4 x PRM on the last step (found in the official code; PAPER §1)."""
+    mask_truncated_completions: bool = False
+    """Leave responses that ran out of tokens out of the loss (TRL's name)."""
+    # -- learn
+    advantage_estimator: Literal["ppo", "reinforce++", "grpo"] = "reinforce++"
+    """ppo: critic, GAE; reinforce++: whitened returns (the paper's runs); grpo: group-relative."""
+    kl_coef: float = 0.01
+    """Weight of the KL to the warm-up model (PAPER §1: β)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL in the loss (grpo); in the token reward it is always k1 (PAPER §1)."""
+    kl_target: float | None = None
+    """Adapt kl_coef towards this KL per token; None keeps it fixed."""
+    kl_horizon: int = 10000
+    """Rollouts over which the adaptive coefficient may double."""
+    gamma: float = 1.0
+    """Discount (PAPER §1)."""
+    lam: float = 0.95
+    """GAE's λ (PAPER §1)."""
+    epsilon: float = 0.2
+    """Clip range of the ratio (PAPER §1)."""
+    epsilon_high: float | None = None
+    """Upper clip range when it differs (clip-higher)."""
+    dual_clip: float | None = None
+    """Bound on the loss of negative advantages, as a multiple; None is off."""
+    value_clip: float = 0.2
+    """Clip range of the critic's step."""
+    critic_learning_rate: float = 9e-6
+    """Peak rate of the critic (OpenRLHF)."""
+    scale_rewards: bool = True
+    """grpo: divide by the group's standard deviation."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    importance_cap: float | None = 2.0
+    """Truncate π_trainer/π_engine here and weight the loss with it; None is off."""
+    forced_actions: Literal["keep", "mask"] = "keep"
+    """Whether openers that the tree chose count as the policy's actions."""
+    num_ppo_epochs: int = 1
+    """Passes over the rollouts (PAPER §1)."""
+    train_batch_size: int = 16
+    """Rollouts per optimizer step over all ranks (PAPER §1: 16 steps of 16)."""
+    resume_from_checkpoint: Literal["auto", "never"] = "auto"
+    """auto continues from the newest whole checkpoint in output_dir."""
+
+    def __post_init__(self) -> None:
+        rollouts = self.rollout_batch_size * self.num_generations
+        _require(
+            rollouts % self.train_batch_size == 0,
+            f"rollout_batch_size {self.rollout_batch_size} x num_generations "
+            f"{self.num_generations} = {rollouts} is not divisible by train_batch_size "
+            f"{self.train_batch_size}; nearest: "
+            f"{', '.join(map(str, _nearest_divisors(rollouts, self.train_batch_size)))}.",
+        )
+        _require(
+            self.num_generations > 1 or self.advantage_estimator != "grpo",
+            "num_generations=1 gives zero advantages with grpo; use at least 2.",
+        )
+        _require(self.top_p == 1, f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
+        _require(self.temperature > 0, "temperature=0 explores nothing; use a positive one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Common, Engine):
+    """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
+
+    eval_file: str
+    """JSONL of problems with gold answers."""
+    max_problems: int | None = None
+    """Only the first so many."""
+    num_samples: int = 8
+    """Sampled responses per problem for avg@k, pass@k and maj@k; 0 is greedy only."""
+    temperature: float = 1.0
+    """Of the samples and of the search."""
+    max_completion_length: int = 4096
+    """Response tokens at most."""
+    simulations: list[int] = field(default_factory=list)
+    """Accuracy of search at inference after each of these numbers of simulations."""
+    search_depth: int = 18
+    """Steps on a path at most (PAPER §1)."""
+    exploration_weight: float = 2.0
+    """c of UCT (PAPER §1)."""
+    leaves_in_flight: int = 4
+    """Simulations of one tree that run at once."""
+    problems_in_flight: int = 256
+    """Problems evaluated at once."""
+    answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
+    """How responses state their answer."""
+
+
+# ---- Reading ----
+
+
+def load_config(schema: type[C], argv: Sequence[str]) -> C:
+    """`[file.yaml] key=value …` -> a checked `schema`. Raises UserError on anything unexpected."""
+    values: dict[str, tuple[Any, str]] = {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if equals:
+            values[key] = (_yaml_value(text), "on the command line")
+        else:
+            values |= _read_yaml(argument)
+    known = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(schema)
+    checked: dict[str, Any] = {}
+    for key, (value, where) in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise UserError(f"config: unknown key {key!r} ({where}). Did you mean {near[0]!r}?")
+        checked[key] = _check(key, value, hints[key], where)
+    missing = [name for name, f in known.items() if name not in checked and _is_required(f)]
+    if missing:
+        raise UserError(
+            f"config: {missing[0]} is not set; add it to the file or as {missing[0]}=…."
+        )
+    return schema(**checked)
+
+
+def cli(main: Callable[[C], None], schema: type[C]) -> None:
+    """Run a script: `--help` lists the fields; a UserError becomes one line and exit code 2."""
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        sys.stdout.write(describe(schema))
+        raise SystemExit(0 if argv else 2)
+    try:
+        main(load_config(schema, argv))
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+def describe(schema: type) -> str:
+    """The help text: every field with its type, default and docstring."""
+    hints = typing.get_type_hints(schema)
+    lines = [f"{schema.__doc__}\n", "usage: python SCRIPT.py config.yaml [key=value …]\n"]
+    for base in reversed(schema.__mro__[:-1]):
+        for name, doc in field_docs(base).items():
+            default = "required" if _is_required(_field(schema, name)) else _default(schema, name)
+            lines.append(f"{name}: {_type_name(hints[name])} = {default}\n    {doc}")
+    return "\n".join(lines) + "\n"
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """name -> docstring of the fields that `schema` itself declares."""
+    tree = ast.parse(inspect.getsource(schema)).body[0]
+    assert isinstance(tree, ast.ClassDef), "a dataclass is a class"
+    docs: dict[str, str] = {}
+    for statement, following in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            docs[statement.target.id] = str(following.value.value) if is_doc else ""  # type: ignore[union-attr]
+    return docs
+
+
+def _read_yaml(path: str) -> dict[str, tuple[Any, str]]:
+    import yaml
+
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist.")
+    try:
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path} does not hold `key: value` lines.")
+    construct = yaml.SafeLoader("").construct_object
+    return {
+        key.value: (construct(value, deep=True), f"{path} line {key.start_mark.line + 1}")
+        for key, value in node.value
+    }
+
+
+def _yaml_value(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def _check(key: str, value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a UserError naming what is allowed."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _check(key, value, choices[0], where)
+    if origin is Literal:
+        if value not in choices:
+            allowed = ", ".join(map(str, choices))
+            raise UserError(f"config: {key}={value!r} is not one of {allowed} ({where}).")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_check(key, item, choices[0], where) for item in value]
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-6 as a string
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(hint, type) and isinstance(value, hint) and type(value) is hint:
+        return value
+    raise UserError(f"config: {key}={value!r} is not a {_type_name(hint)} ({where}).")
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _field(schema: type, name: str) -> Any:
+    return next(f for f in fields(schema) if f.name == name)
+
+
+def _is_required(f: Any) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _default(schema: type, name: str) -> str:
+    f = _field(schema, name)
+    return repr(f.default if f.default is not MISSING else f.default_factory())
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _nearest_divisors(n: int, wanted: int) -> list[int]:
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    return sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2])
