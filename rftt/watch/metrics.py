@@ -1,0 +1,64 @@
+"""The numbers that evaluation prints: pass@k, majority answers, bootstrap intervals. No torch here.
+
+Intervals resample *problems*, the unit that a test set samples from; answers to one problem are not
+independent. Every resample is drawn from a seed, so that a table can be printed again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from math import comb
+
+import numpy as np
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples, c of them correct, hold a correct one: 1 − C(n−c, k) / C(n, k).
+
+    The unbiased estimator of arXiv 2107.03374, in whole numbers, hence exact.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def majority(answers: Sequence[str | None], key: Callable[[str], Hashable]) -> str | None:
+    """The most frequent answer, as first written; answers with one `key` are the same answer.
+
+    Ties go to the answer seen first. No answer (None) never wins against one.
+    """
+    given = [(answer, key(answer)) for answer in answers if answer is not None]
+    counts = Counter(group for _, group in given)
+    if not counts:
+        return None
+    best = max(counts, key=counts.__getitem__)  # the first of the maxima: dicts keep their order
+    return next(answer for answer, group in given if group == best)
+
+
+def mean_ci(
+    values: Sequence[float], *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """Mean over problems with its 95 % percentile-bootstrap interval: (mean, low, high).
+
+    Equal values give an interval of no width: the bootstrap cannot see what it never drew.
+    """
+    if not values:
+        raise ValueError("mean_ci needs at least one value")
+    data, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(data.mean()), float(low), float(high)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """mean(a) − mean(b) on the same problems, in the same order: (difference, low, high).
+
+    Pairing removes what the problems' difficulty adds to the variance of both means.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"paired_bootstrap needs equal lengths, not {len(a)} and {len(b)}")
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return mean_ci(differences, seed=seed, resamples=resamples)

@@ -1,0 +1,84 @@
+"""watch/metrics.py against brute force and hand-worked cases."""
+
+import random
+from fractions import Fraction
+from itertools import combinations
+
+import pytest
+
+from rftt.watch.metrics import majority, mean_ci, paired_bootstrap, pass_at_k
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_oracle_enumerates_every_draw(n: int) -> None:
+    for c in range(n + 1):
+        samples = [True] * c + [False] * (n - c)
+        for k in range(1, n + 1):
+            draws = [any(draw) for draw in combinations(samples, k)]
+            assert pass_at_k(n, c, k) == pytest.approx(float(Fraction(sum(draws), len(draws))))
+
+
+def test_pass_at_k_invariant_never_falls_with_k_and_pass_at_1_is_the_mean() -> None:
+    for c in range(65):
+        curve = [pass_at_k(64, c, k) for k in range(1, 65)]
+        assert curve == sorted(curve)
+        assert curve[0] == pytest.approx(c / 64)
+    assert pass_at_k(5000, 1, 2500) == pytest.approx(0.5)  # where a product of floats would drift
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_impossible_counts(n: int, c: int, k: int) -> None:
+    with pytest.raises(ValueError, match="pass@k"):
+        pass_at_k(n, c, k)
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"),
+    [
+        (["1", "2", "2"], "2"),
+        (["1", "2", "2", "1"], "1"),  # a tie goes to the first seen
+        ([None, None, None, "7"], "7"),  # no answer never wins against one
+        ([None, None], None),
+        ([], None),
+        (["3", " 4", "4 ", "4"], " 4"),  # equal by key, returned as first written
+    ],
+)
+def test_majority(answers: list[str | None], winner: str | None) -> None:
+    assert majority(answers, str.strip) == winner
+
+
+def test_mean_ci_oracle_matches_the_normal_interval_of_a_large_sample() -> None:
+    rng = random.Random(1)
+    values = [float(rng.random() < 0.7) for _ in range(2000)]
+    mean, low, high = mean_ci(values, seed=3)
+    half = 1.96 * (mean * (1 - mean) / len(values)) ** 0.5
+    assert mean == pytest.approx(sum(values) / len(values))
+    assert low == pytest.approx(mean - half, abs=0.15 * half)
+    assert high == pytest.approx(mean + half, abs=0.15 * half)
+
+
+def test_mean_ci_oracle_covers_the_truth_nineteen_times_in_twenty() -> None:
+    rng, hits, trials = random.Random(5), 0, 300
+    for trial in range(trials):
+        _, low, high = mean_ci([rng.gauss(2, 1) for _ in range(40)], seed=trial, resamples=300)
+        hits += low <= 2 <= high
+    assert 0.90 <= hits / trials <= 0.98
+
+
+def test_mean_ci_repeats_itself_by_seed_and_refuses_nothing_at_all() -> None:
+    values = [0.0, 0.81, 0.97, 0.513, 0.258]
+    assert mean_ci(values, seed=1) == mean_ci(values, seed=1) != mean_ci(values, seed=2)
+    with pytest.raises(ValueError, match="at least one"):
+        mean_ci([])
+
+
+def test_paired_bootstrap_sees_a_difference_that_separate_intervals_hide() -> None:
+    rng = random.Random(0)
+    difficulty = [rng.random() for _ in range(100)]
+    a, b = [d + 0.05 + rng.gauss(0, 0.01) for d in difficulty], difficulty
+    difference, low, high = paired_bootstrap(a, b)
+    assert 0.04 < low < difference < high < 0.06
+    assert mean_ci(a)[1] < mean_ci(b)[2]  # the two intervals overlap
+    assert paired_bootstrap(b, a)[0] == pytest.approx(-difference)
+    with pytest.raises(ValueError, match="equal lengths"):
+        paired_bootstrap([1.0], [1.0, 2.0])
