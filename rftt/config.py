@@ -1,28 +1,15 @@
-"""One dataclass per script, a docstring per field, strict YAML and `key=value` overrides.
+"""What can be set: one dataclass per script, a docstring with unit and source per field.
 
-`python train_rl.py configs/tiny/rl.yaml learning_rate=1e-6` reads the file, then the overrides. An
-unknown key, a wrong type or an impossible combination ends in one line and exit code 2, before
-anything heavy is imported. Sources are sections of the paper, or the library that set the name.
-Field groups are dataclass bases: the one use of inheritance beside nn.Module, so that no field is
-written twice.
+Sources are sections of the paper, or the library that set the name; cli.py reads the files. Field
+groups are dataclass bases, the one use of inheritance beside nn.Module: no field is written twice.
 """
 
 from __future__ import annotations
 
-import ast
-import difflib
-import inspect
-import sys
-import types
-import typing
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal
 
 from rftt.schema import UserError
-
-C = TypeVar("C")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,139 +265,6 @@ class EvalConfig(Common, Engine):
     """Problems evaluated at once."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
-
-
-# ---- Reading ----
-
-
-def load_config(schema: type[C], argv: Sequence[str]) -> C:
-    """`[file.yaml] key=value …` -> a checked `schema`. Raises UserError on anything unexpected."""
-    values: dict[str, tuple[Any, str]] = {}
-    for argument in argv:
-        key, equals, text = argument.partition("=")
-        if equals:
-            values[key] = (_yaml_value(text), "on the command line")
-        else:
-            values |= _read_yaml(argument)
-    known = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(schema)
-    checked: dict[str, Any] = {}
-    for key, (value, where) in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
-            raise UserError(f"config: unknown key {key!r} ({where}). Did you mean {near[0]!r}?")
-        checked[key] = _check(key, value, hints[key], where)
-    missing = [name for name, f in known.items() if name not in checked and _is_required(f)]
-    if missing:
-        raise UserError(
-            f"config: {missing[0]} is not set; add it to the file or as {missing[0]}=…."
-        )
-    return schema(**checked)
-
-
-def cli(main: Callable[[C], None], schema: type[C]) -> None:
-    """Run a script: `--help` lists the fields; a UserError becomes one line and exit code 2."""
-    argv = sys.argv[1:]
-    if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(describe(schema))
-        raise SystemExit(0 if argv else 2)
-    try:
-        main(load_config(schema, argv))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
-
-
-def describe(schema: type) -> str:
-    """The help text: every field with its type, default and docstring."""
-    hints = typing.get_type_hints(schema)
-    lines = [f"{schema.__doc__}\n", "usage: python SCRIPT.py config.yaml [key=value …]\n"]
-    for base in reversed(schema.__mro__[:-1]):
-        for name, doc in field_docs(base).items():
-            default = "required" if _is_required(_field(schema, name)) else _default(schema, name)
-            lines.append(f"{name}: {_type_name(hints[name])} = {default}\n    {doc}")
-    return "\n".join(lines) + "\n"
-
-
-def field_docs(schema: type) -> dict[str, str]:
-    """name -> docstring of the fields that `schema` itself declares."""
-    tree = ast.parse(inspect.getsource(schema)).body[0]
-    assert isinstance(tree, ast.ClassDef), "a dataclass is a class"
-    docs: dict[str, str] = {}
-    for statement, following in zip(tree.body, [*tree.body[1:], None], strict=True):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            is_doc = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            docs[statement.target.id] = str(following.value.value) if is_doc else ""  # type: ignore[union-attr]
-    return docs
-
-
-def _read_yaml(path: str) -> dict[str, tuple[Any, str]]:
-    import yaml
-
-    if not Path(path).is_file():
-        raise UserError(f"config file {path} does not exist.")
-    try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path} does not hold `key: value` lines.")
-    construct = yaml.SafeLoader("").construct_object
-    return {
-        key.value: (construct(value, deep=True), f"{path} line {key.start_mark.line + 1}")
-        for key, value in node.value
-    }
-
-
-def _yaml_value(text: str) -> Any:
-    import yaml
-
-    return yaml.safe_load(text)
-
-
-def _check(key: str, value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a UserError naming what is allowed."""
-    origin, choices = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return _check(key, value, choices[0], where)
-    if origin is Literal:
-        if value not in choices:
-            allowed = ", ".join(map(str, choices))
-            raise UserError(f"config: {key}={value!r} is not one of {allowed} ({where}).")
-        return value
-    if origin is list and isinstance(value, list):
-        return [_check(key, item, choices[0], where) for item in value]
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-6 as a string
-        except ValueError:
-            pass
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(hint, type) and isinstance(value, hint) and type(value) is hint:
-        return value
-    raise UserError(f"config: {key}={value!r} is not a {_type_name(hint)} ({where}).")
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " | ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _field(schema: type, name: str) -> Any:
-    return next(f for f in fields(schema) if f.name == name)
-
-
-def _is_required(f: Any) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
-
-
-def _default(schema: type, name: str) -> str:
-    f = _field(schema, name)
-    return repr(f.default if f.default is not MISSING else f.default_factory())
 
 
 def _require(condition: bool, message: str) -> None:
