@@ -2,7 +2,6 @@
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
-MAKEFLAGS += --no-print-directory
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check env vllm-cpu bench-env clean
