@@ -1,0 +1,162 @@
+"""Ranks, and models sharded over them with FSDP2: one code path, also for a single process.
+
+There is always a process group and every model is always sharded, so world size 1 tests what a
+cluster runs. Gradients are SUMMED over ranks, not averaged: losses are divided by one global count
+before `backward` (DESIGN §4.6). Gloo lacks PREMUL_SUM, hence the forced plain SUM below.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from rftt.schema import UserError
+
+TIMEOUT = timedelta(hours=4)
+"""Search lengths are skewed: a rank may wait long for the others. NCCL's default is 10 minutes."""
+Number = TypeVar("Number", float, Tensor)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. Every method is a collective: all ranks call it, in one order."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Number) -> Number:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Number) -> Number:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def gather(self, obj: Any) -> list[Any]:
+        """Every rank's object, in rank order, on every rank."""
+        gathered = [None] * self.size
+        dist.all_gather_object(gathered, obj)
+        return gathered
+
+    def barrier(self) -> None:
+        # An all-reduce rather than dist.barrier(): the same on gloo and nccl, no device guess.
+        self.sum(0.0)
+
+    def _reduce(self, x: Number, op: dist.ReduceOp.RedOpType) -> Number:
+        if isinstance(x, Tensor):
+            reduced = x.detach().to(self.device, copy=True)
+            dist.all_reduce(reduced, op)
+            return reduced
+        scalar = torch.tensor(x, dtype=torch.float64, device=self.device)
+        dist.all_reduce(scalar, op)
+        return scalar.item()
+
+
+def open_world(device: str = "auto") -> World:
+    """Join the process group: torchrun's when its environment is there, else one of our own."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device={device} is not available here; use auto, cpu or cuda.")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+    index = torch.cuda.current_device() if device == "cuda" else None
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(device, index))
+
+
+def close_world(world: World) -> None:
+    """Leave the process group. Call it after the function that owned the models has returned.
+
+    A gloo thread that outlives the interpreter aborts the process. Sharded models hold the group in
+    reference cycles: once they are collected, destroying it joins its threads.
+    """
+    world.barrier()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(
+    model: nn.Module,
+    world: World,
+    *,
+    param_dtype: torch.dtype | None = None,
+    reshard: bool = True,
+    cpu_offload: bool = False,
+) -> nn.Module:
+    """Shard in place, one FSDP unit per decoder layer plus the root, and move to the device.
+
+    `param_dtype` is what forward and backward compute in; weights and reductions keep their own
+    float32. `reshard=False` keeps whole layers between forward and backward (ZeRO-2).
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for unit in [*decoder_layers(model), model]:
+        fully_shard(
+            unit,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=reshard,
+        )
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "packed_forward")
+    return model
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks: the elements of its one long ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len))
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor), one at a time; a tied head comes once. Collective."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        detached = tensor.detach()
+        yield name, detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
+    """Reduce gradients over ranks only on the last microbatch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients to at most `max_norm`; returns their norm before, over all ranks."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -1,0 +1,271 @@
+"""The mathematics of RL and DPO: pure functions of flat tensors, nothing distributed.
+
+Every (T,) tensor is packed as in batch.py. A loss is a SUM over action tokens: the caller divides
+by one count for all ranks and microbatches. Metrics are sums too, but those named `*_max`.
+Departures from the textbook: only action tokens form the time axis, so text that is not the
+policy's (forced openers, masked tokens) neither discounts nor bootstraps, and a reward on it
+belongs to the last action before it (PAPER §1, phase 2; Schulman 2015 for GAE, 2020 for k1–k3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Metrics = dict[str, Tensor]
+WorldSum = Callable[[Tensor], Tensor]
+
+
+# ---- KL ----
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
+    """(T,) per-token estimate of KL(policy ‖ reference) from the policy's own samples.
+
+    k1 is unbiased, k2 has the right gradient as a loss, k3 is unbiased and never negative.
+    """
+    log_ratio = logprobs - ref_logprobs
+    match kind:
+        case "k1":
+            return log_ratio
+        case "k2":
+            return 0.5 * log_ratio.square()
+        case "k3":
+            return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"unknown KL estimator {kind!r}")
+
+
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """Controller of Ziegler et al. (2019): holds the KL per token near `target`."""
+
+    coef: float
+    target: float
+    horizon: float
+    """Rollouts after which a constant 20 % error has moved `coef` by 20 %."""
+
+    def update(self, kl: float, n_rollouts: int) -> AdaptiveKL:
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        return replace(self, coef=self.coef * (1.0 + error * n_rollouts / self.horizon))
+
+
+def token_rewards(
+    rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """(T,) rewards minus kl_coef · k1 on the action tokens."""
+    if ref_logprobs is None or kl_coef == 0.0:
+        return rewards
+    return rewards - kl_coef * kl_estimate(logprobs, ref_logprobs, "k1") * mask
+
+
+# ---- Advantages ----
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    lengths: Sequence[int],
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:
+    """(T,) generalised advantages and returns, 0 outside the mask.
+
+    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t, over action tokens.
+    """
+    document, slot, n_slots = _time_axis(mask, lengths)
+    reward = rewards.new_zeros(len(lengths), n_slots)
+    reward.index_put_((document, slot), rewards, accumulate=True)
+    actions = document[mask], slot[mask]
+    value = values.new_zeros(len(lengths), n_slots + 1).index_put(actions, values[mask])
+    delta = reward + gamma * value[:, 1:] - value[:, :-1]
+    running = delta.new_zeros(len(lengths))
+    columns = []
+    for column in reversed(delta.unbind(1)):
+        running = column + gamma * lam * running
+        columns.append(running)
+    advantage = torch.stack(columns[::-1], 1)[actions]
+    advantages = torch.zeros_like(rewards).masked_scatter(mask, advantage)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def discounted_returns(
+    rewards: Tensor, mask: Tensor, lengths: Sequence[int], gamma: float
+) -> Tensor:
+    """(T,) Σ_k γ^k r_{t+k} over action tokens: GAE without values."""
+    return gae(rewards, torch.zeros_like(rewards), mask, lengths, gamma, 1.0)[0]
+
+
+def _time_axis(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+    """(T,) document, (T,) index of the last action at or before each token (or 0), most actions."""
+    counts = torch.tensor(lengths)
+    n = int(counts.sum())
+    document = torch.arange(len(lengths)).repeat_interleave(counts, output_size=n).to(mask.device)
+    starts = torch.tensor([0, *accumulate(lengths)][:-1]).to(mask.device)
+    seen = mask.cumsum(0)
+    before = (seen - mask.long())[starts]
+    slot = (seen - before[document] - 1).clamp(min=0)
+    return document, slot, int(slot.max()) + 1
+
+
+def whiten(x: Tensor, mask: Tensor, world_sum: WorldSum, shift_mean: bool = True) -> Tensor:
+    """(T,) x with mean 0 and variance 1 over the masked tokens of all ranks; 0 elsewhere.
+
+    The sums are float64, so that they hardly depend on how tokens are dealt out to the ranks.
+    """
+    picked = x[mask].double()
+    count, total = world_sum(torch.stack([picked.new_tensor(len(picked)), picked.sum()]))
+    mean = total / count.clamp(min=1)
+    variance = world_sum((picked - mean).square().sum()) / (count - 1).clamp(min=1)
+    scale = torch.rsqrt(variance + 1e-8)
+    shifted = (x - mean) * scale + (0.0 if shift_mean else mean)
+    return torch.where(mask, shifted, 0.0).to(x.dtype)
+
+
+def group_advantages(outcomes: list[float], groups: list[int], scale: bool) -> list[float]:
+    """GRPO: each rollout's outcome against the mean of its group, over its deviation if `scale`.
+
+    A group whose outcomes are all equal teaches nothing: its advantages are 0.
+    """
+    members: dict[int, list[float]] = {}
+    for outcome, group in zip(outcomes, groups, strict=True):
+        members.setdefault(group, []).append(outcome)
+    advantages = []
+    for outcome, group in zip(outcomes, groups, strict=True):
+        peers = members[group]
+        mean = sum(peers) / len(peers)
+        variance = sum((peer - mean) ** 2 for peer in peers) / max(len(peers) - 1, 1)
+        advantages.append((outcome - mean) / (variance**0.5 + 1e-4 if scale else 1.0))
+    return advantages
+
+
+def informative(outcomes: list[float], groups: list[int]) -> list[bool]:
+    """Rollouts of groups whose outcomes differ: what dynamic sampling keeps (DAPO)."""
+    seen: dict[int, set[float]] = {}
+    for outcome, group in zip(outcomes, groups, strict=True):
+        seen.setdefault(group, set()).add(outcome)
+    return [len(seen[group]) > 1 for group in groups]
+
+
+def sequence_weights(mask: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(T,) 1 / (actions in the token's document): GRPO's mean over tokens, then over rollouts."""
+    counts = document_sums(torch.ones_like(mask, dtype=torch.float32), mask, lengths)
+    return counts.clamp(min=1).reciprocal()[_time_axis(mask, lengths)[0]] * mask
+
+
+# ---- Losses ----
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    epsilon: float,
+    epsilon_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, Metrics]:
+    """Clipped surrogate of PPO, summed over action tokens.
+
+    `epsilon_high` widens the upper bound (clip-higher); `dual_clip` c > 1 bounds the loss of bad
+    actions by c·|A|; `weights` (T,) multiply each token (importance weights, sequence means).
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.exp()
+    high = 1.0 + (epsilon if epsilon_high is None else epsilon_high)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - epsilon, high)
+    loss = torch.maximum(unclipped, clipped)
+    if dual_clip is not None:
+        bounded = torch.minimum(loss, -advantages * dual_clip)
+        loss = torch.where(advantages < 0, bounded, loss)
+    if weights is not None:
+        loss = loss * weights
+    with torch.no_grad():
+        metrics = {
+            "clip_share": ((clipped > unclipped) & mask).sum(),
+            "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
+            "ratio_max": ratio.max(),
+        }
+    return torch.where(mask, loss, 0.0).sum(), metrics
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None
+) -> tuple[Tensor, Metrics]:
+    """½ (V − R)², the worse of it and of V held within `clip` of its old value; summed."""
+    error = 0.5 * (values - returns).square()
+    if clip is None:
+        return torch.where(mask, error, 0.0).sum(), {"value_clip_share": mask.new_zeros(()).float()}
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    held_error = 0.5 * (held - returns).square()
+    metrics = {"value_clip_share": ((held_error > error) & mask).sum()}
+    return torch.where(mask, torch.maximum(error, held_error), 0.0).sum(), metrics
+
+
+def importance_weights(
+    old_logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, cap: float
+) -> tuple[Tensor, Metrics]:
+    """(T,) min(π_trainer / π_engine, cap): truncated importance sampling of the engine's mismatch.
+
+    Metrics are of the raw ratio: its sum, its largest, how many were capped, and Σ k3.
+    """
+    log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0.0)
+    ratio = log_ratio.exp()
+    metrics = {
+        "mismatch_ratio": (ratio * mask).sum(),
+        "mismatch_ratio_max": ratio.max(),
+        "mismatch_capped_share": ((ratio > cap) & mask).sum(),
+        "mismatch_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
+    }
+    return ratio.clamp(max=cap) * mask, metrics
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, world_sum: WorldSum) -> float:
+    """1 − Var(R − V) / Var(R) over all ranks; 0 where the returns do not vary."""
+    target, error = returns[mask].double(), (returns - values)[mask].double()
+    moments = [target.new_tensor(len(target)), target.sum(), error.sum()]
+    moments += [target.square().sum(), error.square().sum()]
+    n, target_sum, error_sum, target_square, error_square = world_sum(torch.stack(moments)).tolist()
+    variance = target_square - target_sum**2 / max(n, 1)
+    return 1.0 - (error_square - error_sum**2 / max(n, 1)) / variance if variance > 1e-12 else 0.0
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy summed over the action tokens."""
+    return -torch.where(mask, logprobs, 0.0).sum()
+
+
+def document_sums(x: Tensor, mask: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(D,) sum of x over each document's action tokens."""
+    document = _time_axis(mask, lengths)[0]
+    return x.new_zeros(len(lengths)).index_add(0, document, torch.where(mask, x, 0.0))
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Metrics]:
+    """DPO over (pairs,) sequence log-probs, summed over pairs (Rafailov 2023; smoothing: cDPO)."""
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    margin = chosen - rejected
+    loss = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+    metrics = {
+        "dpo_accuracy": (margin > 0).sum(),
+        "dpo_margin": margin.detach().sum(),
+        "dpo_chosen_reward": chosen.detach().sum(),
+        "dpo_rejected_reward": rejected.detach().sum(),
+    }
+    return loss.sum(), metrics
