@@ -73,8 +73,8 @@ class Step:
     logprobs: tuple[float, ...] = ()
     forced: bool = False
     """The tree, not the policy, chose the opener."""
-    priors: dict[str, float] = field(default_factory=dict)
-    """π(act | this step has just ended), where the engine reported it."""
+    act_logprobs: dict[str, float] = field(default_factory=dict)
+    """log π(act | this step has just ended): the priors of the acts that may follow."""
     answer: str | None = None
     """Final answer that this step states, if any: the path ends here."""
     score: float | None = None

@@ -51,7 +51,7 @@ def test_oracle_virtual_loss_counts_as_visits_worth_nothing():
 
 def test_unexplored_acts_come_first_by_prior():
     tree = make_tree(lambda act: ("a", "b", "c") if act is None else ())
-    tree.priors = {"a": 0.1, "b": 0.7, "c": 0.2}
+    tree.act_logprobs = {"a": -2.3, "b": -0.4, "c": -1.6}
     assert [tree.select().act for _ in range(3)] == ["b", "c", "a"]
     assert tree.select() is None  # all claimed, none landed
 
@@ -195,7 +195,7 @@ def test_failed_expansion_stops_the_search_and_cancels_the_rest():
         return 0.0
 
     tree = make_tree()
-    tree.priors = {"analysis": 1.0}
+    tree.act_logprobs = {"analysis": 0.0}
 
     async def run():
         with pytest.raises(RuntimeError, match="engine died"):

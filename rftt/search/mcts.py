@@ -82,8 +82,8 @@ class Tree:
         self.max_depth = max_depth
         self.exploration_weight = exploration_weight
         self._random = Random(seed)  # the order in which acts of equal prior are tried
-        self.priors: dict[str, float] = {}
-        """π(act | root); below the root a step brings its own."""
+        self.act_logprobs: dict[str, float] = {}
+        """log π(act | root); below the root a step brings its own."""
         self.nodes: list[Node] = []
         self.root = self._add(None, None, ())
 
@@ -97,13 +97,17 @@ class Tree:
         node = self.root
         while not node.untried:
             node = max(filter(self._open, node.children), key=self.uct)
-        priors = node.step.priors if node.step else self.priors
-        act = max(node.untried, key=lambda act: priors.get(act, 0.0))
+        priors = self.priors(node)
+        act = max(node.untried, key=lambda act: priors.get(act, -math.inf))
         choice = Choice(node, act, self._child_key(node, act))
         node.untried.remove(act)
         for passed in (self.root, *node.path()):
             passed.in_flight += 1
         return choice
+
+    def priors(self, node: Node) -> dict[str, float]:
+        """log π(act | node), empty where nobody knows it."""
+        return node.step.act_logprobs if node.step else self.act_logprobs
 
     def uct(self, node: Node) -> float:
         """Q/N + c sqrt(ln N_parent / N), where a simulation in flight is a visit worth 0."""

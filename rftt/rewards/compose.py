@@ -1,0 +1,53 @@
+"""Outcome and process -> one reward per step (PAPER §1). The last step of a rollout is its finish.
+
+A reward is never invented: without a process reward model a step earns 0, and a score that could
+not be had stops the run where it is asked for, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rftt.rewards.grader import grade
+from rftt.schema import Rollout, UserError
+
+
+@dataclass(frozen=True)
+class RewardScheme:
+    correct: float
+    """The answer is right."""
+    wrong: float
+    """There is an answer, and it is wrong."""
+    no_answer: float
+    """The response ended without one."""
+    blend: bool = False
+    """Last step = 0.6 x correct + 0.4 x process score, as found in the official code."""
+
+
+def score(
+    rollout: Rollout, text: str, scheme: RewardScheme, process: Sequence[float] | None = None
+) -> Rollout:
+    """Grade a rollout and give every step its reward.
+
+    `text` is the decoded response; `process` holds (S,) scores in [0, 1], or None without a PRM.
+    """
+    gold = rollout.problem.answer
+    if gold is None:
+        raise UserError(f"problem {rollout.problem.id} has no gold answer to reward against.")
+    correct = grade(text, gold, rollout.problem.question).correct
+    process = process or [0.0] * len(rollout.acts)
+    return replace(
+        rollout,
+        outcome=float(correct),
+        step_rewards=(*process[:-1], finish_reward(correct, rollout.answer, process[-1], scheme)),
+    )
+
+
+def finish_reward(correct: bool, answer: str | None, process: float, scheme: RewardScheme) -> float:
+    """What the last step earns; `process` is its own score, 0 without a PRM."""
+    if scheme.blend:
+        return 0.6 * correct + 0.4 * process
+    if correct:
+        return scheme.correct
+    return scheme.wrong if answer is not None else scheme.no_answer

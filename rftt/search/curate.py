@@ -1,0 +1,170 @@
+"""A finished tree -> training rows: pair choice, cross verification, branch merging (PAPER §1).
+
+From each tree come at most one merged row, shared prefix + wrong suffix + <verify> + <refine> +
+correct suffix + <output>, and a few plain correct rows that share no step. Every row says where it
+comes from, and every row that is left out is counted under a reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rftt.functions import Messages, ask_refine, ask_verify
+from rftt.rewards.grader import grade
+from rftt.schema import Problem, Step, Trace
+from rftt.search.expand import visible
+from rftt.search.filters import follows_grammar, leaks, repeats
+from rftt.search.mcts import Tree
+
+Ask = Callable[[Messages, str, str], Awaitable[str | None]]
+"""(messages, act, problem id) -> the model's clipped reply, None if it ran out of tokens"""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rules:
+    max_plain_paths: int
+    min_shared_steps: int
+    max_repeats: int
+
+
+def traces(tree: Tree, problem: Problem) -> list[Trace]:
+    """Every root-to-leaf path with its answer, in the order in which they were found."""
+    paths = []
+    for leaf in tree.leaves():
+        path = [(node.id, node.step) for node in leaf.path() if node.step]
+        steps = tuple(step for _, step in path)
+        correct = leaf.value_sum == 1.0
+        ids = tuple(id for id, _ in path)
+        paths.append(Trace(problem, steps, ids, steps[-1].answer, correct))
+    return paths
+
+
+def quality(trace: Trace) -> tuple[float, int, int]:
+    """Higher is better: mean process score; without a PRM few repeats, then short (PAPER §1)."""
+    scores = [step.score for step in trace.steps if step.score is not None]
+    mean = sum(scores) / len(scores) if scores else 0.0
+    return mean, -repeats(trace.steps), -len(visible(trace.steps))
+
+
+def shared(one: Trace, other: Trace) -> int:
+    """How many steps both paths have in common from the root."""
+    n = 0
+    for a, b in zip(one.nodes, other.nodes, strict=False):
+        if a != b:
+            break
+        n += 1
+    return n
+
+
+def choose_pair(usable: Sequence[Trace], rules: Rules) -> tuple[Trace, Trace] | str:
+    """(τ_c⁺, τ_w⁻): the best correct path, and the worst wrong one that shares a prefix with it."""
+    correct = sorted((t for t in usable if t.correct), key=quality, reverse=True)
+    wrong = sorted((t for t in usable if not t.correct and t.answer is not None), key=quality)
+    if not correct:
+        return "no_correct_path"
+    if not wrong:
+        return "no_wrong_path"
+    for good in correct:
+        for bad in wrong:
+            n = shared(good, bad)
+            acts = [s.act for s in bad.steps] + ["verify", "refine"]
+            acts += [s.act for s in good.steps[n:]] + ["output"]
+            if n >= rules.min_shared_steps and follows_grammar(acts):
+                return good, bad
+    return "no_shared_prefix"
+
+
+def disjoint_correct(usable: Sequence[Trace], at_most: int) -> list[Trace]:
+    """Up to so many correct paths, best first, of which no two share a step."""
+    chosen: list[Trace] = []
+    for trace in sorted((t for t in usable if t.correct), key=quality, reverse=True):
+        if len(chosen) < at_most and all(not shared(trace, other) for other in chosen):
+            chosen.append(trace)
+    return chosen
+
+
+async def merge(ask: Ask, good: Trace, bad: Trace) -> Row | str:
+    """Cross verification and branch merging; a reason instead of a row where it is unfit."""
+    problem, n = good.problem, shared(good, bad)
+    prefix, before = visible(good.steps[:n]), visible(bad.steps)
+    wrong, right = visible(bad.steps[n:]), visible(good.steps[n:])
+    messages = ask_verify(problem.question, prefix, wrong, right)
+    check = await ask(messages, "verify", problem.id)
+    if not check:
+        return "verify_empty"
+    if leaks(check, str(problem.answer), f"{problem.question}\n{before}"):
+        return "verify_leaks_answer"
+    turn = await ask(ask_refine(problem.question, before, check), "refine", problem.id)
+    if not turn:
+        return "refine_empty"
+    if leaks(turn, str(problem.answer), f"{problem.question}\n{before}\n{check}"):
+        return "refine_leaks_answer"
+    steps = [
+        *(_entry(step, node) for step, node in zip(good.steps[:n], good.nodes, strict=False)),
+        *(
+            _entry(step, node) | {"wrong": True}
+            for step, node in zip(bad.steps[n:], bad.nodes[n:], strict=True)
+        ),
+        {"act": "verify", "text": check},
+        {"act": "refine", "text": turn},
+        *(_entry(step, node) for step, node in zip(good.steps[n:], good.nodes[n:], strict=True)),
+    ]
+    return _row("merged", good, steps, shared=n, failed=list(bad.nodes[n:]))
+
+
+def plain(trace: Trace) -> Row:
+    steps = [_entry(step, node) for step, node in zip(trace.steps, trace.nodes, strict=True)]
+    return _row("plain", trace, steps, shared=0, failed=[])
+
+
+async def curate(
+    tree: Tree, problem: Problem, ask: Ask, rules: Rules
+) -> tuple[list[Row], Counter[str]]:
+    """Rows of one tree, and how often each reason kept something out."""
+    counts: Counter[str] = Counter()
+    usable: list[Trace] = []
+    for trace in traces(tree, problem):
+        if not follows_grammar([step.act for step in trace.steps]):
+            counts["path_against_grammar"] += 1
+        elif repeats(trace.steps) > rules.max_repeats:
+            counts["path_repeats"] += 1
+        else:
+            usable.append(trace)
+    rows = [plain(trace) for trace in disjoint_correct(usable, rules.max_plain_paths)]
+    pair = choose_pair(usable, rules)
+    merged = pair if isinstance(pair, str) else await merge(ask, *pair)
+    if isinstance(merged, str):
+        counts[merged] += 1
+    else:
+        rows.insert(0, merged)
+    return [row for row in rows if _sound(row, problem, counts)], counts
+
+
+def _sound(row: Row, problem: Problem, counts: Counter[str]) -> bool:
+    """Whether the written row, read as a response, ends in the right answer."""
+    response = "".join(f"<{s['act']}>{s['text']}</{s['act']}>" for s in row["steps"])
+    sound = grade(response, str(problem.answer), problem.question).correct
+    counts[f"kept_{row['kind']}" if sound else "row_ends_wrong"] += 1
+    return sound
+
+
+def _entry(step: Step, node: int) -> Row:
+    return {"act": step.act, "text": step.text, "node": node}
+
+
+def _row(kind: str, trace: Trace, steps: list[Row], *, shared: int, failed: list[int]) -> Row:
+    output = {"act": "output", "text": f"The final answer is \\boxed{{{trace.answer}}}."}
+    return {
+        "id": trace.problem.id,
+        "kind": kind,
+        "question": trace.problem.question,
+        "answer": trace.problem.answer,
+        "steps": [*steps, output],
+        "shared_steps": shared,
+        "path_nodes": list(trace.nodes),
+        "failed_nodes": failed,
+    }

@@ -1,0 +1,211 @@
+"""Samplers: one problem in, its rollouts or its tree out; thousands run at once.
+
+Every sampler is a coroutine that reads like the textbook for ONE problem; the engine batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+from typing import TypeVar
+
+from rftt.data import encode_chat, question_messages
+from rftt.functions import successors
+from rftt.rewards.grader import canonical, grade
+from rftt.schema import Problem, Rollout, Step, UserError, seed_for
+from rftt.search.expand import (
+    Learned,
+    Prompted,
+    cut,
+    expand_learned,
+    expand_prompted,
+    root_act_logprobs,
+    visible,
+    with_answer,
+)
+from rftt.search.mcts import Choice, Tree, Value, grow
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+async def for_each(
+    items: Sequence[T], work: Callable[[T], Awaitable[R]], *, in_flight: int
+) -> list[R]:
+    """Await `work` on every item, at most `in_flight` at once; results keep the order of the items.
+
+    The first failure cancels the others and is raised as it is.
+    """
+    gate = asyncio.Semaphore(in_flight)
+
+    async def guarded(item: T) -> R:
+        async with gate:
+            return await work(item)
+
+    tasks = [asyncio.create_task(guarded(item)) for item in items]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+# ---- Values of a finished path ----
+
+
+def graded(problem: Problem, text_of: Callable[[Sequence[Step]], str]) -> Value:
+    """1 if the answer is right: training only, for it needs the gold answer."""
+    if problem.answer is None:
+        raise UserError(f"problem {problem.id} has no gold answer to search with.")
+    gold = problem.answer
+
+    async def value(steps: Sequence[Step]) -> float:
+        return float(grade(text_of(steps), gold, problem.question).correct)
+
+    return value
+
+
+def agreement() -> Value:
+    """Share of the answers found so far in this tree that agree with this path's (inference)."""
+    found: Counter[str] = Counter()
+
+    async def value(steps: Sequence[Step]) -> float:
+        answer = steps[-1].answer
+        if answer is None:
+            return 0.0
+        found[canonical(answer)] += 1
+        return found[canonical(answer)] / found.total()
+
+    return value
+
+
+# ---- Phase 1 ----
+
+
+async def prompted_tree(
+    ctx: Prompted,
+    problem: Problem,
+    *,
+    simulations: int,
+    exploration_weight: float,
+    in_flight: int,
+) -> Tree:
+    """Functional tree search with prompts; leaf value = the grader's verdict (PAPER §1)."""
+    tree = Tree(
+        partial(successors, phase="prompted"),
+        max_depth=ctx.max_depth,
+        exploration_weight=exploration_weight,
+        seed=seed_for(ctx.seed, problem.id),
+    )
+    expand = partial(expand_prompted, ctx, problem)
+    value = graded(problem, visible)
+    await grow(tree, expand, value, simulations=simulations, in_flight=in_flight)
+    return tree
+
+
+# ---- Phase 2, and evaluation ----
+
+
+async def learned_tree(
+    ctx: Learned,
+    problem: Problem,
+    prompt: list[int],
+    *,
+    simulations: int,
+    exploration_weight: float,
+    in_flight: int,
+) -> Tree:
+    """Tree over functional tokens. Without a gold answer, paths are valued by agreement."""
+    tree = Tree(
+        partial(successors, phase="learned"),
+        max_depth=ctx.max_depth,
+        exploration_weight=exploration_weight,
+        seed=seed_for(ctx.seed, problem.id),
+    )
+    tree.act_logprobs = await root_act_logprobs(ctx, problem, prompt)
+
+    async def expand(choice: Choice) -> list[Step]:
+        opener_logprob = tree.priors(choice.node)[choice.act]
+        return await expand_learned(ctx, problem, prompt, choice, opener_logprob)
+
+    def text_of(steps: Sequence[Step]) -> str:
+        return ctx.tokenizer.decode([token for step in steps for token in step.token_ids])
+
+    value = agreement() if problem.answer is None else graded(problem, text_of)
+    await grow(tree, expand, value, simulations=simulations, in_flight=in_flight)
+    return tree
+
+
+def tree_rollouts(
+    ctx: Learned, tree: Tree, problem: Problem, prompt: list[int], *, group: int, mask_forced: bool
+) -> list[Rollout]:
+    """One rollout per leaf, in the order in which they were found."""
+    rollouts: list[Rollout] = []
+    newest = 0  # nodes up to here were paid for by earlier rollouts
+    for leaf in tree.leaves():
+        path = [(node.id, node.step) for node in leaf.path() if node.step]
+        rollout = _rollout(
+            ctx, problem, prompt, [step for _, step in path], group=group, mask_forced=mask_forced
+        )
+        n_new = sum(len(step.token_ids) - step.forced for id, step in path if id > newest)
+        nodes = tuple(id for id, _ in path)
+        rollouts.append(replace(rollout, n_generated=n_new, nodes=nodes))
+        newest = leaf.id
+    return rollouts
+
+
+async def sample(
+    ctx: Learned, problem: Problem, prompt: list[int], *, n: int, group: int
+) -> list[Rollout]:
+    """`n` independent responses: the plain alternative to the tree."""
+
+    async def one(i: int) -> Rollout:
+        sampling = ctx.sampling(ctx.room(len(prompt), 0), problem.id, i)
+        steps = with_answer(ctx, [], cut(await ctx.engine.generate(prompt, sampling), ctx.ids))
+        return _rollout(ctx, problem, prompt, steps, group=group, mask_forced=False)
+
+    return list(await asyncio.gather(*map(one, range(n))))
+
+
+def _rollout(
+    ctx: Learned,
+    problem: Problem,
+    prompt: list[int],
+    steps: Sequence[Step],
+    *,
+    group: int,
+    mask_forced: bool,
+) -> Rollout:
+    tokens = [token for step in steps for token in step.token_ids]
+    return Rollout(
+        problem=problem,
+        prompt_ids=tuple(prompt),
+        response_ids=tuple(tokens),
+        sampling_logprobs=tuple(logprob for step in steps for logprob in step.logprobs),
+        action_mask=tuple(
+            not (mask_forced and step.forced and i == 0)
+            for step in steps
+            for i in range(len(step.token_ids))
+        ),
+        step_ends=tuple(end - 1 for end in accumulate(len(step.token_ids) for step in steps)),
+        acts=tuple(step.act for step in steps),
+        finish="stop" if tokens[-1] in ctx.stops else "length",
+        group=group,
+        n_generated=len(tokens),
+        answer=steps[-1].answer,
+    )
+
+
+def encode_question(ctx: Learned, problem: Problem, system_prompt: str | None) -> list[int]:
+    """The prompt of a policy: the question, and nothing else."""
+    prompt = encode_chat(ctx.tokenizer, question_messages(problem.question, system_prompt))
+    if ctx.room(len(prompt), 1) <= 0:
+        raise UserError(
+            f"problem {problem.id} has {len(prompt)} prompt tokens; max_model_len is "
+            f"{ctx.engine.max_model_len}."
+        )
+    return prompt
