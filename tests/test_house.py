@@ -1,0 +1,361 @@
+"""The house rules, held by walking the ASTs: who imports whom, sizes, bans. Each rule can fail."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(ROOT.glob("*.py"))
+SOURCES = [*sorted(ROOT.glob("rftt/**/*.py")), *SCRIPTS]
+CODE = [*SOURCES, *sorted(ROOT.glob("tests/**/*.py")), *sorted(ROOT.glob("bench/**/*.py"))]
+TEXTS = [
+    *CODE,
+    *(path for pattern in ("*.md", "docs/*.md", "*.txt", "*.toml") for path in ROOT.glob(pattern)),
+    *(path for pattern in ("configs/**/*.yaml", "runs/*.sh") for path in ROOT.glob(pattern)),
+    *(ROOT / name for name in ("Makefile", ".ci/run")),
+]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), name_of(path))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of everything imported, the names taken from a module included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """(dotted name of what is called, the call)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def inside(name: str, *rooms: str) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
+# ---- Imports go one way (DESIGN §1) ----
+
+BASE = ("schema", "config", "cli", "functions", "data", "rewards.grader")
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "schema": (),
+    "cli": ("schema",),
+    "config": ("schema",),
+    "functions": ("schema",),
+    "rewards.grader": ("schema",),
+    "data": ("schema", "functions", "rewards.grader"),
+    "search.mcts": ("schema", "functions"),
+    "learn.rl": ("schema", "functions"),
+    "engines": (*BASE, "engines"),
+    "rewards": (*BASE, "engines", "rewards"),
+    "search": (*BASE, "engines", "rewards", "search"),
+    "learn": (*BASE, "learn"),
+    "watch": (*BASE, "watch"),
+    "tiny": BASE,
+}
+"""Room -> rooms it may import; the longest match counts. Scripts, which tie them, import any."""
+
+
+def wrong_imports(module: str, tree: ast.AST) -> list[str]:
+    rooms = [room for room in MAY_IMPORT if inside(module, room)]
+    assert rooms, f"rftt/{module} is in no room of the layer table"
+    allowed = MAY_IMPORT[max(rooms, key=len)]
+    ours = [name.removeprefix("rftt.") for name in imports(tree) if name.startswith("rftt")]
+    return [f"{module} imports {name}" for name in ours if not inside(name, *allowed)]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("rftt/**/*.py")), ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT / "rftt").with_suffix("").parts)
+    if module != "__init__" and not (module.endswith("__init__") and not path.read_text()):
+        assert wrong_imports(module.removesuffix(".__init__"), tree_of(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("search.curate", "from rftt.learn.rl import gae"),
+        ("learn.batch", "from rftt.search import mcts"),
+        ("search.mcts", "import rftt.data"),
+        ("engines.hf", "from rftt import tiny"),
+        ("rewards.prm", "from rftt.search.mcts import Tree"),
+    ],
+)
+def test_a_wrong_import_is_found(module: str, line: str) -> None:
+    assert wrong_imports(module, ast.parse(line))
+
+
+ONLY_IN: dict[str, tuple[str, ...]] = {
+    "vllm": ("rftt/engines/vllm.py",),
+    "torch.distributed": ("rftt/learn/distributed.py", "rftt/learn/checkpoint.py"),
+    "wandb": ("rftt/watch/log.py",),
+    "torch.utils.tensorboard": ("rftt/watch/log.py",),
+    "rftt.tiny": (),
+}
+"""What only these files may know."""
+
+
+def knows(tree: ast.AST, package: str) -> bool:
+    attributes = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return any(inside(name, package) for name in (*imports(tree), *attributes))
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_a_package_is_known_only_where_it_may_be(package: str) -> None:
+    knowing = {name_of(path) for path in SOURCES if knows(tree_of(path), package)}
+    assert knowing <= set(ONLY_IN[package])
+    assert knows(ast.parse(f"import {package}"), package)
+    assert knows(ast.parse(f"from {package} import x"), package)
+
+
+def test_an_attribute_counts_as_knowing() -> None:
+    assert knows(ast.parse("import torch\ntorch.distributed.get_rank()"), "torch.distributed")
+    assert not knows(ast.parse("import torch\ntorch.distribution(1)"), "torch.distributed")
+
+
+def test_the_torch_free_modules_stay_torch_free() -> None:
+    free = [*BASE, "search.mcts", "search.filters", "watch.metrics", "watch.log"]
+    lines = [f"import rftt.{module}" for module in free]
+    lines.append("import sys; print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))")
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout == "[]\n", result.stderr
+
+
+# ---- Sizes ----
+
+FILE_LINES, FUNCTION_LINES, MAIN_LINES, ALL_LINES = 400, 60, 120, 4500
+
+
+def n_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def long_functions(tree: ast.AST, *, script: bool) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            ceiling = MAIN_LINES if script and node.name == "main" else FUNCTION_LINES
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            found += [f"{node.name}: {length} lines"] if length > ceiling else []
+    return found
+
+
+def test_the_whole_stays_small() -> None:
+    sizes = {name_of(path): n_lines(path) for path in SOURCES}
+    assert sum(sizes.values()) <= ALL_LINES, sizes
+    assert {name: size for name, size in sizes.items() if size > FILE_LINES} == {}
+
+
+def test_functions_stay_short() -> None:
+    long = {name_of(p): long_functions(tree_of(p), script=p in SCRIPTS) for p in SOURCES}
+    assert {name: found for name, found in long.items() if found} == {}
+
+
+def test_a_long_function_is_found() -> None:
+    body = "    x = 1\n" * FUNCTION_LINES
+    assert long_functions(ast.parse(f"def f():\n{body}"), script=False) == ["f: 61 lines"]
+    assert long_functions(ast.parse(f"async def f():\n{body}"), script=True)
+    assert not long_functions(ast.parse(f"def main():\n{body}"), script=True)
+    assert long_functions(ast.parse(f"def main():\n{body * 2}"), script=True)
+
+
+# ---- Bans in rftt/ and the scripts ----
+
+
+def banned_calls(*names: str) -> Callable[[ast.Module], bool]:
+    return lambda tree: any(name in names for name, _ in calls(tree))
+
+
+def banned_imports(*names: str) -> Callable[[ast.Module], bool]:
+    return lambda tree: any(inside(name, *names) for name in imports(tree))
+
+
+def has_keyword(call: ast.Call, name: str, value: object) -> bool:
+    return any(
+        word.arg == name and isinstance(word.value, ast.Constant) and word.value.value is value
+        for word in call.keywords
+    )
+
+
+def unsafe_load(tree: ast.Module) -> bool:
+    loads = [call for name, call in calls(tree) if name == "torch.load"]
+    return any(not has_keyword(call, "weights_only", True) for call in loads)
+
+
+def keyword_true(name: str) -> Callable[[ast.Module], bool]:
+    return lambda tree: any(has_keyword(call, name, True) for _, call in calls(tree))
+
+
+def blind_except(tree: ast.Module) -> bool:
+    """Catching everything is allowed only to clean up and raise again."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            names = ast.walk(node.type) if node.type else iter([ast.Name("Exception")])
+            caught = {name.id for name in names if isinstance(name, ast.Name)}
+            last = node.body[-1]
+            raised = isinstance(last, ast.Raise) and last.exc is None
+            if caught & {"Exception", "BaseException"} and not raised:
+                return True
+    return False
+
+
+def has_node(kind: type[ast.AST]) -> Callable[[ast.Module], bool]:
+    return lambda tree: any(isinstance(node, kind) for node in ast.walk(tree))
+
+
+def silent_assert(tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.Assert) and node.msg is None for node in ast.walk(tree))
+
+
+PARENTS = {
+    "nn.Module",
+    "Protocol",
+    "Exception",
+    "torch.autograd.Function",
+    "NamedTuple",
+    "BaseHTTPRequestHandler",
+}
+
+
+def other_parent(tree: ast.Module) -> bool:
+    allowed = set(PARENTS)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            parents = [ast.unparse(base) for base in node.bases]
+            if not set(parents) <= allowed:
+                return True
+            allowed |= {node.name} if "Exception" in parents else set()
+    return False
+
+
+def passes_kwargs_on(tree: ast.Module) -> bool:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.args.kwarg:
+            passed = [
+                word.value
+                for name, call in calls(node)
+                for word in call.keywords
+                if word.arg is None and name != "dataclasses.replace"
+            ]
+            if any(ast.unparse(value) == node.args.kwarg.arg for value in passed):
+                return True
+    return False
+
+
+def no_module_docstring(tree: ast.Module) -> bool:
+    return bool(tree.body) and ast.get_docstring(tree) is None
+
+
+SCRIPT_NAMES = tuple(name_of(path) for path in SCRIPTS)
+BANS: dict[str, tuple[Callable[[ast.Module], bool], str, tuple[str, ...]]] = {
+    "pickle": (banned_imports("pickle", "cloudpickle", "dill", "shelve"), "import pickle", ()),
+    "debugger": (banned_imports("pdb", "ipdb"), "import pdb", ()),
+    "unsafe torch.load": (unsafe_load, "torch.load(path, weights_only=False)", ()),
+    "unsafe YAML": (banned_calls("yaml.load", "yaml.unsafe_load"), "yaml.load(text)", ()),
+    "eval": (banned_calls("eval", "exec", "breakpoint", "os.system"), "eval('1')", ()),
+    "shell": (keyword_true("shell"), "subprocess.run('ls', shell=True)", ()),
+    "remote code": (keyword_true("trust_remote_code"), "load(p, trust_remote_code=True)", ()),
+    "hasattr": (banned_calls("hasattr"), "hasattr(model, 'score')", ()),
+    "sleep": (banned_calls("time.sleep", "sleep"), "time.sleep(1)", ()),
+    "print": (banned_calls("print"), "print('hello')", ("rftt/watch/log.py", *SCRIPT_NAMES)),
+    "bare except": (blind_except, "try:\n    f()\nexcept:\n    pass", ()),
+    "blind except": (blind_except, "try:\n    f()\nexcept (KeyError, Exception):\n    x = 0.2", ()),
+    "global": (has_node(ast.Global), "def f():\n    global n\n    n = 1", ()),
+    "assert without a text": (silent_assert, "assert x > 0", ()),
+    "inheritance": (other_parent, "class A(B): pass", ("rftt/config.py",)),
+    "**kwargs passed on": (passes_kwargs_on, "def f(**kw):\n    return g(**kw)", ()),
+    "no module docstring": (no_module_docstring, "x = 1", ()),
+}
+"""Rule -> (finder, what it must find, files it does not hold for)."""
+
+
+@pytest.mark.parametrize("rule", BANS)
+def test_nothing_banned(rule: str) -> None:
+    finder, bad, exempt = BANS[rule]
+    assert finder(ast.parse(bad)), "the finder finds nothing"
+    found = [name_of(p) for p in SOURCES if name_of(p) not in exempt and finder(tree_of(p))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "good"),
+    [
+        ("unsafe torch.load", "torch.load(path, weights_only=True)"),
+        ("eval", "model.eval()"),
+        ("bare except", "try:\n    f()\nexcept BaseException:\n    close()\n    raise"),
+        ("blind except", "try:\n    f()\nexcept ValueError:\n    pass"),
+        ("inheritance", "class A(nn.Module): pass"),
+        ("**kwargs passed on", "def f(**shown):\n    return g(shown, **{'a': 1})"),
+        ("remote code", "load(path, trust_remote_code=config.trust_remote_code)"),
+    ],
+)
+def test_what_is_allowed_is_not_banned(rule: str, good: str) -> None:
+    assert not BANS[rule][0](ast.parse(good))
+
+
+# ---- Bans in every text of the repository ----
+
+TEXT_BANS = {
+    "machine path": (r"(?<![\w.$}])/(?:home|root|Users|work|mnt|data\d*)/\w", "/root" + "/x"),
+    "package registry": (r"pypi\.org|pythonhosted|download\.pytorch|index-url", "pypi" + ".org"),
+    "unfinished": (r"\b(?:TODO|FIXME|XXX)\b", "TO" + "DO"),
+}
+
+
+@pytest.mark.parametrize("rule", TEXT_BANS)
+def test_no_text_holds(rule: str) -> None:
+    pattern, bad = TEXT_BANS[rule]
+    assert re.search(pattern, bad)
+    texts = [path for path in TEXTS if path.exists() and path != Path(__file__)]
+    assert [name_of(p) for p in texts if re.search(pattern, p.read_text(encoding="utf-8"))] == []
+
+
+def ruff(arguments: list[str], text: str | None = None) -> str:
+    command = [sys.executable, "-m", "ruff", "check", "--select", "ERA,T10,BLE,S113", *arguments]
+    return subprocess.run(command, cwd=ROOT, input=text, capture_output=True, text=True).stdout
+
+
+def test_no_code_is_commented_out() -> None:
+    assert "ERA001" in ruff(["--stdin-filename", "x.py", "-"], "x = 1\n# y = f(x)\n")
+    assert ruff(["--quiet", *map(str, CODE)]) == ""
+
+
+# ---- Documents name code that exists ----
+
+REFERENCE = re.compile(r"\b((?:[\w-]+/)*[\w-]+\.py):([A-Za-z_]\w*)")
+
+
+def dead_references(text: str) -> list[str]:
+    """`file.py:name` in `text` where the file, or that function or class in it, does not exist."""
+    dead = []
+    for file, name in REFERENCE.findall(text):
+        path = next((p for p in (ROOT / file, ROOT / "rftt" / file) if p.is_file()), None)
+        known = {getattr(node, "name", None) for node in ast.walk(tree_of(path))} if path else set()
+        dead += [] if name in known else [f"{file}:{name}"]
+    return dead
+
+
+def test_documents_name_code_that_exists() -> None:
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    dead = {name_of(path): dead_references(path.read_text(encoding="utf-8")) for path in documents}
+    assert {name: found for name, found in dead.items() if found} == {}
+    assert dead_references("`schema.py:Rollout` and rftt/schema.py:seed_for") == []
+    assert dead_references("schema.py:Nothing, none.py:f") == ["schema.py:Nothing", "none.py:f"]
