@@ -60,6 +60,23 @@ def cli(main: Callable[[C], None], schema: type[C]) -> None:
         raise SystemExit(2) from None
 
 
+def check_same_run(
+    config_file: Path, config: dict[str, Any], free_to_change: Sequence[str]
+) -> None:
+    """Refuse to continue a run directory with settings that would mix two experiments in it."""
+    import yaml
+
+    if not config_file.exists():
+        return
+    before = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    for key, value in config.items():
+        if key not in free_to_change and key in before and before[key] != value:
+            raise UserError(
+                f"{config_file.parent} was begun with {key}={before[key]!r}, now it is {value!r}; "
+                "use a new output_dir."
+            )
+
+
 def describe(schema: type) -> str:
     """The help text: every field with its type, default and docstring."""
     hints = typing.get_type_hints(schema)

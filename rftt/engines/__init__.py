@@ -7,26 +7,21 @@ from typing import TYPE_CHECKING
 from rftt.schema import UserError
 
 if TYPE_CHECKING:
+    from rftt.config import EvalConfig, RLConfig, SearchConfig
     from rftt.engines.base import Engine
 
 
 def build_engine(
-    name: str,
-    model_path: str,
-    *,
-    n_tokens: int,
-    dtype: str,
-    max_model_len: int,
-    max_num_seqs: int,
-    gpu_memory_utilization: float,
-    device: str,
+    cfg: SearchConfig | RLConfig | EvalConfig, model_path: str, n_tokens: int
 ) -> Engine:
     """Open `model_path` for sampling; ids from `n_tokens` = len(tokenizer) on are never sampled."""
-    match name:
+    match cfg.engine:
         case "hf":
             from rftt.engines.hf import HFEngine
 
-            return HFEngine(model_path, n_tokens, dtype, max_model_len, max_num_seqs, device)
+            return HFEngine(
+                model_path, n_tokens, cfg.dtype, cfg.max_model_len, cfg.max_num_seqs, cfg.device
+            )
         case "vllm":
             try:
                 from rftt.engines.vllm import VLLMEngine
@@ -36,6 +31,10 @@ def build_engine(
                     "requirements-gpu.txt, or set engine=hf."
                 ) from error
             return VLLMEngine(
-                model_path, n_tokens, dtype, max_model_len, max_num_seqs, gpu_memory_utilization
+                model_path,
+                n_tokens,
+                cfg.dtype,
+                cfg.max_model_len,
+                cfg.max_num_seqs,
+                cfg.gpu_memory_utilization,
             )
-    raise UserError(f"engine={name!r} is not one of hf, vllm.")

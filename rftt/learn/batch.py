@@ -73,13 +73,17 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         return self._map(lambda tensor: tensor.to(device))
 
+    def token_index(self, documents: Sequence[int]) -> Tensor:
+        """Positions in this batch of the tokens of these documents, in this order."""
+        lengths = [self.lengths[document] for document in documents]
+        shift = self.starts[:-1][documents] - torch.tensor([0, *accumulate(lengths)])[:-1]
+        index = torch.arange(sum(lengths)) + shift.repeat_interleave(torch.tensor(lengths))
+        return index.to(self.input_ids.device)
+
     def select(self, documents: Sequence[int]) -> Batch:
         """The batch of these documents, in this order."""
-        starts = self.starts[:-1][documents]
+        index = self.token_index(documents)
         lengths = tuple(self.lengths[document] for document in documents)
-        shift = starts - torch.tensor([0, *accumulate(lengths)])[:-1]
-        index = torch.arange(sum(lengths)) + shift.repeat_interleave(torch.tensor(lengths))
-        index = index.to(self.input_ids.device)
         return self._map(lambda tensor: tensor[index]).replace(lengths=lengths)
 
     def microbatches(self, max_tokens: int) -> list[list[int]]:

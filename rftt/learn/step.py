@@ -1,0 +1,96 @@
+"""Going over a batch in microbatches, the same number on every rank (DESIGN §4.6)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from rftt.learn.batch import Batch, empty_like
+from rftt.learn.distributed import World, clip_gradients, set_gradient_sync
+from rftt.learn.optim import set_lr
+
+
+def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
+    """Microbatches as document indices; [] stands for an empty one, or FSDP's collectives hang."""
+    groups = batch.microbatches(max_tokens)
+    return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
+
+
+def per_token(
+    function: Callable[[Batch], Tensor], batch: Batch, max_tokens: int, world: World
+) -> Tensor:
+    """(T,) `function` of every microbatch, without gradients, put back in the batch's order."""
+    result = torch.zeros_like(batch.rewards)
+    with torch.no_grad():
+        for group in equal_count(batch, max_tokens, world):
+            if group:
+                result[batch.token_index(group)] = function(batch.select(group)).to(result.dtype)
+            else:
+                function(empty_like(batch))
+    return result
+
+
+def update(
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    learning_rates: Mapping[str, float],
+    batch: Batch,
+    loss_of: Callable[[Batch], Tensor],
+    *,
+    max_tokens: int,
+    max_grad_norm: float,
+    world: World,
+) -> dict[str, float]:
+    """One optimizer step of every module on the sum of the microbatches' losses; gradient norms."""
+    groups = equal_count(batch, max_tokens, world)
+    for i, group in enumerate(groups):
+        for module in modules.values():
+            set_gradient_sync(module, i == len(groups) - 1)
+        loss_of(batch.select(group) if group else empty_like(batch)).backward()
+    norms = {}
+    for name, optimizer in optimizers.items():
+        norms[name] = clip_gradients(modules[name], max_grad_norm)
+        set_lr(optimizer, learning_rates[name])
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def deal(sizes: Sequence[int], n_minibatches: int, seed: int, world: World) -> list[list[int]]:
+    """This rank's share of each minibatch of a shuffled batch, long and short ones evenly.
+
+    The minibatches themselves do not depend on the number of ranks.
+    """
+    order = list(range(len(sizes)))
+    Random(seed).shuffle(order)
+    minibatches = [order[i::n_minibatches] for i in range(n_minibatches)]
+    return [
+        sorted(minibatch, key=lambda i: (-sizes[i], i))[world.rank :: world.size]
+        for minibatch in minibatches
+    ]
+
+
+class Totals:
+    """Sums (and maxima, for keys that end in _max) of metrics over microbatches, then over ranks."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, Tensor | float] = defaultdict(float)
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        for key, value in metrics.items():
+            value = value.detach().float() if isinstance(value, Tensor) else value
+            old = self._values[key]
+            self._values[key] = max(old, value) if key.endswith("_max") else old + value
+
+    def reduce(self, world: World, per: float) -> dict[str, float]:
+        """Over all ranks; sums are divided by `per`, the global count of action tokens."""
+        return {
+            key: float(world.max(float(value)))
+            if key.endswith("_max")
+            else float(world.sum(float(value))) / per
+            for key, value in sorted(self._values.items())
+        }
