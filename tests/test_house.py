@@ -129,9 +129,9 @@ def test_an_attribute_counts_as_knowing() -> None:
     assert not knows(ast.parse("import torch\ntorch.distribution(1)"), "torch.distributed")
 
 
-def test_the_torch_free_modules_stay_torch_free() -> None:
+def test_torch_free_modules_and_the_help_of_scripts_stay_torch_free() -> None:
     free = [*BASE, "search.mcts", "search.filters", "watch.metrics", "watch.log"]
-    lines = [f"import rftt.{module}" for module in free]
+    lines = [f"import rftt.{module}" for module in free] + [f"import {p.stem}" for p in SCRIPTS]
     lines.append("import sys; print(sorted({'torch', 'transformers', 'vllm'} & set(sys.modules)))")
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True

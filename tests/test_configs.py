@@ -1,0 +1,165 @@
+"""Every shipped YAML loads, every field is documented and read, bad input is one clear line."""
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rftt.cli import describe, field_docs, load_config
+from rftt.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
+from rftt.schema import UserError
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "search": (SearchConfig, "search.py"),
+    "sft": (SFTConfig, "train_sft.py"),
+    "rl": (RLConfig, "train_rl.py"),
+    "evaluate": (EvalConfig, "evaluate.py"),
+}
+"""How a config file's name begins -> its class and script."""
+YAMLS = sorted(ROOT.glob("configs/**/*.yaml"))
+by_script = pytest.mark.parametrize("kind", SCRIPTS)
+
+
+def kind_of(path: Path) -> str:
+    return next(kind for kind in SCRIPTS if path.name.startswith(kind))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_shipped_config_loads_and_says_nothing_twice(path: Path) -> None:
+    config = load_config(SCRIPTS[kind_of(path)][0], [str(path)])
+    assert config.output_dir
+    keys = [key.value for key, _ in yaml.compose(path.read_text(encoding="utf-8")).value]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("folder", ["tiny", "qwen2.5-7b"])
+def test_each_model_has_a_config_for_every_script(folder: str) -> None:
+    assert {kind_of(path) for path in YAMLS if path.parent.name == folder} == set(SCRIPTS)
+
+
+@by_script
+def test_every_field_has_a_docstring_and_is_in_the_help(kind: str) -> None:
+    schema = SCRIPTS[kind][0]
+    docs = {name: doc for base in schema.__mro__[:-1] for name, doc in field_docs(base).items()}
+    assert sorted(docs) == sorted(field.name for field in fields(schema))
+    assert [name for name, doc in docs.items() if not doc.strip()] == []
+    assert [name for name in docs if f"\n{name}: " not in describe(schema)] == []
+
+
+def reads(text: str) -> set[str]:
+    """Names x of every `cfg.x` or `config.x` in the code `text`."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("cfg", "config")
+    }
+
+
+@by_script
+def test_every_field_is_read_by_its_script_or_the_package(kind: str) -> None:
+    schema, script = SCRIPTS[kind]
+    modules = [path for path in ROOT.glob("rftt/**/*.py") if path.name != "config.py"]
+    read = set().union(*(reads(path.read_text()) for path in [ROOT / script, *modules]))
+    assert sorted({field.name for field in fields(schema)} - read) == []
+    assert reads("cfg.seed + other.dtype") == {"seed"}
+
+
+@by_script
+def test_a_script_explains_itself_and_fails_in_one_line(kind: str) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, SCRIPTS[kind][1], *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    shown = run("--help")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == describe(SCRIPTS[kind][0])
+    wrong = run("output_dr=x")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "unknown key 'output_dr'" in wrong.stderr
+    assert wrong.stderr.endswith("Did you mean 'output_dir'?\n")
+    assert wrong.stderr.count("\n") == 1
+
+
+def test_the_published_recipe_oracle_is_the_papers() -> None:
+    """PAPER §1, where the paper gives a number."""
+    folder = ROOT / "configs/qwen2.5-7b"
+    search = load_config(SearchConfig, [str(folder / "search.yaml")])
+    assert (search.simulations, search.search_depth, search.exploration_weight) == (16, 15, 2.0)
+    sft = load_config(SFTConfig, [str(folder / "sft.yaml")])
+    assert (sft.learning_rate, sft.lr_scheduler_type, sft.weight_decay) == (7e-6, "constant", 0.1)
+    assert (sft.train_batch_size, sft.num_train_epochs, sft.max_length) == (128, 10, 8192)
+    assert (sft.adam_beta1, sft.adam_beta2, sft.dtype) == (0.9, 0.95, "bfloat16")
+    rl = load_config(RLConfig, [str(folder / "rl.yaml")])
+    assert (rl.rollout_batch_size, rl.num_generations, rl.train_batch_size) == (16, 16, 16)
+    assert (rl.learning_rate, rl.lr_scheduler_type, rl.min_lr_ratio) == (5e-7, "cosine", 0.1)
+    assert (rl.warmup_ratio, rl.max_grad_norm, rl.max_steps) == (0.03, 1.0, 250)
+    assert (rl.adam_beta1, rl.adam_beta2, rl.temperature) == (0.9, 0.95, 0.95)
+    assert (rl.epsilon, rl.gamma, rl.lam, rl.kl_coef) == (0.2, 1.0, 0.95, 0.01)
+    assert (rl.num_ppo_epochs, rl.search_depth, rl.exploration_weight) == (1, 18, 2.0)
+    assert (rl.correct_reward, rl.wrong_reward, rl.no_answer_reward) == (1.0, 0.1, 0.0)
+    assert (rl.advantage_estimator, rl.sampling_method) == ("reinforce++", "mcts")
+
+
+# ---- Reading ----
+
+NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate=1e-6"]
+
+
+def test_overrides_come_after_the_file_and_keep_their_types(tmp_path: Path) -> None:
+    (tmp_path / "rl.yaml").write_text(
+        "output_dir: o\nmodel_name_or_path: m\ntrain_file: t\nlearning_rate: 5e-7\nreport_to: []\n"
+    )
+    config = load_config(
+        RLConfig,
+        [str(tmp_path / "rl.yaml"), "kl_target=0.1", "report_to=[wandb]", "output_dir=7", "lam=1"],
+    )
+    assert config.learning_rate == 5e-7  # YAML itself reads 5e-7 as text
+    assert (config.kl_target, config.report_to, config.output_dir) == (0.1, ["wandb"], "7")
+    assert isinstance(config.lam, float)
+    assert load_config(RLConfig, [*NEEDED, "kl_target=null"]).kl_target is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("learning_rat=1", r"unknown key 'learning_rat' .* Did you mean 'learning_rate'\?"),
+        ("advantage_estimator=ppo2", r"'ppo2' is not one of ppo, reinforce\+\+, grpo"),
+        ("max_steps=many", r"max_steps='many' is not a int"),
+        ("max_steps=1.5", r"max_steps=1.5 is not a int"),
+        ("gradient_checkpointing=1", r"gradient_checkpointing=1 is not a bool"),
+        ("learning_rate=fast", r"learning_rate='fast' is not a float"),
+        ("seed=true", r"seed=True is not a int"),
+        ("report_to=wandb", r"report_to='wandb' is not a list"),
+        ("train_batch_size=48", r"256 is not divisible by train_batch_size 48; nearest: 32, 64\."),
+        ("top_p=0.9", r"top_p=0.9 .* set top_p: 1.0"),
+        ("nowhere.yaml", r"nowhere.yaml does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_cure(argument: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(RLConfig, [*NEEDED, argument])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a list", "does not hold `key: value` lines"),
+        ("", "does not hold `key: value` lines"),
+        ("a: [1", "is not YAML"),
+        ("seed: 1\n\nsede: 2", r"unknown key 'sede' \(.*rl.yaml line 3\)"),
+        ("seed: 1", r"learning_rate is not set; add it to the file"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "rl.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(RLConfig, [str(tmp_path / "rl.yaml")])
+    assert "\n" not in str(caught.value)
