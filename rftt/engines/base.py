@@ -10,10 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from rftt.schema import Completion, Sampling
+from rftt.schema import Completion, Sampling, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rftt.config import EvalConfig, RLConfig, SearchConfig
+
+    EngineConfig = SearchConfig | RLConfig | EvalConfig
 
 
 @dataclass
@@ -57,3 +61,24 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check_request(
+    prompt_ids: Sequence[int], sampling: Sampling, max_model_len: int, n_tokens: int
+) -> None:
+    """Raise UserError for a request that no engine could run as asked."""
+    ids = (*prompt_ids, *sampling.stop_ids, *sampling.watch_ids, *sampling.watch_after)
+    if not prompt_ids or sampling.max_tokens < 1:
+        raise UserError("an engine needs at least one prompt token and max_tokens of at least 1.")
+    if len(prompt_ids) + sampling.max_tokens > max_model_len:
+        raise UserError(
+            f"prompt of {len(prompt_ids)} tokens + max_tokens={sampling.max_tokens} exceeds "
+            f"max_model_len={max_model_len}; shorten one or raise the other."
+        )
+    if min(ids) < 0 or max(ids) >= n_tokens:
+        raise UserError(f"token id outside the tokenizer: {min(ids)} … {max(ids)} of {n_tokens}.")
+
+
+def checksum(tensor: Tensor) -> float:
+    """Sum of magnitudes in float64: cheap, deterministic, and wrong after a lost or stale block."""
+    return tensor.detach().abs().double().sum().item()

@@ -1,0 +1,175 @@
+"""Sampling with plain transformers forwards: continuous batching on any device, nothing to install.
+
+One asyncio task admits waiting requests, decodes one token for every running row (slots.py) and
+retires the finished ones. No threads and no clock: the same submissions give the same batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rftt.engines.base import Counters, check_request, checksum
+from rftt.engines.slots import Slots, load_model
+from rftt.schema import Completion, Sampling, UserError
+
+if TYPE_CHECKING:
+    from rftt.engines.base import EngineConfig
+
+PREFILL_TOKENS = 16_384
+"""Padded prompt tokens of one prefill forward; bounds its memory."""
+ADMIT_SHARE = 8
+"""Prefill when 1/8 as many requests wait as run: a small prefill costs about as much as a step."""
+
+
+@dataclass(eq=False)
+class _Request:
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    done: asyncio.Future[Completion]
+    watched: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    n_cached: int = 0
+
+
+class HFEngine:
+    """Engine protocol (base.py) over one transformers causal LM."""
+
+    def __init__(self, cfg: EngineConfig, model_path: str, n_tokens: int) -> None:
+        self.model = load_model(cfg, model_path)
+        self.n_tokens, self.max_num_seqs = n_tokens, cfg.max_num_seqs
+        self.max_model_len = cfg.max_model_len
+        self.counters = Counters()
+        self._slots = Slots(self.model, n_tokens, cfg.max_num_seqs, cfg.max_model_len)
+        self._waiting: list[_Request] = []
+        self._running: list[_Request] = []
+        self._cancelled = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """See base.Engine. The first request in an event loop starts the engine's task there."""
+        check_request(prompt_ids, sampling, self.max_model_len, self.n_tokens)
+        loop = asyncio.get_running_loop()
+        if self._task is not None and self._task.done():
+            self._release(self._task)
+        if self._task is None or self._task.get_loop() is not loop:
+            self._forget()
+            self._task = loop.create_task(self._run())
+            self._task.add_done_callback(self._release)
+        request = _Request(tuple(prompt_ids), sampling, loop.create_future())
+        self._waiting.append(request)
+        try:
+            return await request.done
+        except asyncio.CancelledError:
+            self._cancelled = True
+            raise
+
+    async def _run(self) -> None:
+        while self._waiting or self._running:
+            self._step()
+            await asyncio.sleep(0)
+
+    def _release(self, task: asyncio.Task[None]) -> None:
+        """However the task ended, nobody is left waiting for it."""
+        if task is not self._task:  # released by a request that came before this callback
+            return
+        error = None if task.cancelled() else task.exception()
+        for request in self._waiting + self._running:
+            if request.done.done():
+                continue
+            if error:
+                request.done.set_exception(error)
+            else:
+                request.done.cancel()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._waiting, self._running, self._slots.n, self._task = [], [], 0, None
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        if self._cancelled:
+            self._cancelled = False
+            self._waiting = [request for request in self._waiting if not request.done.done()]
+            self._retire([i for i, request in enumerate(self._running) if request.done.done()])
+        free = self.max_num_seqs - len(self._running)
+        n = min(free, len(self._waiting))
+        if n and (n == free or n * ADMIT_SHARE >= len(self._running)):
+            self._admit(n)
+        if self._running:
+            self.counters.steps += 1
+            self.counters.generated_tokens += len(self._running)
+            finished, watched = self._slots.decode()
+            for slot, position, logprobs in watched:
+                self._running[slot].watched[position] = logprobs
+            self._retire(finished)
+
+    def _admit(self, n: int) -> None:
+        """Prefill the first `n` waiting requests, longest prompts together, and let them run."""
+        new, self._waiting = self._waiting[:n], self._waiting[n:]
+        new.sort(key=lambda request: -len(request.prompt))
+        while new:
+            size = max(1, PREFILL_TOKENS // len(new[0].prompt))
+            chunk, new = new[:size], new[size:]
+            shared = self._slots.admit([r.prompt for r in chunk], [r.sampling for r in chunk])
+            for request, request.n_cached in zip(chunk, shared, strict=True):
+                self.counters.requests += 1
+                self.counters.prompt_tokens += len(request.prompt)
+                self.counters.cached_tokens += request.n_cached
+            self._running += chunk
+
+    def _retire(self, slots: list[int]) -> None:
+        """Resolve the requests in `slots`, unless they were cancelled, and free their slots."""
+        if not slots:
+            return
+        for slot, (ids, logprobs) in zip(slots, self._slots.outputs(slots), strict=True):
+            request = self._running[slot]
+            if not request.done.done():
+                stopped = ids[-1] in request.sampling.stop_ids
+                request.done.set_result(
+                    Completion(
+                        token_ids=tuple(ids),
+                        logprobs=tuple(logprobs),
+                        finish="stop" if stopped else "length",
+                        watched=request.watched,
+                        n_prompt=len(request.prompt),
+                        n_cached=request.n_cached,
+                    )
+                )
+        self._running = [self._running[origin] for origin in self._slots.retire(slots)]
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See base.Engine. A tied parameter may come under either name or both."""
+        if self._running or self._waiting:
+            raise UserError("load_weights while requests run: await them first.")
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = {id(parameter): name for name, parameter in own.items()}
+        for name, tensor in weights:
+            parameter = own.get(name)
+            if parameter is None:
+                raise UserError(f"load_weights: the engine's model has no parameter {name}.")
+            if parameter.shape != tensor.shape:
+                raise UserError(
+                    f"load_weights: {name} is {tuple(tensor.shape)} in the learner but "
+                    f"{tuple(parameter.shape)} in the engine."
+                )
+            parameter.data.copy_(tensor)
+            if checksum(parameter.data) != checksum(tensor.to(parameter.data)):
+                raise UserError(f"load_weights: {name} differs from the learner's after the copy.")
+            missing.pop(id(parameter), None)
+        if missing:
+            raise UserError(f"load_weights: {', '.join(sorted(missing.values()))} never came.")
+
+    def sleep(self) -> None:
+        """Drop the key/value slots; they come back with the next request."""
+        self._slots.drop()
+
+    def wake(self) -> None:
+        """Nothing to take back: the weights stayed."""
+
+    def close(self) -> None:
+        self._slots.drop()

@@ -1,0 +1,330 @@
+"""One contract, every local engine: the vLLM rows run where it is installed (`-m vllm`)."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rftt.config import SearchConfig
+from rftt.engines import build_engine
+from rftt.engines.base import Engine
+from rftt.engines.slots import pick
+from rftt.schema import Completion, Sampling, UserError
+
+N_TOKENS = 61
+"""Ids of the tokenizer; the model has rows for three more."""
+STOP, OPENERS, CLOSERS = 7, (3, 4, 5), (10, 11, 12, 13, 14, 15)
+MODELS = {"tied": True, "untied": False}
+
+
+def make_model(tied: bool, seed: int = 0) -> Qwen2ForCausalLM:
+    """Random Qwen2 with grouped queries whose tokens depend on the context, unlike at 0.02."""
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            initializer_range=0.12,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    paths = {name: tmp_path_factory.mktemp(name) for name in MODELS}
+    for name, tied in MODELS.items():
+        make_model(tied).save_pretrained(paths[name])
+    return paths
+
+
+@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[Engine]:
+    built = build(request.param, folders["untied"])
+    yield built
+    built.close()
+
+
+def build(name: Literal["hf", "vllm"], folder: Path, max_num_seqs: int = 32) -> Engine:
+    cfg = SearchConfig(
+        output_dir="",
+        model_name_or_path=str(folder),
+        train_file="",
+        engine=name,
+        dtype="float32",
+        device="cpu",
+        max_model_len=128,
+        max_num_seqs=max_num_seqs,
+    )
+    return build_engine(cfg, str(folder), N_TOKENS)
+
+
+def sample(engine: Engine, *requests: tuple[list[int], Sampling]) -> list[Completion]:
+    async def together() -> list[Completion]:
+        return await asyncio.gather(*(engine.generate(ids, how) for ids, how in requests))
+
+    return asyncio.run(together())
+
+
+def random_prompts(n: int, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (n,), generator=generator).tolist()
+    return [torch.randint(16, N_TOKENS, (k,), generator=generator).tolist() for k in lengths]
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: Qwen2ForCausalLM, prompt: list[int], response: tuple[int, ...], temperature: float = 1.0
+) -> torch.Tensor:
+    """(R, N_TOKENS) what an unpadded forward says of each position of the response."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1, :N_TOKENS]
+    return torch.log_softmax(logits.double() / temperature, -1)
+
+
+def agrees_with_model(
+    model: Qwen2ForCausalLM, prompt: list[int], got: Completion, t: float
+) -> float:
+    """Largest difference between the engine's log-probs and the model's."""
+    table = reference_logprobs(model, prompt, got.token_ids, t)
+    own = table[range(len(got.token_ids)), list(got.token_ids)]
+    return (own - torch.tensor(got.logprobs, dtype=torch.double)).abs().max().item()
+
+
+def test_oracle_greedy_tokens_are_the_argmax_of_an_unpadded_forward(engine: Engine) -> None:
+    model = make_model(tied=False)
+    prompts = random_prompts(40)
+    got = sample(engine, *((p, Sampling(max_tokens=20, temperature=0.0)) for p in prompts))
+    for prompt, completion in zip(prompts, got, strict=True):
+        table = reference_logprobs(model, prompt, completion.token_ids)
+        assert completion.token_ids == tuple(table.argmax(-1).tolist())
+        assert completion.finish == "length"
+        assert len(completion.token_ids) == 20
+        assert agrees_with_model(model, prompt, completion, 1.0) < 1e-4
+    assert len({completion.token_ids for completion in got}) > 20
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_oracle_logprobs_of_samples_and_openers(engine: Engine, temperature: float) -> None:
+    model = make_model(tied=False)
+    prompts = random_prompts(40, seed=1)
+    how = [
+        Sampling(
+            max_tokens=5 + i,
+            temperature=temperature,
+            seed=i,
+            watch_ids=OPENERS,
+            watch_after=CLOSERS,
+        )
+        for i in range(40)
+    ]
+    for prompt, sampling, got in zip(
+        prompts, how, sample(engine, *zip(prompts, how, strict=True)), strict=True
+    ):
+        assert len(got.token_ids) == len(got.logprobs) == sampling.max_tokens
+        assert agrees_with_model(model, prompt, got, temperature) < 1e-4
+        begins = [0, *(i + 1 for i, token in enumerate(got.token_ids[:-1]) if token in CLOSERS)]
+        assert sorted(got.watched) == begins
+        table = reference_logprobs(model, prompt, got.token_ids, temperature)
+        for position, logprobs in got.watched.items():
+            torch.testing.assert_close(
+                torch.tensor(logprobs, dtype=torch.double),
+                table[position, list(OPENERS)],
+                atol=1e-4,
+                rtol=0,
+            )
+
+
+def test_oracle_samples_follow_the_models_distribution(engine: Engine) -> None:
+    prompt, n = [20, 21, 22], 2000
+    got = sample(engine, *((prompt, Sampling(max_tokens=1, seed=i)) for i in range(n)))
+    counts = torch.bincount(torch.tensor([c.token_ids[0] for c in got]), minlength=N_TOKENS)
+    expected = n * reference_logprobs(make_model(tied=False), prompt, (0,))[0].exp()
+    assert counts.sum() == n
+    common = expected >= 5
+    chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum().item()
+    freedom = int(common.sum())
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_invariant_a_request_does_not_depend_on_its_batch(engine: Engine) -> None:
+    prompts = random_prompts(24, seed=2)
+    requests = [
+        (p, Sampling(max_tokens=30, seed=i, stop_ids=(STOP,))) for i, p in enumerate(prompts)
+    ]
+    together = sample(engine, *requests)
+    alone = [sample(engine, request)[0] for request in requests[:6]]
+    backwards = sample(engine, *reversed(requests))[::-1]
+    assert [c.token_ids for c in alone] == [c.token_ids for c in together[:6]]
+    assert [c.token_ids for c in backwards] == [c.token_ids for c in together]
+    other_seeds = sample(engine, *((p, Sampling(max_tokens=30, seed=99)) for p in prompts))
+    assert [c.token_ids for c in other_seeds] != [c.token_ids for c in together]
+
+
+def test_stop_id_ends_the_completion_and_stays_in_it(engine: Engine) -> None:
+    prompts = random_prompts(60, seed=3)
+    how = [Sampling(max_tokens=60, seed=i, stop_ids=(STOP, 8)) for i in range(60)]
+    got = sample(engine, *zip(prompts, how, strict=True))
+    stopped = [c for c in got if c.finish == "stop"]
+    assert 0 < len(stopped) < 60
+    for completion in got:
+        body = completion.token_ids[:-1]
+        assert STOP not in body
+        assert 8 not in body
+        assert (completion.token_ids[-1] in (STOP, 8)) == (completion.finish == "stop")
+        assert completion.finish == "stop" or len(completion.token_ids) == 60
+
+
+def test_top_p_keeps_to_the_nucleus(engine: Engine) -> None:
+    model = make_model(tied=False)
+    prompts = random_prompts(30, seed=4)
+    how = [Sampling(max_tokens=8, seed=i, top_p=0.5) for i in range(30)]
+    for prompt, got in zip(prompts, sample(engine, *zip(prompts, how, strict=True)), strict=True):
+        probs = reference_logprobs(model, prompt, got.token_ids).exp()
+        for row, token in zip(probs, got.token_ids, strict=True):
+            assert row[row > row[token]].sum() < 0.5 + 1e-6
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled(folders: dict[str, Path]) -> None:
+    model = make_model(tied=False)
+    model.lm_head.weight.data[N_TOKENS:] = 50 * model.lm_head.weight.data[:3]
+    folder = folders["untied"].parent / "loud"
+    model.save_pretrained(folder)
+    engine = build("hf", folder)
+    got = sample(engine, *((p, Sampling(max_tokens=20, seed=1)) for p in random_prompts(20)))
+    assert max(max(c.token_ids) for c in got) < N_TOKENS
+
+
+def test_cancelled_request_frees_its_place(folders: dict[str, Path]) -> None:
+    engine = build("hf", folders["untied"], max_num_seqs=2)
+
+    async def scenario() -> list[Completion]:
+        long = [asyncio.create_task(engine.generate([20], Sampling(max_tokens=120))) for _ in "abc"]
+        await asyncio.sleep(0)
+        short = asyncio.create_task(engine.generate([21], Sampling(max_tokens=3, seed=5)))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        for task in long:
+            task.cancel()
+        outcomes = await asyncio.gather(*long, return_exceptions=True)
+        assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+        return [await short]
+
+    [short] = asyncio.run(scenario())
+    assert short == sample(engine, ([21], Sampling(max_tokens=3, seed=5)))[0]
+    assert engine.counters.generated_tokens < 60
+
+
+def test_engine_error_reaches_every_waiter_and_the_next_run_works(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build("hf", folders["untied"], max_num_seqs=2)
+    request = ([20, 21], Sampling(max_tokens=4))
+    before = sample(engine, request)
+
+    def broken(*_: object) -> None:
+        raise FloatingPointError("broken forward")
+
+    async def three() -> list[object]:
+        waiting = (engine.generate(*request) for _ in range(3))
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rftt.engines.slots.Slots.decode", broken)
+        assert [type(error) for error in asyncio.run(three())] == [FloatingPointError] * 3
+    assert sample(engine, request) == before
+
+
+def test_interrupted_event_loop_leaves_a_working_engine(engine: Engine) -> None:
+    async def give_up() -> None:
+        async with asyncio.timeout(0.05):
+            await asyncio.gather(
+                *(engine.generate([20], Sampling(max_tokens=120, seed=i)) for i in range(3))
+            )
+            await asyncio.sleep(1)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    assert len(sample(engine, ([20], Sampling(max_tokens=5)))[0].token_ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ([], Sampling(max_tokens=1), "at least one prompt token"),
+        ([20], Sampling(max_tokens=0), "max_tokens of at least 1"),
+        ([20] * 100, Sampling(max_tokens=29), "max_model_len=128"),
+        ([N_TOKENS], Sampling(max_tokens=1), "outside the tokenizer"),
+        ([20], Sampling(max_tokens=1, stop_ids=(-1,)), "outside the tokenizer"),
+    ],
+)
+def test_impossible_request_is_one_clear_error(
+    engine: Engine, prompt: list[int], sampling: Sampling, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        sample(engine, (prompt, sampling))
+
+
+def test_counters_count_every_token_and_shared_prompts(engine: Engine) -> None:
+    before = vars(engine.counters).copy()
+    prompt = list(range(16, 60))
+    got = sample(engine, *((prompt, Sampling(max_tokens=6, seed=i)) for i in range(8)))
+    spent = {name: value - before[name] for name, value in vars(engine.counters).items()}
+    assert spent["requests"] == 8
+    assert spent["generated_tokens"] == sum(len(c.token_ids) for c in got) == 48
+    assert spent["prompt_tokens"] == 8 * len(prompt) == sum(c.n_prompt for c in got)
+    assert spent["cached_tokens"] == sum(c.n_cached for c in got)
+    assert spent["cached_tokens"] > 0
+    assert 6 <= spent["steps"] <= 20
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_oracle_synced_engine_samples_as_the_learner(name: str, folders: dict[str, Path]) -> None:
+    engine, learner = build("hf", folders[name]), make_model(MODELS[name], seed=7)
+    prompts = random_prompts(12, seed=5)
+    greedy = [(p, Sampling(max_tokens=12, temperature=0.0)) for p in prompts]
+    stale = sample(engine, *greedy)
+    engine.sleep()
+    engine.wake()
+    engine.load_weights(learner.named_parameters())
+    for prompt, old, got in zip(prompts, stale, sample(engine, *greedy), strict=True):
+        table = reference_logprobs(learner, prompt, got.token_ids)
+        assert got.token_ids == tuple(table.argmax(-1).tolist()) != old.token_ids
+        assert agrees_with_model(learner, prompt, got, 1.0) < 1e-4
+
+
+def test_load_weights_names_what_is_wrong(folders: dict[str, Path]) -> None:
+    engine, learner = build("hf", folders["untied"]), make_model(tied=False)
+    weights = dict(learner.named_parameters())
+    head = weights.pop("lm_head.weight")
+    with pytest.raises(UserError, match=r"lm_head\.weight never came"):
+        engine.load_weights(weights.items())
+    with pytest.raises(UserError, match=r"lm_head.weight is \(63, 64\)"):
+        engine.load_weights([("lm_head.weight", head[1:])])
+    with pytest.raises(UserError, match=r"no parameter strange\.weight"):
+        engine.load_weights([("strange.weight", head)])
+
+
+def test_oracle_pick_is_the_inverse_cdf() -> None:
+    probs = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).repeat(7, 1)
+    uniform = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2**-24, 0.9])
+    greedy = torch.tensor([False] * 6 + [True])
+    got = pick(probs.log(), uniform, torch.ones(7), greedy)
+    assert got.tolist() == [0, 0, 2, 2, 3, 3, 0]
+    nucleus = pick(probs.log(), uniform, torch.full((7,), 0.6), greedy)
+    assert nucleus.tolist() == [0, 0, 0, 2, 2, 2, 0]
