@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 16_384
 """Padded prompt tokens of one prefill forward; bounds its memory."""
-ADMIT_SHARE = 8
-"""Prefill when 1/8 as many requests wait as run: a small prefill costs about as much as a step."""
+ADMIT_SHARE = 4
+"""Prefill when 1/4 as many requests wait as run: a small prefill costs about as much as a step."""
 
 
 @dataclass(eq=False)
