@@ -33,7 +33,7 @@ def main(cfg: SearchConfig) -> None:
     from rftt.rewards.grader import grade
     from rftt.search.curate import Rules, curate
     from rftt.search.expand import Learned, Prompted, reply
-    from rftt.search.samplers import encode_question, for_each, prompted_tree, sample
+    from rftt.search.samplers import encode_question, for_each, prompted_tree, sample, tree_record
     from rftt.watch.log import RunLog
 
     out = Path(cfg.output_dir)
@@ -67,7 +67,7 @@ def main(cfg: SearchConfig) -> None:
         )
         rows, counts = await curate(tree, problem, ask, rules)
         name = f"trees/{quote(problem.id, safe='')}.json"
-        write_json(out / name, tree_record(tree, problem))
+        write_json(out / name, tree_record(tree, problem, tokenizer))
         solved = sum(leaf.value_sum for leaf in tree.leaves()) / tree.root.visits
         return {"rows": [row | {"tree": name} for row in rows], "counts": counts, "solved": solved}
 
@@ -113,24 +113,6 @@ def main(cfg: SearchConfig) -> None:
     engine.close()
     stats = finish_data(out, journal, problems, tokenizer, cfg.max_row_tokens)
     log.info(f"{stats['rows']} rows from {len(problems)} problems: {stats['counts']}")
-
-
-def tree_record(tree: Any, problem: Problem) -> dict[str, Any]:
-    """The tree as JSON: what a reader, a picture or a test wants to know of each node."""
-    nodes = [
-        {
-            "id": node.id,
-            "parent": node.parent.id if node.parent else None,
-            "act": node.act,
-            "text": node.step.text if node.step else "",
-            "visits": node.visits,
-            "q": node.q,
-            "answer": node.step.answer if node.step else None,
-            "terminal": node.terminal,
-        }
-        for node in tree.nodes
-    ]
-    return {"problem": asdict(problem), "nodes": nodes}
 
 
 def sample_record(

@@ -191,24 +191,25 @@ def load_rows(
     *,
     system_prompt: str | None,
     mask_wrong: bool,
+    functional: bool,
     max_length: int,
 ) -> tuple[list[SFTExample], int]:
     """Read SFT rows; returns examples and how many rows were left out for exceeding `max_length`.
 
     A row is {"question", "steps": [{"act", "text"}, …]} or, for a plain chain of thought,
     {"question", "response"}. `mask_wrong` leaves the steps marked `"wrong": true` out of the loss:
-    the model learns to mend a mistake without learning to make it.
+    the model learns to mend a mistake without learning to make it. Without `functional` tokens the
+    same steps are written as plain lines: the control that shows what the tokens are worth.
     """
     examples: list[SFTExample] = []
     too_long = 0
-    ids: FunctionIds | None = None
+    ids = function_ids(tokenizer) if functional else None
     for number, row in read_jsonl(path):
         question = _field(row, "question")
         if not question:
             raise UserError(f"{path}:{number} has no problem (found {', '.join(row)}).")
         prompt = encode_chat(tokenizer, question_messages(question, system_prompt))
         if "steps" in row:
-            ids = ids or function_ids(tokenizer)
             response, mask = _encode_steps(row["steps"], tokenizer, ids, mask_wrong, path, number)
         elif "response" in row:
             response = tokenizer.encode(row["response"], add_special_tokens=False)
@@ -229,18 +230,22 @@ def load_rows(
 def _encode_steps(
     steps: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
-    ids: FunctionIds,
+    ids: FunctionIds | None,
     mask_wrong: bool,
     path: str,
     number: int,
 ) -> tuple[list[int], list[bool]]:
     response: list[int] = []
     mask: list[bool] = []
-    for step in steps:
+    for i, step in enumerate(steps):
         act = ALIASES.get(step["act"], step["act"])
         if act not in FUNCTIONS:
             raise UserError(f"{path}:{number} has the unknown act {step['act']!r}.")
-        segment = render([(act, step["text"])], tokenizer, ids)
+        if ids is None:
+            line = step["text"] if i == 0 else "\n" + step["text"]
+            segment = tokenizer.encode(line, add_special_tokens=False)
+        else:
+            segment = render([(act, step["text"])], tokenizer, ids)
         response += segment
         mask += [not (mask_wrong and step.get("wrong", False))] * len(segment)
     return response, mask

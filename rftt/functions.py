@@ -201,6 +201,10 @@ def add_function_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return new
 
 
+def has_function_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab())
+
+
 def description_of(token: str) -> str:
     """What a delimiter's embedding is initialised from; openers and closers must differ."""
     act = token.strip("</>")

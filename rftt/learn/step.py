@@ -40,17 +40,22 @@ def update(
     learning_rates: Mapping[str, float],
     batch: Batch,
     loss_of: Callable[[Batch], Tensor],
+    n_tokens: float,
     *,
     max_tokens: int,
     max_grad_norm: float,
     world: World,
 ) -> dict[str, float]:
-    """One optimizer step of every module on the sum of the microbatches' losses; gradient norms."""
+    """One optimizer step of every module; returns the gradient norms before clipping.
+
+    `loss_of` sums over tokens; `n_tokens` is the one denominator for all microbatches and ranks.
+    """
     groups = equal_count(batch, max_tokens, world)
     for i, group in enumerate(groups):
         for module in modules.values():
             set_gradient_sync(module, i == len(groups) - 1)
-        loss_of(batch.select(group) if group else empty_like(batch)).backward()
+        loss = loss_of(batch.select(group) if group else empty_like(batch))
+        (loss / n_tokens).backward()
     norms = {}
     for name, optimizer in optimizers.items():
         norms[name] = clip_gradients(modules[name], max_grad_norm)
@@ -75,7 +80,7 @@ def deal(sizes: Sequence[int], n_minibatches: int, seed: int, world: World) -> l
 
 
 class Totals:
-    """Sums (and maxima, for keys that end in _max) of metrics over microbatches, then over ranks."""
+    """Sums (maxima, for keys that end in _max) of metrics over microbatches, then over ranks."""
 
     def __init__(self) -> None:
         self._values: defaultdict[str, Tensor | float] = defaultdict(float)

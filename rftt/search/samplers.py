@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import accumulate
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rftt.data import encode_chat, question_messages
 from rftt.functions import successors
@@ -28,6 +28,9 @@ from rftt.search.expand import (
     with_answer,
 )
 from rftt.search.mcts import Choice, Tree, Value, grow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -169,6 +172,24 @@ async def sample(
         return _rollout(ctx, problem, prompt, steps, group=group, mask_forced=False)
 
     return list(await asyncio.gather(*map(one, range(n))))
+
+
+def tree_record(tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tree as JSON: what a reader, a picture or a test wants to know of each node."""
+    nodes = [
+        {
+            "id": node.id,
+            "parent": node.parent.id if node.parent else None,
+            "act": node.act,
+            "text": (node.step.text or tokenizer.decode(node.step.token_ids)) if node.step else "",
+            "visits": node.visits,
+            "q": node.q,
+            "answer": node.step.answer if node.step else None,
+            "terminal": node.terminal,
+        }
+        for node in tree.nodes
+    ]
+    return {"problem": asdict(problem), "nodes": nodes}
 
 
 def _rollout(

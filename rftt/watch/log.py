@@ -64,6 +64,17 @@ class Bar:
         self._drawn.close()
 
 
+class Clock:
+    """Seconds since the last lap, for one step's metrics."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> dict[str, float]:
+        before, self._last = self._last, time.perf_counter()
+        return {name: self._last - before}
+
+
 class RunLog:
     """The log of one run directory. Raises UserError where `report_to` asks for what is missing."""
 

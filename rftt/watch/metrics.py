@@ -9,8 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from math import comb
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from rftt.functions import ACTS
+from rftt.schema import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -62,3 +69,41 @@ def paired_bootstrap(
         raise ValueError(f"paired_bootstrap needs equal lengths, not {len(a)} and {len(b)}")
     differences = [x - y for x, y in zip(a, b, strict=True)]
     return mean_ci(differences, seed=seed, resamples=resamples)
+
+
+def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Means over the rollouts of a step; docs/metrics.md says what each key means."""
+    n = len(rollouts)
+    acts = [act for rollout in rollouts for act in rollout.acts]
+    groups: dict[int, set[float]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, set()).add(sum(rollout.step_rewards))
+    return {
+        "accuracy": sum(r.outcome for r in rollouts) / n,
+        "reward": sum(sum(r.step_rewards) for r in rollouts) / n,
+        "response_length": sum(len(r.response_ids) for r in rollouts) / n,
+        "truncated_share": sum(r.finish == "length" for r in rollouts) / n,
+        "malformed_share": sum("" in r.acts for r in rollouts) / n,
+        "masked_share": 1
+        - sum(map(sum, (r.action_mask for r in rollouts)))
+        / sum(len(r.response_ids) for r in rollouts),
+        "rollouts": float(n),
+        "tokens_generated": float(sum(r.n_generated for r in rollouts)),
+        "tokens_trained": float(sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)),
+        "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
+    } | {f"acts/{act}": acts.count(act) / max(len(acts), 1) for act in ACTS}
+
+
+def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A rollout as a person reads it."""
+    return {
+        "id": rollout.problem.id,
+        "question": rollout.problem.question,
+        "gold": rollout.problem.answer,
+        "response": tokenizer.decode(rollout.response_ids),
+        "answer": rollout.answer,
+        "outcome": rollout.outcome,
+        "acts": rollout.acts,
+        "step_rewards": rollout.step_rewards,
+        "finish": rollout.finish,
+    }

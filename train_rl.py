@@ -1,0 +1,396 @@
+"""Phase 2: online RL that explores by tree search over functional tokens (PAPER §1).
+
+    python train_rl.py configs/tiny/rl.yaml [key=value …]
+    torchrun --nproc_per_node 8 train_rl.py configs/qwen2.5-7b/rl.yaml
+
+Every step: 1. explore, the newest weights search for solutions; 2. score, how good was every token;
+3. learn, a few clipped passes over the same rollouts; 4. look, numbers, examples and a place to
+resume from. One process is one rank with an engine of its own. Every rank sees all rollouts of a
+step and trains on its share of each minibatch: the number of ranks does not change the mathematics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rftt.cli import cli
+from rftt.config import RLConfig
+from rftt.data import load_problems, load_tokenizer, shuffled_epochs, write_json, write_jsonl
+from rftt.functions import function_ids, has_function_tokens
+from rftt.schema import Problem, Rollout, seed_for
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from rftt.learn.batch import Batch
+    from rftt.learn.distributed import World
+    from rftt.learn.step import Totals
+    from rftt.search.expand import Learned
+
+LINE = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", "search_seconds",
+        "train_seconds", "eval/greedy")  # fmt: skip
+"""What the line of a step shows; metrics.jsonl has every key of docs/metrics.md."""
+
+
+def main(cfg: RLConfig) -> None:
+    # Heavy imports wait until the config is known to be good.
+    from rftt.learn.distributed import close_world, open_world
+
+    world = open_world(cfg.device)
+    train(cfg, world)
+    close_world(world)
+
+
+def train(cfg: RLConfig, world: World) -> None:
+    from rftt.engines import build_engine
+    from rftt.learn.batch import collate
+    from rftt.learn.checkpoint import export_hf, latest, restore, save
+    from rftt.learn.distributed import full_weights
+    from rftt.learn.rl import AdaptiveKL
+    from rftt.learn.step import Totals, deal, update
+    from rftt.search.expand import Learned
+    from rftt.watch.log import Clock, RunLog
+    from rftt.watch.metrics import readable, rollout_metrics
+
+    out = Path(cfg.output_dir)
+    problems = load_problems(cfg.train_file)
+    eval_problems = load_problems(cfg.eval_file or cfg.train_file, limit=cfg.max_eval_problems)
+    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    speaks = cfg.sampling_method == "mcts" or has_function_tokens(tokenizer)
+    ids = function_ids(tokenizer) if speaks else None
+    vocabulary = len(tokenizer)
+    log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
+    engine = build_engine(cfg, cfg.model_name_or_path, vocabulary)  # before FSDP takes the device
+    models, modules, optimizers, rates = build_models(cfg, world)
+    kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target or math.inf, cfg.kl_horizon)
+    policy = Learned(
+        engine=engine,
+        tokenizer=tokenizer,
+        ids=ids,
+        temperature=cfg.temperature,
+        max_tokens=cfg.max_completion_length,
+        max_depth=cfg.search_depth,
+        seed=cfg.seed,
+        stepwise=cfg.rollout_mode == "stepwise",
+    )
+    first_step = 0
+    checkpoint = latest(out) if cfg.resume_from_checkpoint == "auto" else None
+    if checkpoint:
+        extra = restore(checkpoint, modules, optimizers, world)
+        first_step, kl = extra["step"], replace(kl, coef=extra["kl_coef"])
+    log.rewind(first_step)
+    stream = shuffled_epochs(len(problems), cfg.seed)
+    order = list(islice(stream, cfg.max_steps * cfg.rollout_batch_size))
+
+    for step in range(first_step, cfg.max_steps):
+        clock, scored, learned = Clock(), Totals(), Totals()
+        due = bool(cfg.save_steps) and (step + 1) % cfg.save_steps == 0
+
+        # 1. Explore: the newest weights search for solutions.
+        engine.wake()
+        engine.load_weights(full_weights(models["policy"]))
+        metrics = clock.lap("sync_seconds")
+        if cfg.eval_steps and step % cfg.eval_steps == 0:
+            metrics["eval/greedy"] = greedy_accuracy(cfg, policy, eval_problems, world)
+            metrics |= clock.lap("eval_seconds")
+        picked = order[step * cfg.rollout_batch_size : (step + 1) * cfg.rollout_batch_size]
+        mine = [(group, problems[i]) for group, i in enumerate(picked)][world.rank :: world.size]
+        explorer = replace(policy, seed=seed_for(cfg.seed, "step", step))
+        trees = out / "trees" / f"step_{step:06d}" if due and world.is_main else None
+        found = asyncio.run(explore(cfg, explorer, mine, trees))
+        engine.sleep()
+        rollouts = sorted(chain(*world.gather(found)), key=lambda rollout: rollout.group)
+        metrics |= clock.lap("search_seconds")
+
+        # 2. Score: how good was every token?
+        n_minibatches = max(1, round(len(rollouts) / cfg.train_batch_size))
+        sizes = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
+        minibatches = deal(sizes, n_minibatches, seed_for(cfg.seed, "deal", step), world)
+        own = [i for minibatch in minibatches for i in minibatch]
+        batch = collate(
+            [rollouts[i] for i in own], mask_truncated=cfg.mask_truncated_completions
+        ).to(world.device)
+        n_tokens = world.sum(float(batch.n_actions))
+        batch = score_tokens(cfg, models, batch, vocabulary, world, scored)
+        advantages, returns = estimate_advantages(cfg, batch, rollouts, own, kl.coef, world)
+        batch = batch.replace(advantages=advantages, returns=returns)
+        metrics |= scored.reduce(world, per=n_tokens) | clock.lap("score_seconds")
+
+        # 3. Learn: a few clipped passes over the same rollouts.
+        learn = partial(rl_loss, cfg, models, vocabulary, kl.coef, learned)
+        for _ in range(cfg.num_ppo_epochs):
+            place = 0
+            for minibatch in minibatches:
+                part = batch.select(range(place, place := place + len(minibatch)))
+                norms = update(
+                    modules,
+                    optimizers,
+                    {name: rate_at(cfg, rate, step) for name, rate in rates.items()},
+                    part,
+                    learn,
+                    max(world.sum(float(part.n_actions)), 1.0),  # over all ranks
+                    max_tokens=cfg.max_tokens_per_microbatch,
+                    max_grad_norm=cfg.max_grad_norm,
+                    world=world,
+                )
+        metrics |= learned.reduce(world, per=n_tokens * cfg.num_ppo_epochs)
+        metrics |= clock.lap("train_seconds")
+
+        # 4. Look: numbers, examples, a place to resume from.
+        metrics |= rollout_metrics(rollouts)
+        metrics |= {"grad_norm": norms["policy"], "kl_coef": kl.coef}
+        metrics["learning_rate"] = rate_at(cfg, cfg.learning_rate, step)
+        if cfg.kl_target:
+            kl = kl.update(metrics["kl"], len(rollouts))
+        log.step(step, metrics, LINE, total=cfg.max_steps)
+        if due and world.is_main:
+            examples = [readable(rollout, tokenizer) for rollout in rollouts[:4]]
+            write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", examples)
+        if due or step + 1 == cfg.max_steps:
+            save(
+                out,
+                step + 1,
+                modules=modules,
+                optimizers=optimizers,
+                extra={"kl_coef": kl.coef},
+                world=world,
+                tokenizer=tokenizer,
+                keep=cfg.save_total_limit,
+            )
+    export_hf(models["policy"], tokenizer, out / "hf", world)
+    engine.close()
+    log.info(f"model in {out / 'hf'}")
+
+
+# ---- 1. Explore ----
+
+
+async def explore(
+    cfg: RLConfig, policy: Learned, problems: list[tuple[int, Problem]], trees: Path | None
+) -> list[Rollout]:
+    """Rollouts of every (group, problem), each graded and with a reward on every step."""
+    from rftt.rewards.compose import RewardScheme, score
+    from rftt.search.samplers import (
+        encode_question,
+        for_each,
+        learned_tree,
+        sample,
+        tree_record,
+        tree_rollouts,
+    )
+
+    scheme = RewardScheme(
+        cfg.correct_reward, cfg.wrong_reward, cfg.no_answer_reward, cfg.reward_scheme == "blend"
+    )
+
+    async def one(item: tuple[int, Problem]) -> list[Rollout]:
+        group, problem = item
+        prompt = encode_question(policy, problem, cfg.system_prompt)
+        if cfg.sampling_method == "normal":
+            return await sample(policy, problem, prompt, n=cfg.num_generations, group=group)
+        tree = await learned_tree(
+            policy,
+            problem,
+            prompt,
+            simulations=cfg.num_generations,
+            exploration_weight=cfg.exploration_weight,
+            in_flight=cfg.leaves_in_flight,
+        )
+        if trees and group == 0:
+            write_json(trees / "0.json", tree_record(tree, problem, policy.tokenizer))
+        mask_forced = cfg.forced_actions == "mask"
+        return tree_rollouts(policy, tree, problem, prompt, group=group, mask_forced=mask_forced)
+
+    found = await for_each(problems, one, in_flight=max(1, len(problems)))
+    return [
+        score(rollout, policy.tokenizer.decode(rollout.response_ids), scheme)
+        for rollouts in found
+        for rollout in rollouts
+    ]
+
+
+def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], world: World) -> float:
+    """Share of the problems that greedy decoding solves, over all ranks."""
+    greedy = replace(cfg, sampling_method="normal", num_generations=1, train_batch_size=1)
+    mine = list(enumerate(problems))[world.rank :: world.size]
+    found = asyncio.run(explore(greedy, replace(policy, temperature=0.0), mine, None))
+    return world.sum(sum(rollout.outcome for rollout in found)) / len(problems)
+
+
+# ---- 2. Score ----
+
+
+def score_tokens(
+    cfg: RLConfig,
+    models: dict[str, Any],
+    batch: Batch,
+    vocabulary: int,
+    world: World,
+    totals: Totals,
+) -> Batch:
+    """What the policy before the update, the reference and the critic say of every token."""
+    from rftt.learn.model import token_logprobs, token_values
+    from rftt.learn.rl import kl_estimate
+    from rftt.learn.step import per_token
+
+    def logprobs(name: str) -> Tensor:
+        return per_token(
+            lambda micro: token_logprobs(models[name], micro, cfg.temperature, vocabulary)[0],
+            batch,
+            cfg.max_tokens_per_microbatch,
+            world,
+        )
+
+    old, mask = logprobs("policy"), batch.action_mask
+    batch = batch.replace(old_logprobs=old)
+    if "reference" in models:
+        ref = logprobs("reference")
+        batch = batch.replace(ref_logprobs=ref)
+        totals.add({"kl": (kl_estimate(old, ref, "k3") * mask).sum()})
+    if "critic" in models:
+        values = per_token(
+            lambda micro: token_values(models["critic"], micro),
+            batch,
+            cfg.max_tokens_per_microbatch,
+            world,
+        )
+        batch = batch.replace(values=values)
+    return batch
+
+
+def estimate_advantages(
+    cfg: RLConfig,
+    batch: Batch,
+    rollouts: list[Rollout],
+    own: list[int],
+    kl_coef: float,
+    world: World,
+) -> tuple[Tensor, Tensor | None]:
+    """(T,) advantages and, for the critic, returns. Three estimators side by side."""
+    from rftt.learn.rl import discounted_returns, gae, group_advantages, token_rewards, whiten
+
+    mask, lengths = batch.action_mask, batch.lengths
+    rewards = token_rewards(batch.rewards, batch.old_logprobs, batch.ref_logprobs, mask, kl_coef)
+    match cfg.advantage_estimator:
+        case "ppo":
+            advantages, returns = gae(rewards, batch.values, mask, lengths, cfg.gamma, cfg.lam)
+            return whiten(advantages, mask, world.sum), returns
+        case "reinforce++":
+            returns = discounted_returns(rewards, mask, lengths, cfg.gamma)
+            return whiten(returns, mask, world.sum), None
+        case "grpo":  # one number per rollout; its KL is in the loss
+            totals = [sum(rollout.step_rewards) for rollout in rollouts]
+            groups = [rollout.group for rollout in rollouts]
+            relative = group_advantages(totals, groups, cfg.scale_rewards)
+            return batch.spread([relative[i] for i in own]) * mask, None
+
+
+# ---- 3. Learn ----
+
+
+def rl_loss(
+    cfg: RLConfig,
+    models: dict[str, Any],
+    vocabulary: int,
+    kl_coef: float,
+    totals: Totals,
+    micro: Batch,
+) -> Tensor:
+    """Clipped policy loss and what the estimator adds: KL, entropy, value. Summed over tokens."""
+    from rftt.learn.model import token_logprobs, token_values
+    from rftt.learn.rl import importance_weights, kl_estimate, policy_loss, value_loss
+
+    mask = micro.action_mask
+    logprobs, entropy = token_logprobs(
+        models["policy"], micro, cfg.temperature, vocabulary, with_entropy=True
+    )
+    weights, mismatch = importance_weights(
+        micro.old_logprobs, micro.sampling_logprobs, mask, cfg.importance_cap or math.inf
+    )
+    loss, clipping = policy_loss(
+        logprobs,
+        micro.old_logprobs,
+        micro.advantages,
+        mask,
+        epsilon=cfg.epsilon,
+        epsilon_high=cfg.epsilon_high,
+        dual_clip=cfg.dual_clip,
+        weights=weights if cfg.importance_cap else None,
+    )
+    totals.add(mismatch | clipping | {"policy_loss": loss, "entropy": entropy.sum()})
+    if cfg.advantage_estimator == "grpo" and micro.ref_logprobs is not None:
+        penalty = kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * mask
+        loss = loss + kl_coef * penalty.sum()
+    if cfg.entropy_coef:
+        loss = loss - cfg.entropy_coef * entropy.sum()
+    if "critic" in models:
+        values = token_values(models["critic"], micro)
+        critic_loss, clipping = value_loss(
+            values, micro.values, micro.returns, mask, cfg.value_clip
+        )
+        totals.add(clipping | {"value_loss": critic_loss})
+        loss = loss + critic_loss
+    return loss
+
+
+def build_models(
+    cfg: RLConfig, world: World
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module], dict[str, Any], dict[str, float]]:
+    """All models; and, of those that learn, modules, optimizers and peak learning rates."""
+    import torch
+
+    from rftt.learn.distributed import shard
+    from rftt.learn.model import load_critic, load_policy
+    from rftt.learn.optim import build_optimizer
+
+    names = ["policy"]
+    names += ["reference"] if cfg.kl_coef else []  # the frozen start of the policy
+    names += ["critic"] if cfg.advantage_estimator == "ppo" else []
+    compute = getattr(torch, cfg.dtype)
+    models: dict[str, nn.Module] = {}
+    for name in names:
+        load = load_critic if name == "critic" else load_policy
+        model = load(
+            cfg.model_name_or_path,
+            compute if name == "reference" else torch.float32,
+            gradient_checkpointing=cfg.gradient_checkpointing and name != "reference",
+            trust_remote_code=cfg.trust_remote_code,
+        ).requires_grad_(name != "reference")
+        models[name] = shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
+    modules = {name: models[name] for name in names if name != "reference"}
+    rates = {"policy": cfg.learning_rate, "critic": cfg.critic_learning_rate}
+    rates = {name: rates[name] for name in modules}
+    optimizers = {
+        name: build_optimizer(
+            module,
+            name=cfg.optim,
+            lr=rates[name],
+            betas=(cfg.adam_beta1, cfg.adam_beta2),
+            weight_decay=cfg.weight_decay,
+        )
+        for name, module in modules.items()
+    }
+    return models, modules, optimizers, rates
+
+
+def rate_at(cfg: RLConfig, peak: float, step: int) -> float:
+    from rftt.learn.optim import lr_at
+
+    return lr_at(
+        step,
+        cfg.max_steps,
+        base=peak,
+        kind=cfg.lr_scheduler_type,
+        warmup_steps=math.ceil(cfg.warmup_ratio * cfg.max_steps),
+        min_ratio=cfg.min_lr_ratio,
+    )
+
+
+if __name__ == "__main__":
+    cli(main, RLConfig)
