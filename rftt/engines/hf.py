@@ -1,7 +1,7 @@
 """Sampling with plain transformers forwards: continuous batching on any device, nothing to install.
 
-One asyncio task admits waiting requests, decodes one token for every running row (slots.py) and
-retires the finished ones. No threads and no clock: the same submissions give the same batches.
+Each step (loop.py) admits waiting requests, decodes one token for every running row (slots.py) and
+retires the finished ones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rftt.engines.base import Counters, check_request, checksum
+from rftt.engines.loop import StepLoop
 from rftt.engines.slots import Slots, load_model
 from rftt.schema import Completion, Sampling, UserError
 
@@ -48,19 +49,12 @@ class HFEngine:
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []
         self._cancelled = False
-        self._task: asyncio.Task[None] | None = None
+        self._loop = StepLoop(self._step, self._reset)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        """See base.Engine. The first request in an event loop starts the engine's task there."""
+        """See base.Engine."""
         check_request(prompt_ids, sampling, self.max_model_len, self.n_tokens)
-        loop = asyncio.get_running_loop()
-        if self._task is not None and self._task.done():
-            self._release(self._task)
-        if self._task is None or self._task.get_loop() is not loop:
-            self._forget()
-            self._task = loop.create_task(self._run())
-            self._task.add_done_callback(self._release)
-        request = _Request(tuple(prompt_ids), sampling, loop.create_future())
+        request = _Request(tuple(prompt_ids), sampling, self._loop.submit())
         self._waiting.append(request)
         try:
             return await request.done
@@ -68,27 +62,8 @@ class HFEngine:
             self._cancelled = True
             raise
 
-    async def _run(self) -> None:
-        while self._waiting or self._running:
-            self._step()
-            await asyncio.sleep(0)
-
-    def _release(self, task: asyncio.Task[None]) -> None:
-        """However the task ended, nobody is left waiting for it."""
-        if task is not self._task:  # released by a request that came before this callback
-            return
-        error = None if task.cancelled() else task.exception()
-        for request in self._waiting + self._running:
-            if request.done.done():
-                continue
-            if error:
-                request.done.set_exception(error)
-            else:
-                request.done.cancel()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._waiting, self._running, self._slots.n, self._task = [], [], 0, None
+    def _reset(self) -> None:
+        self._waiting, self._running, self._slots.n = [], [], 0
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -144,7 +119,7 @@ class HFEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See base.Engine. A tied parameter may come under either name or both."""
-        if self._running or self._waiting:
+        if self._loop.pending:
             raise UserError("load_weights while requests run: await them first.")
         own = dict(self.model.named_parameters(remove_duplicate=False))
         missing = {id(parameter): name for name, parameter in own.items()}

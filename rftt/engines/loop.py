@@ -1,0 +1,55 @@
+"""The one asyncio task in which a local engine works. No threads and no clock: the same requests,
+submitted in the same order, make the same batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from rftt.schema import Completion
+
+
+class StepLoop:
+    """Calls `step` as long as a request is pending, letting coroutines submit between two steps."""
+
+    def __init__(self, step: Callable[[], None], reset: Callable[[], None]) -> None:
+        self.pending: set[asyncio.Future[Completion]] = set()
+        self._step, self._reset = step, reset
+        self._task: asyncio.Task[None] | None = None
+
+    def submit(self) -> asyncio.Future[Completion]:
+        """A future for `step` to resolve. Starts the task where this event loop has none."""
+        loop = asyncio.get_running_loop()
+        if self._task is not None and self._task.done():
+            self._release(self._task)
+        if self._task is None or self._task.get_loop() is not loop:
+            self._forget()
+            self._task = loop.create_task(self._run())
+            self._task.add_done_callback(self._release)
+        future: asyncio.Future[Completion] = loop.create_future()
+        self.pending.add(future)
+        future.add_done_callback(self.pending.discard)
+        return future
+
+    async def _run(self) -> None:
+        while self.pending:
+            self._step()
+            await asyncio.sleep(0)
+
+    def _release(self, task: asyncio.Task[None]) -> None:
+        """However the task ended, nobody is left waiting for it."""
+        if task is not self._task:  # `submit` was here before this callback
+            return
+        error = None if task.cancelled() else task.exception()
+        for future in list(self.pending):
+            if error and not future.done():
+                future.set_exception(error)
+            else:
+                future.cancel()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.pending.clear()
+        self._task = None
+        self._reset()
