@@ -1,12 +1,23 @@
 """watch/metrics.py against brute force and hand-worked cases."""
 
+import json
 import random
 from fractions import Fraction
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 
-from rftt.watch.metrics import majority, mean_ci, paired_bootstrap, pass_at_k
+from rftt.functions import ACTS
+from rftt.schema import Problem, Rollout
+from rftt.watch.metrics import (
+    majority,
+    mean_ci,
+    paired_bootstrap,
+    pass_at_k,
+    readable,
+    rollout_metrics,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -82,3 +93,47 @@ def test_paired_bootstrap_sees_a_difference_that_separate_intervals_hide() -> No
     assert paired_bootstrap(b, a)[0] == pytest.approx(-difference)
     with pytest.raises(ValueError, match="equal lengths"):
         paired_bootstrap([1.0], [1.0, 2.0])
+
+
+def rollout(group: int, rewards: tuple[float, ...], **changes: object) -> Rollout:
+    fields = {
+        "problem": Problem(f"p{group}", "What is 3 + 4?", "7"),
+        "prompt_ids": (1, 2, 3),
+        "response_ids": (4, 5, 6, 7),
+        "sampling_logprobs": (0.0,) * 4,
+        "action_mask": (True,) * 4,
+        "step_ends": (1, 3),
+        "acts": ("analysis", "output"),
+        "finish": "stop",
+        "group": group,
+        "n_generated": 4,
+        "outcome": float(sum(rewards) == 1),
+        "step_rewards": rewards,
+    }
+    return Rollout(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_rollout_metrics_oracle_by_hand() -> None:
+    cut = {"finish": "length", "acts": ("next_step", ""), "n_generated": 2}
+    rollouts = [
+        rollout(0, (0.0, 1.0)),
+        rollout(0, (0.5, 0.5), action_mask=(False, True, True, True)),  # as good as its neighbour
+        rollout(1, (0.0, 1.0)),
+        rollout(1, (0.0, 0.0), response_ids=(4, 5), action_mask=(True, False), **cut),
+    ]
+    metrics = rollout_metrics(rollouts)
+    shares = {f"acts/{act}": 0.0 for act in ACTS}
+    shares |= {"acts/analysis": 3 / 8, "acts/output": 3 / 8, "acts/next_step": 1 / 8}
+    assert metrics == pytest.approx(
+        shares
+        | {"accuracy": 0.75, "reward": 0.75, "response_length": 3.5, "truncated_share": 0.25}
+        | {"malformed_share": 0.25, "masked_share": 2 / 14, "groups_equal": 0.5}
+        | {"rollouts": 4, "tokens_generated": 14, "tokens_trained": 26}
+    )
+
+
+def test_a_rollout_is_readable_as_json() -> None:
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    row = readable(rollout(0, (0.0, 1.0), answer="7"), tokenizer)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(row))["response"] == "4 5 6 7"
+    assert (row["gold"], row["answer"], row["outcome"]) == ("7", "7", 1.0)
