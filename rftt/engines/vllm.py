@@ -1,0 +1,220 @@
+"""Sampling with vLLM 0.32 inside this process: one engine per rank, the same code on CPU and GPU.
+
+What is particular here (each was tried, docs/details.md):
+1. No child process: the weights are loaded in place, so `load_weights` copies nothing twice.
+2. vLLM cuts its own padding off the logits; told the tokenizer's size, it also cuts the ids that
+   only the model has, at no cost.
+3. With top_p < 1 the log-probs are those of the nucleus; RL has top_p = 1.
+4. Start it after `torch.distributed`, on all ranks at once; `close` also ends the process group.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from asyncio import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rftt.engines.base import Counters, check_request, checksum
+from rftt.engines.loop import StepLoop
+from rftt.schema import Completion, Sampling, UserError
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+"""vLLM reads its environment when it is imported."""
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
+from vllm.model_executor.layers import utils as vllm_layers  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
+
+if TYPE_CHECKING:
+    from rftt.engines.base import EngineConfig
+
+CPU_KV_BYTES = 1 << 30
+"""Key/value cache on CPU; pages are touched only when used."""
+
+
+class VLLMEngine:
+    """Engine protocol (base.py) over one in-process vLLM."""
+
+    def __init__(self, cfg: EngineConfig, model_path: str, n_tokens: int) -> None:
+        self.n_tokens, self.max_model_len = n_tokens, cfg.max_model_len
+        self.counters = Counters()
+        self._gpu = not current_platform.is_cpu()
+        self._asleep = False
+        with _undone_on_exit():
+            self._llm = LLM(
+                model_path,
+                dtype=cfg.dtype,
+                max_model_len=cfg.max_model_len,
+                max_num_seqs=cfg.max_num_seqs,
+                trust_remote_code=cfg.trust_remote_code,
+                skip_tokenizer_init=True,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                use_tqdm_on_load=False,
+                distributed_executor_backend=(
+                    "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "uni"
+                ),
+                **self._platform_arguments(cfg),
+            )
+        self._engine = self._llm.llm_engine
+        self._apply(lambda model: setattr(model.logits_processor, "org_vocab_size", n_tokens))
+        self._ids = map(str, itertools.count())
+        self._running: dict[str, tuple[Future[Completion], Sampling]] = {}
+        self._loop = StepLoop(self._step, self._abort_all)
+
+    def _platform_arguments(self, cfg: EngineConfig) -> dict[str, Any]:
+        if self._gpu:
+            return {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True}
+        # The CPU build packs every Linear into a handle that new weights cannot be copied into.
+        vllm_layers.dispatch_cpu_unquantized_gemm = _keep_linear
+        return {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_BYTES, "block_size": 32}
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """See base.Engine."""
+        check_request(prompt_ids, sampling, self.max_model_len, self.n_tokens)
+        future, name = self._loop.submit(), next(self._ids)
+        try:
+            params = _sampling_params(sampling)
+            self._engine.add_request(name, {"prompt_token_ids": list(prompt_ids)}, params)
+            self._running[name] = (future, sampling)
+            return await future
+        finally:
+            future.cancel()  # without effect once it has its result
+            if self._running.pop(name, None):
+                self._engine.abort_request([name])
+
+    def _step(self) -> None:
+        self.counters.steps += 1
+        for output in self._engine.step():
+            future, sampling = self._running.pop(output.request_id)
+            completion = _completion(output, sampling)
+            self.counters.requests += 1
+            self.counters.generated_tokens += len(completion.token_ids)
+            self.counters.prompt_tokens += completion.n_prompt
+            self.counters.cached_tokens += completion.n_cached
+            if not future.done():
+                future.set_result(completion)
+
+    def _abort_all(self) -> None:
+        """What a dead event loop has left behind."""
+        if self._running:
+            self._engine.abort_request(list(self._running))
+            self._running.clear()
+
+    def _apply(self, function: Callable[[torch.nn.Module], Any]) -> Any:
+        """`function` of vLLM's own model, in this process."""
+        return self._llm.apply_model(function)[0]
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See base.Engine. vLLM fuses tensors, so the checksums compared are those of the whole."""
+        if self._loop.pending:
+            raise UserError("load_weights while requests run: await them first.")
+        tied = self._llm.model_config.hf_config.tie_word_embeddings
+        came, last = [0.0], ["nothing"]
+
+        def noted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                if not (tied and name == "lm_head.weight"):
+                    came[0] += checksum(tensor.to(self._llm.model_config.dtype))
+                    last[0] = name
+                    yield name, tensor
+
+        try:
+            loaded = self._apply(lambda model: model.load_weights(noted()))
+        except (AssertionError, KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"load_weights: vLLM refused {last[0]}: {error!r}.") from error
+        own: dict[str, Tensor] = self._apply(lambda model: dict(model.named_parameters()))
+        if missing := set(own) - loaded:
+            raise UserError(f"load_weights: {', '.join(sorted(missing))} never came.")
+        stored = sum(map(checksum, own.values()))
+        if abs(stored - came[0]) > 1e-9 * stored:
+            raise UserError(f"load_weights: checksum {stored} of the engine, {came[0]} came.")
+        if self._asleep:
+            self._engine.wake_up(["kv_cache"])
+            self._asleep = False
+        if not self._engine.reset_prefix_cache():
+            raise UserError("load_weights: vLLM did not drop its cached prefixes.")
+
+    def sleep(self) -> None:
+        """Free weights and cache on a GPU; the CPU build has nothing to free."""
+        if self._gpu:
+            self._engine.sleep(level=2)
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Room for the weights; the cache comes back after `load_weights`, which must follow."""
+        if self._asleep:
+            self._engine.wake_up(["weights"])
+
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
+
+def _sampling_params(sampling: Sampling) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop_token_ids=list(sampling.stop_ids),
+        ignore_eos=True,
+        logprobs=None if sampling.watch_ids else 0,
+        logprob_token_ids=list(sampling.watch_ids) or None,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+    )
+
+
+def _completion(output: RequestOutput, sampling: Sampling) -> Completion:
+    """Keep the watched ids' log-probs, which vLLM reports everywhere, where a segment may begin."""
+    [sample] = output.outputs
+    ids, table = tuple(sample.token_ids), sample.logprobs
+    after, n_watched = set(sampling.watch_after), len(sampling.watch_ids)
+    begins = [at for at in range(len(ids)) if n_watched and (at == 0 or ids[at - 1] in after)]
+    starts = table.start_indices  # (R,) where a position's row begins: the token, then the watched
+    return Completion(
+        token_ids=ids,
+        logprobs=tuple(table.logprobs[start] for start in starts),
+        finish="stop" if sample.finish_reason == "stop" else "length",
+        watched={
+            at: tuple(table.logprobs[starts[at] + 1 : starts[at] + 1 + n_watched]) for at in begins
+        },
+        n_prompt=len(output.prompt_token_ids),
+        n_cached=output.num_cached_tokens or 0,
+    )
+
+
+def _keep_linear(layer: torch.nn.Module, remove_weight: bool) -> None:  # noqa: ARG001
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+@contextmanager
+def _undone_on_exit() -> Iterator[None]:
+    """vLLM reseeds, replaces `set_num_threads`, sets variables that subprocesses would inherit."""
+    environment, set_threads, state = dict(os.environ), torch.set_num_threads, random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
+        torch.set_num_threads = set_threads
+        os.environ.clear()
+        os.environ.update(environment)
