@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -42,6 +42,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    mesh: DeviceMesh
 
     @property
     def is_main(self) -> bool:
@@ -88,16 +89,19 @@ def open_world(device: str = "auto") -> World:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     index = torch.cuda.current_device() if device == "cuda" else None
-    return World(dist.get_rank(), dist.get_world_size(), torch.device(device, index))
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(device, index), mesh)
 
 
 def close_world(world: World) -> None:
     """Leave the process group. Call it after the function that owned the models has returned.
 
-    A gloo thread that outlives the interpreter aborts the process. Sharded models hold the group in
-    reference cycles: once they are collected, destroying it joins its threads.
+    A gloo thread that outlives the interpreter can abort the process at exit. Destroying the group
+    joins its threads, but only once nobody holds it: sharded models do, in reference cycles, and
+    the mesh does, which torch's own caches never let go.
     """
     world.barrier()
+    world.mesh._pg_registry.clear()
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -113,16 +117,16 @@ def shard(
 ) -> nn.Module:
     """Shard in place, one FSDP unit per decoder layer plus the root, and move to the device.
 
+    The model is one of model.py's: it is entered through its `packed_forward`.
     `param_dtype` is what forward and backward compute in; weights and reductions keep their own
-    float32. `reshard=False` keeps whole layers between forward and backward (ZeRO-2).
+    dtype and float32. `reshard=False` keeps whole layers between forward and backward (ZeRO-2).
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for unit in [*decoder_layers(model), model]:
         fully_shard(
             unit,
-            mesh=mesh,
+            mesh=world.mesh,
             mp_policy=precision,
             offload_policy=offload,
             reshard_after_forward=reshard,

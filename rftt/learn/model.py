@@ -1,8 +1,8 @@
 """Hugging Face causal language models on packed batches: loading, new rows, log-probs, values.
 
-Attention never crosses documents. On a GPU it is torch's varlen flash attention; on a CPU, which
-has no such kernel, documents are padded inside the attention only, so every linear layer still sees
-nothing but real tokens. Log-probs come from hidden states in chunks over ACTION positions with a
+Attention never crosses documents. On a GPU in half precision it is torch's varlen flash attention;
+elsewhere documents are padded inside the attention only, so every linear layer still sees nothing
+but real tokens. Log-probs come from hidden states in chunks over ACTION positions with a
 hand-written backward: [tokens, vocabulary] never exists whole. Temperature is divided here and
 nowhere else in the trainer (DESIGN §4.5; PAPER §1).
 """
@@ -112,7 +112,7 @@ def _packed_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface: (1, H, T, d) -> (1, T, H, d)."""
-    if not query.is_cuda:
+    if not query.is_cuda or query.dtype == torch.float32:  # flash attention is for half precision
         out = _padded_attention(query[0], key[0], value[0], layout, scaling, sliding_window)
         return out.transpose(0, 1)[None], None
     from torch.nn.attention.varlen import varlen_attn
@@ -165,7 +165,7 @@ def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> 
     model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    # FSDP gathers the root's weights around named methods only (distributed.shard registers it).
+    # FSDP gathers the root's weights around `forward` or a method that distributed.shard registers.
     model.packed_forward = MethodType(_packed_logprobs, model)
     return model.train()
 
@@ -182,9 +182,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, inputs: dict[str, Any], states: Tensor) -> Tensor:
-        """(A,) values at the A positions `states`."""
-        return self.head(_hidden(self.backbone, inputs)[states])[:, 0].float()
+    def packed_forward(self, inputs: dict[str, Any], states: Tensor) -> Tensor:
+        """(A, 1) values at the A positions `states`."""
+        return self.head(_hidden(self.backbone, inputs)[states]).float()
 
 
 def load_critic(
@@ -277,13 +277,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 p = (logits - normalizer[rows, None]).exp_()
                 entropy[rows] = normalizer[rows] - (p * logits).sum(-1)
         ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
-        ctx.temperature, ctx.chunk, ctx.with_entropy = temperature, chunk, with_entropy
+        ctx.set_materialize_grads(False)
+        ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
-        grad_logprobs, grad_entropy = grads
+        slopes, grad_entropy = grads  # None where the loss does not use it
+        slopes = torch.zeros_like(normalizer) if slopes is None else slopes
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(targets), ctx.chunk):
@@ -291,12 +293,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logp = (hidden[rows] @ weight.T).float().div_(ctx.temperature)
             logp.sub_(normalizer[rows, None])
             p = logp.exp()
-            slope = grad_logprobs[rows, None]
-            if ctx.with_entropy:
+            slope = slopes[rows, None]
+            if grad_entropy is None:
+                grad = p.mul_(-slope)
+            else:
                 logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(slope)
                 grad = p.mul_(logp).neg_()
-            else:
-                grad = p.mul_(-slope)
             grad.scatter_add_(-1, targets[rows, None], slope)
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
@@ -330,7 +332,7 @@ def token_logprobs(
 def token_values(critic: Critic, batch: Batch) -> Tensor:
     """(T,) value of the state before each action token; 0 at other tokens."""
     actions = batch.action_mask.nonzero()[:, 0]
-    values = critic(_inputs(batch), actions - 1)
+    values = critic.packed_forward(_inputs(batch), actions - 1)[:, 0]
     return values.new_zeros(len(batch.input_ids)).index_put((actions,), values)
 
 

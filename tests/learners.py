@@ -1,0 +1,61 @@
+"""Tiny random models of three families, batches and rollouts, for the tests of rftt/learn."""
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rftt.learn.batch import Batch, collate_rows
+
+VOCABULARY = 67
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+GEMMA = {"head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def tiny_model(family: str = "qwen2", *, tied: bool = True, seed: int = 0) -> PreTrainedModel:
+    """A float32 model of about 10,000 parameters with weights far from zero."""
+    sizes = SIZES | {"tie_word_embeddings": tied, "initializer_range": 0.2}
+    torch.manual_seed(seed)
+    match family:
+        case "qwen2":
+            return Qwen2ForCausalLM(Qwen2Config(**sizes))
+        case "llama":
+            return LlamaForCausalLM(LlamaConfig(**sizes))
+        case "gemma":
+            return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **GEMMA))
+    raise ValueError(family)
+
+
+def rows(lengths: list[int], seed: int = 0) -> list[tuple[list[int], list[int], list[bool]]]:
+    """(prompt, response, mask) of random ids; about one response token in five is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for length in lengths:
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+        cut = max(1, length // 3)
+        mask = (torch.rand(length - cut, generator=generator) < 0.8).tolist()
+        made.append((ids[:cut], ids[cut:], mask))
+    return made
+
+
+def random_batch(lengths: list[int], seed: int = 0) -> Batch:
+    """A batch with every optional tensor filled with noise."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    batch = collate_rows(rows(lengths, seed))
+    names = ("rewards", "sampling_logprobs", "old_logprobs", "ref_logprobs", "values", "advantages")
+    noise = torch.randn(len(names), sum(lengths), generator=generator)
+    return batch.replace(**dict(zip(names, noise, strict=True)))

@@ -1,0 +1,141 @@
+"""distributed.py: one rank and two do the same arithmetic, and leave without a trace."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rftt.learn import rl
+from rftt.learn.distributed import (
+    World,
+    clip_gradients,
+    close_world,
+    full_weights,
+    open_world,
+    shard,
+)
+from rftt.learn.model import prepare, token_logprobs
+from rftt.schema import UserError
+from tests.learners import VOCABULARY, random_batch, tiny_model
+from tests.toy_training import train
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(*command: str) -> str:
+    """Run a command from the root of the repository; its stdout."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    world = open_world("cpu")
+    yield world
+    close_world(world)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy suite's output folder, written by torchrun with two ranks."""
+    path = tmp_path_factory.mktemp("two")
+    script = str(ROOT / "tests/toy_training.py")
+    run("-m", "torch.distributed.run", "--nproc_per_node", "2", script, str(path), "suite")
+    return path
+
+
+def test_one_process_is_a_world(world: World) -> None:
+    assert (world.rank, world.size, world.is_main) == (0, 1, True)
+    assert world.sum(1.5) == 1.5
+    assert world.max(2.5) == 2.5
+    x = torch.ones(3)
+    assert torch.equal(world.sum(x), x)
+    assert world.gather({"a": 1}) == [{"a": 1}]
+
+
+def test_an_absent_device_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match="device=tpu"):
+        open_world("tpu")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("reshard", [True, False])
+def test_sharding_changes_no_bit_at_world_size_one_invariant(
+    world: World, tied: bool, reshard: bool
+) -> None:
+    batch = random_batch([9, 14, 4])
+    results = []
+    for sharded in (False, True):
+        model = prepare(tiny_model(tied=tied))
+        names = list(dict(model.named_parameters()))
+        if sharded:
+            shard(model, world, reshard=reshard)
+        logprobs, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
+        rl.sft_loss(logprobs, batch.action_mask).backward()
+        norm = clip_gradients(model, 0.5)
+        weights = dict(full_weights(model))
+        assert list(weights) == names
+        gradients = [p.grad.full_tensor() if sharded else p.grad for p in model.parameters()]
+        results.append([logprobs.detach(), *gradients, torch.tensor(norm)])
+    for plain, fsdp in zip(*results, strict=True):
+        torch.testing.assert_close(plain, fsdp, atol=0, rtol=1e-6)
+
+
+def test_clip_gradients_scales_to_the_norm_and_reports_the_old_one(world: World) -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert clip_gradients(layer, 1.0) == pytest.approx(5.0)
+    torch.testing.assert_close(layer.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.dist
+def test_two_ranks_equal_one_invariant(world: World, two_ranks: Path, tmp_path: Path) -> None:
+    """Losses, gradient norms and weights; PPO with whitening over ranks, unequal microbatches."""
+    result = json.loads((two_ranks / "result.json").read_text())
+    one = train(world, tmp_path, 4)
+    assert result["world"][:3] == [2, [{"rank": 0}, {"rank": 1}], 4.0]
+    for mine, theirs in zip(one.history, result["history"], strict=True):
+        assert mine[:4] == pytest.approx(theirs[:4], rel=1e-5, abs=1e-5)
+    weights = torch.load(two_ranks / "weights.pt", weights_only=True)
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(weight, weights[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.dist
+def test_bfloat16_compute_stays_near_float32(two_ranks: Path) -> None:
+    result = json.loads((two_ranks / "result.json").read_text())
+    for half, single in zip(result["half"], result["history"], strict=False):
+        assert half[1:4] == pytest.approx(single[1:4], rel=0.05)
+        assert half[2] != single[2]
+
+
+def test_closing_joins_the_threads_of_the_process_group() -> None:
+    """A gloo thread that survives can abort the interpreter at exit."""
+    code = """
+import os, pathlib, tempfile
+from rftt.learn.distributed import close_world, open_world
+from tests.toy_training import train
+
+def gloo_threads():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+
+world = open_world("cpu")
+train(world, pathlib.Path(tempfile.mkdtemp()), 1, checkpoint=False)
+print(gloo_threads())
+close_world(world)
+print(gloo_threads())
+"""
+    before, after = run("-c", code).split()
+    assert int(before) > 0
+    assert int(after) == 0

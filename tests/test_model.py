@@ -1,0 +1,221 @@
+"""model.py on tiny Qwen2-, Llama- and Gemma-style models: packing, chunks, new rows are exact."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from rftt.functions import CLOSERS, OPENERS, add_function_tokens, description_of
+from rftt.learn import rl
+from rftt.learn.batch import Batch, empty_like
+from rftt.learn.model import (
+    Critic,
+    add_function_rows,
+    load_critic,
+    load_policy,
+    prepare,
+    token_logprobs,
+    token_values,
+)
+from rftt.schema import UserError
+from tests.learners import VOCABULARY, random_batch, tiny_model
+
+FAMILIES = ["qwen2", "llama", "gemma"]
+LENGTHS = [9, 3, 17, 2, 12]
+
+
+def unpacked_logprobs(
+    model: PreTrainedModel, batch: Batch, temperature: float, n_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """One document at a time through the model's own attention and a full softmax."""
+    logprobs, entropies = [], []
+    documents = zip(
+        batch.input_ids.split(batch.lengths), batch.action_mask.split(batch.lengths), strict=True
+    )
+    for ids, mask in documents:
+        logits = model(ids[None]).logits[0, :, :n_tokens].float() / temperature
+        logp = logits.log_softmax(-1)[:-1]
+        picked = logp.gather(-1, ids[1:, None].clamp(max=n_tokens - 1))[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1)
+        logprobs.append(torch.cat([torch.zeros(1), picked]) * mask)
+        entropies.append(torch.cat([torch.zeros(1), entropy]) * mask)
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_logprobs_and_gradients_equal_unpacked_oracle(family: str, tied: bool) -> None:
+    batch = random_batch(LENGTHS)
+    batch = batch.replace(input_ids=batch.input_ids.clamp(max=60))
+    ours, theirs = tiny_model(family, tied=tied), tiny_model(family, tied=tied)
+    prepare(ours)
+    weight = torch.randn(2, len(batch.input_ids))
+    packed = token_logprobs(ours, batch, 0.7, 61, chunk=5, with_entropy=True)
+    unpacked = unpacked_logprobs(theirs, batch, 0.7, 61)
+    for got, expected, w in zip(packed, unpacked, weight, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+        (got * w).sum().backward(retain_graph=True)
+        (expected * w).sum().backward(retain_graph=True)
+    for (name, mine), (_, other) in zip(
+        ours.named_parameters(), theirs.named_parameters(), strict=True
+    ):
+        assert mine.grad is not None, name
+        scale = other.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad, other.grad, atol=2e-5 * max(scale, 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_chunks_change_nothing_invariant(chunk: int) -> None:
+    batch, model = random_batch(LENGTHS), prepare(tiny_model())
+    whole, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
+    chunked, _ = token_logprobs(model, batch, 1.0, VOCABULARY, chunk=chunk)
+    torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-6)
+
+
+def test_first_pass_ratio_is_exactly_one_invariant() -> None:
+    batch, model = random_batch(LENGTHS), prepare(tiny_model())
+    with torch.no_grad():
+        old, _ = token_logprobs(model, batch, 0.9, VOCABULARY)
+    new, _ = token_logprobs(model, batch, 0.9, VOCABULARY)
+    assert torch.equal(new, old)
+    _, metrics = rl.policy_loss(new, old, batch.advantages, batch.action_mask, epsilon=0.2)
+    assert metrics["ratio_max"].item() == 1.0
+    assert metrics["clip_share"].item() == 0
+
+
+def test_a_document_does_not_see_its_neighbours_invariant() -> None:
+    batch, model = random_batch(LENGTHS), prepare(tiny_model())
+    alone, _ = token_logprobs(model, batch.select([2]), 1.0, VOCABULARY)
+    among, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
+    torch.testing.assert_close(among.split(batch.lengths)[2], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_one_microbatch_or_many_give_the_same_gradient_invariant() -> None:
+    batch = random_batch(LENGTHS)
+    gradients = []
+    for groups in ([list(range(5))], [[i] for i in range(5)]):
+        model = prepare(tiny_model())
+        for group in groups:
+            part = batch.select(group)
+            logprobs, _ = token_logprobs(model, part, 1.0, VOCABULARY)
+            loss, _ = rl.policy_loss(
+                logprobs, part.old_logprobs, part.advantages, part.action_mask, epsilon=0.2
+            )
+            (loss / batch.n_actions).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+
+
+def test_ids_beyond_the_tokenizer_get_no_probability() -> None:
+    batch, model = random_batch(LENGTHS), prepare(tiny_model(tied=False))
+    batch = batch.replace(input_ids=batch.input_ids.clamp(max=49))
+    full, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
+    cut, _ = token_logprobs(model, batch, 1.0, 50)
+    assert (cut >= full).all()
+    assert (cut > full)[batch.action_mask].all()
+    cut.sum().backward()
+    assert not model.lm_head.weight.grad[50:].any()
+
+
+def test_gradient_checkpointing_changes_nothing_invariant() -> None:
+    batch, gradients = random_batch(LENGTHS), []
+    for checkpointing in (False, True):
+        model = prepare(tiny_model(), gradient_checkpointing=checkpointing)
+        token_logprobs(model, batch, 1.0, VOCABULARY)[0].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_batch_without_actions_still_runs_and_adds_nothing() -> None:
+    model = prepare(tiny_model())
+    logprobs, _ = token_logprobs(model, empty_like(random_batch(LENGTHS)), 1.0, VOCABULARY)
+    logprobs.sum().backward()
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+# ---- Critic ----
+
+
+def test_a_new_critic_values_everything_at_zero_and_learns() -> None:
+    batch = random_batch(LENGTHS)
+    critic = Critic(prepare(tiny_model()).model)
+    values = token_values(critic, batch)
+    assert values.shape == batch.input_ids.shape
+    assert not values.any()
+    loss, _ = rl.value_loss(values, values.detach(), batch.advantages, batch.action_mask, None)
+    loss.backward()
+    assert critic.head.weight.grad.any()
+
+
+def test_values_speak_of_the_state_before_their_token_oracle() -> None:
+    batch, model = random_batch([6]), tiny_model()
+    reference = tiny_model()
+    critic = Critic(prepare(model).model)
+    torch.nn.init.ones_(critic.head.weight)
+    values = token_values(critic, batch)
+    hidden = reference.model(batch.input_ids[None]).last_hidden_state[0].sum(-1)
+    expected = torch.cat([torch.zeros(1), hidden[:-1]]) * batch.action_mask
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---- Folders and vocabulary ----
+
+
+def word_tokenizer(n_words: int) -> PreTrainedTokenizerFast:
+    """Whole words, those of the descriptions first."""
+    words = {word for t in OPENERS + CLOSERS for word in description_of(t).split()}
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *sorted(words)])}
+    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), n_words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("n_words", [VOCABULARY, VOCABULARY - 20])
+def test_new_rows_are_the_mean_of_their_description_oracle(
+    tmp_path: Path, tied: bool, n_words: int
+) -> None:
+    """With a vocabulary to grow (67 + 16) and with one whose spare rows suffice (47 + 16)."""
+    tokenizer, model = word_tokenizer(n_words), tiny_model(tied=tied)
+    before = [model.model.embed_tokens.weight.clone(), model.lm_head.weight.clone()]
+    new = add_function_tokens(tokenizer)
+    add_function_rows(model, tokenizer, new)
+    assert model.config.vocab_size == max(VOCABULARY, n_words + 16)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    after = [loaded.model.embed_tokens.weight, loaded.lm_head.weight]
+    assert (after[0] is after[1]) == tied
+    for old, weight in zip(before, after, strict=True):
+        torch.testing.assert_close(weight[:n_words], old[:n_words])
+        for token in OPENERS + CLOSERS:
+            described = [tokenizer.convert_tokens_to_ids(w) for w in description_of(token).split()]
+            row = weight[tokenizer.convert_tokens_to_ids(token)]
+            torch.testing.assert_close(row, old[described].mean(0))
+
+
+def test_a_model_that_does_not_fit_its_tokenizer_is_refused() -> None:
+    tokenizer = word_tokenizer(VOCABULARY + 5)
+    with pytest.raises(UserError, match="do not belong together"):
+        add_function_rows(tiny_model(), tokenizer, add_function_tokens(tokenizer))
+
+
+def test_load_policy_and_critic_from_a_folder_round_trip(tmp_path: Path) -> None:
+    batch, model = random_batch(LENGTHS), tiny_model()
+    model.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), torch.float32, gradient_checkpointing=True)
+    expected, _ = token_logprobs(prepare(model), batch, 1.0, VOCABULARY)
+    got, _ = token_logprobs(policy, batch, 1.0, VOCABULARY)
+    torch.testing.assert_close(got, expected)
+    critic = load_critic(str(tmp_path), torch.float32)
+    for mine, other in zip(critic.backbone.parameters(), model.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_missing_model_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model at") as error:
+        load_policy(str(tmp_path / "nothing"), torch.float32)
+    assert "\n" not in str(error.value)

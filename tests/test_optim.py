@@ -1,0 +1,45 @@
+"""optim.py: schedules by hand, decay on matrices only."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+from rftt.learn.optim import build_optimizer, lr_at, set_lr
+from rftt.schema import UserError
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325]),
+        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.55, 0.231802]),
+    ],
+)
+def test_schedules_match_their_oracle(kind: str, expected: list[float]) -> None:
+    rates = [lr_at(s, 6, base=1.0, kind=kind, warmup_steps=2, min_ratio=0.1) for s in range(6)]
+    assert rates == pytest.approx(expected, abs=1e-6)
+    assert lr_at(99, 6, base=1.0, kind=kind, min_ratio=0.1) == pytest.approx(
+        1.0 if kind == "constant" else 0.1
+    )
+
+
+def test_only_matrices_decay_and_the_rate_follows_set_lr() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    optimizer = build_optimizer(model, lr=0.0, weight_decay=0.5)
+    set_lr(optimizer, 0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 0.95 if parameter.ndim == 2 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="installed")
+def test_a_missing_bitsandbytes_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match="bitsandbytes"):
+        build_optimizer(nn.Linear(2, 2), name="adamw_8bit", lr=1e-3)

@@ -1,0 +1,139 @@
+"""A toy PPO loop over the learner's whole API, with checkpoints: what the dist tests run.
+
+python tests/toy_training.py RUN_DIR STEPS, or under torchrun. It continues where RUN_DIR stopped.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rftt.learn import rl
+from rftt.learn.batch import empty_like
+from rftt.learn.checkpoint import latest, restore, save
+from rftt.learn.distributed import (
+    World,
+    clip_gradients,
+    close_world,
+    full_weights,
+    open_world,
+    set_gradient_sync,
+    shard,
+)
+from rftt.learn.model import Critic, prepare, token_logprobs, token_values
+from rftt.learn.optim import build_optimizer, lr_at, set_lr
+from tests.learners import VOCABULARY, random_batch, tiny_model
+
+LENGTHS = [14, 5, 30, 8, 3, 21, 6]
+
+
+@dataclass(frozen=True)
+class Result:
+    history: list[list[float]]
+    """loss, value loss, gradient norm, a random draw: per step"""
+    digest: str
+    weights: dict[str, torch.Tensor]
+
+
+def train(
+    world: World,
+    run_dir: Path,
+    steps: int,
+    *,
+    param_dtype: torch.dtype | None = None,
+    keep: int = 0,
+    checkpoint: bool = True,
+) -> Result:
+    """Train from the run's latest checkpoint to `steps`."""
+    modules = {
+        "policy": shard(prepare(tiny_model()), world, param_dtype=param_dtype),
+        "critic": shard(Critic(prepare(tiny_model(seed=1)).model), world, param_dtype=param_dtype),
+    }
+    optimizers = {name: build_optimizer(module, lr=1e-3) for name, module in modules.items()}
+    generators = {"draw": torch.Generator().manual_seed(world.rank)}
+    controller, first, history = rl.AdaptiveKL(0.1, 0.05, 100.0), 0, []
+    if path := latest(run_dir):
+        extra = restore(path, modules, optimizers, world, generators)
+        controller, first = rl.AdaptiveKL(**extra["kl"]), extra["step"]
+        history = extra["history"]
+    for step in range(first, steps):
+        losses, kl = one_step(world, modules, controller.coef, step)
+        for name, optimizer in optimizers.items():
+            set_lr(optimizer, lr_at(step, 6, base=3e-3, kind="cosine", warmup_steps=2))
+            losses.append(clip_gradients(modules[name], 1.0))
+            optimizer.step()
+            optimizer.zero_grad()
+        controller = controller.update(kl, len(LENGTHS))
+        history = [*history, [*losses, torch.rand(1, generator=generators["draw"]).item()]]
+        extra = {"kl": vars(controller), "history": history}
+        if checkpoint:
+            save(run_dir, step + 1, modules=modules, optimizers=optimizers, extra=extra,
+                 world=world, generators=generators, keep=keep)  # fmt: skip
+    weights = {name: tensor.clone() for name, tensor in full_weights(modules["policy"])}
+    weights |= {name: tensor.clone() for name, tensor in full_weights(modules["critic"])}
+    digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
+    return Result(history, digest, weights)
+
+
+def one_step(
+    world: World, modules: dict[str, torch.nn.Module], kl_coef: float, step: int
+) -> tuple[list[float], float]:
+    """Forward and backward over this rank's documents; the global losses and KL per token."""
+    whole = random_batch(LENGTHS, seed=step)
+    batch = whole.select(range(world.rank, len(LENGTHS), world.size)).to(world.device)
+    n_tokens = world.sum(float(batch.n_actions))
+    rewards = rl.token_rewards(
+        batch.rewards, batch.old_logprobs, batch.ref_logprobs, batch.action_mask, kl_coef
+    )
+    advantages, returns = rl.gae(
+        rewards, batch.values, batch.action_mask, batch.lengths, gamma=1.0, lam=0.95
+    )
+    advantages = rl.whiten(advantages, batch.action_mask, world.sum)
+    batch = batch.replace(advantages=advantages, returns=returns)
+    parts = [batch.select(group) for group in batch.microbatches(24)]
+    n_parts = int(world.max(float(len(parts))))
+    parts += [empty_like(batch)] * (n_parts - len(parts))
+    totals = torch.zeros(2)
+    for number, part in enumerate(parts):
+        for module in modules.values():
+            set_gradient_sync(module, number == n_parts - 1)
+        logprobs, _ = token_logprobs(modules["policy"], part, 1.0, VOCABULARY)
+        old = logprobs.detach() + 0.1 * part.old_logprobs  # some ratios are clipped
+        policy, _ = rl.policy_loss(logprobs, old, part.advantages, part.action_mask, epsilon=0.2)
+        values = token_values(modules["critic"], part)
+        value, _ = rl.value_loss(values, part.values, part.returns, part.action_mask, 0.2)
+        ((policy + value) / n_tokens).backward()
+        totals += torch.stack([policy.detach(), value.detach()])
+    kl = rl.kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1") * batch.action_mask
+    return (world.sum(totals) / n_tokens).tolist(), world.sum(kl.sum().item()) / n_tokens
+
+
+def suite(world: World, root: Path) -> None:
+    """Everything the two-rank test wants, in one launch; rank 0 writes result.json."""
+    unbroken = train(world, root / "unbroken", 4)
+    train(world, root / "broken", 2)
+    resumed = train(world, root / "broken", 4)
+    half = train(world, root / "half", 2, param_dtype=torch.bfloat16, checkpoint=False)
+    gathered = world.gather({"rank": world.rank})
+    if world.is_main:
+        result = {
+            "world": [world.size, gathered, world.max(3.0), [unbroken.digest, resumed.digest]],
+            "history": unbroken.history,
+            "half": half.history,
+        }
+        (root / "result.json").write_text(json.dumps(result))
+        torch.save(unbroken.weights, root / "weights.pt")
+    else:
+        world.max(4.0)
+
+
+if __name__ == "__main__":
+    world = open_world("cpu")
+    if sys.argv[2] == "suite":
+        suite(world, Path(sys.argv[1]))
+    else:
+        sys.stdout.write(train(world, Path(sys.argv[1]), int(sys.argv[2])).digest)
+    close_world(world)
