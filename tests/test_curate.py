@@ -1,0 +1,178 @@
+"""Pair choice, cross verification, branch merging and the filters, on trees built by hand."""
+
+import asyncio
+
+import pytest
+
+from rftt.functions import ACTS, FunctionIds, ask_verify, render
+from rftt.rewards.grader import extract
+from rftt.schema import Problem, Step
+from rftt.search.curate import Rules, choose_pair, curate, disjoint_correct, traces
+from rftt.search.filters import follows_grammar, leaks, mentions, repeats
+from rftt.search.mcts import Choice, Tree
+
+PROBLEM = Problem("p", "Eva has 19 pens, triples them, sells 3. How many?", "54")
+RULES = Rules(max_plain_paths=2, min_shared_steps=0, max_repeats=2)
+
+
+def build(*paths):
+    """A tree of (act, text) paths; equal beginnings are shared."""
+    tree = Tree(lambda _: ACTS * 3, max_depth=15, exploration_weight=2.0, seed=0)
+    for path in paths:
+        node, rest = tree.root, list(path)
+        while rest and (
+            child := next((c for c in node.children if (c.act, c.step.text) == rest[0]), None)
+        ):
+            node, rest = child, rest[1:]
+        steps = [Step(act, text, answer=extract(text)) for act, text in rest]
+        choice = Choice(node, rest[0][0], (*node.key, f"{len(node.children)}"))
+        for passed in (tree.root, *node.path()):
+            passed.in_flight += 1
+        tree.land(choice, steps, float(steps[-1].answer == PROBLEM.answer))
+    return tree
+
+
+PLAN = ("analysis", "First triple, then sell.")
+RIGHT = [PLAN, ("next_step", "Triples? 57."), ("next_step", "Sells 3? \\boxed{54}")]
+WRONG = [PLAN, ("direct_answer", "58, 55. \\boxed{55}")]
+OTHER = [("subquestion", "Triples? 19*3=57."), ("direct_answer", "54. \\boxed{54}")]
+
+
+def says(verify="19*3=57, not 58.", refine="Redo it from the tripling."):
+    async def ask(messages, act, problem_id):
+        return {"verify": verify, "refine": refine}[act]
+
+    return ask
+
+
+def test_merged_row_is_prefix_wrong_verify_refine_correct_output():
+    rows, counts = asyncio.run(curate(build(RIGHT, WRONG), PROBLEM, says(), RULES))
+    merged, plain = rows
+    assert [(s["act"], s["text"]) for s in merged["steps"]] == [
+        PLAN,
+        WRONG[1],
+        ("verify", "19*3=57, not 58."),
+        ("refine", "Redo it from the tripling."),
+        *RIGHT[1:],
+        ("output", "The final answer is \\boxed{54}."),
+    ]
+    assert [bool(s.get("wrong")) for s in merged["steps"]] == [False, True] + [False] * 5
+    assert merged["shared_steps"] == 1
+    assert merged["failed_nodes"] == [4]
+    assert merged["path_nodes"] == [1, 2, 3]
+    assert plain["kind"] == "plain"
+    assert counts == {"kept_merged": 1, "kept_plain": 1}
+
+
+def test_verification_sees_both_continuations_of_the_shared_prefix():
+    seen = []
+
+    async def ask(messages, act, problem_id):
+        seen.append(messages[0]["content"])
+        return "19*3=57, not 58."
+
+    asyncio.run(curate(build(RIGHT, WRONG), PROBLEM, ask, RULES))
+    (expected,) = ask_verify(
+        PROBLEM.question, PLAN[1], WRONG[1][1], "Triples? 57.\nSells 3? \\boxed{54}"
+    )
+    assert seen[0] == expected["content"]
+
+
+@pytest.mark.parametrize(
+    ("replies", "reason"),
+    [
+        ({"verify": "It should be 54."}, "verify_leaks_answer"),
+        ({"refine": "Redo it: 54."}, "refine_leaks_answer"),
+        ({"verify": ""}, "verify_empty"),
+        ({"verify": None}, "verify_empty"),
+        ({"refine": ""}, "refine_empty"),
+    ],
+)
+def test_unfit_merges_are_counted_and_left_out(replies, reason):
+    rows, counts = asyncio.run(curate(build(RIGHT, WRONG), PROBLEM, says(**replies), RULES))
+    assert [row["kind"] for row in rows] == ["plain"]
+    assert counts == {reason: 1, "kept_plain": 1}
+
+
+def test_row_that_does_not_end_in_the_right_answer_is_left_out():
+    other = Problem("p", PROBLEM.question, "55")
+    tree = build(RIGHT, WRONG)
+    for leaf in tree.leaves():
+        leaf.value_sum = 1.0 if leaf.step.answer == "54" else 0.0  # a verdict gone wrong
+    rows, counts = asyncio.run(curate(tree, other, says(), RULES))
+    assert rows == []
+    assert counts["row_ends_wrong"] == 2
+
+
+@pytest.mark.parametrize(
+    ("paths", "reason"),
+    [([WRONG], "no_correct_path"), ([RIGHT], "no_wrong_path")],
+)
+def test_trees_without_a_pair(paths, reason):
+    _, counts = asyncio.run(curate(build(*paths), PROBLEM, says(), RULES))
+    assert counts[reason] == 1
+
+
+def test_pair_must_share_as_many_steps_as_asked():
+    usable = traces(build(OTHER, WRONG), PROBLEM)
+    assert choose_pair(usable, Rules(2, 1, 2)) == "no_shared_prefix"
+
+
+def test_pair_is_the_best_right_and_the_worst_wrong_path_by_process_reward():
+    def path(act, answer, score):
+        return [("next_step", "Go."), (act, f"\\boxed{{{answer}}} {score}")]
+
+    tree = build(*(path("next_step", a, s) for a, s in ((54, 3), (54, 9), (1, 5), (2, 4))))
+    for node in tree.nodes[1:]:
+        score = float(node.step.text[-1]) / 10 if node.terminal else None
+        object.__setattr__(node.step, "score", score)
+    good, bad = choose_pair(traces(tree, PROBLEM), RULES)
+    assert good.steps[-1].text == "\\boxed{54} 9"
+    assert bad.steps[-1].text == "\\boxed{2} 4"
+
+
+def test_plain_paths_share_no_step():
+    again = [PLAN, ("direct_answer", "57, 54. \\boxed{54}")]
+    kept = disjoint_correct(traces(build(RIGHT, again, OTHER), PROBLEM), 2)
+    assert len(kept) == 2
+    assert not set(kept[0].nodes) & set(kept[1].nodes)
+
+
+def test_paths_that_phase_2_could_not_speak_are_left_out():
+    rows, counts = asyncio.run(
+        curate(build([("direct_answer", "\\boxed{54}")]), PROBLEM, says(), RULES)
+    )
+    assert rows == []
+    assert counts["path_against_grammar"] == 1
+
+
+def test_invariant_every_row_renders_to_a_response_of_whole_segments():
+    from rftt.functions import parse
+
+    ids = FunctionIds(
+        {act: i for i, act in enumerate(ACTS)}, {act: 8 + i for i, act in enumerate(ACTS)}
+    )
+
+    class Bytes:
+        def encode(self, text, add_special_tokens):
+            return [100 + byte for byte in text.encode()]
+
+    rows, _ = asyncio.run(curate(build(RIGHT, WRONG, OTHER), PROBLEM, says(), RULES))
+    assert len(rows) == 3
+    for row in rows:
+        response = render([(s["act"], s["text"]) for s in row["steps"]], Bytes(), ids)
+        spans, covered = parse(response, ids)
+        assert covered == len(response)
+        assert [span.act for span in spans] == [s["act"] for s in row["steps"]]
+
+
+def test_filters():
+    assert repeats([Step("next_step", "So. So. On."), Step("next_step", "so.")]) == 3
+    assert follows_grammar(["analysis", "next_step", "verify", "refine", "next_step", "output"])
+    assert not follows_grammar(["direct_answer", "output"])
+    assert not follows_grammar(["analysis", "output"])
+    assert mentions("it is 7.", "7")
+    assert mentions("(x-1)(x+1) holds", "(x-1)(x+1)")
+    assert not mentions("it is 17 or 7.5", "7")
+    assert leaks("so 7", "7", "we had 6")
+    assert not leaks("so 7", "7", "we had 7 before")

@@ -1,0 +1,220 @@
+"""Both expanders against an engine that replies from a script: what is asked, what comes back."""
+
+import asyncio
+import math
+from dataclasses import dataclass, field
+
+import pytest
+
+from rftt.engines.base import Counters
+from rftt.functions import ACTS, CLOSERS, OPENERS, FunctionIds
+from rftt.schema import Completion, Problem, Step
+from rftt.search.expand import Learned, Prompted, cut, expand_learned, expand_prompted
+from rftt.search.mcts import Tree
+from rftt.search.samplers import learned_tree, sample, tree_rollouts
+
+EOS = 2
+FIRST = 10
+IDS = FunctionIds(
+    {act: FIRST + i for i, act in enumerate(ACTS)},
+    {act: FIRST + 8 + i for i, act in enumerate(ACTS)},
+)
+NAMES = {FIRST + i: token for i, token in enumerate(OPENERS + CLOSERS)}
+OPEN, CLOSE = IDS.open, IDS.close
+PROBLEM = Problem("p", "2+2?", "4")
+
+
+class Letters:
+    """Characters as ids from 100, delimiters by their ids; enough of a tokenizer."""
+
+    eos_token_id = EOS
+    bos_token_id = None
+
+    def encode(self, text):
+        return [100 + ord(letter) for letter in text]
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(NAMES.get(i, chr(i - 100) if i > 100 else "") for i in ids)
+
+    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
+        return self.encode(messages[-1]["content"])
+
+
+@dataclass
+class Scripted:
+    """Answers every request with the next of `replies`: texts, or lists of ids."""
+
+    replies: list
+    max_model_len: int = 10_000
+    asked: list = field(default_factory=list)
+    generated: int = 0
+    counters: Counters = field(default_factory=Counters)
+
+    async def generate(self, prompt_ids, sampling):
+        self.asked.append((list(prompt_ids), sampling))
+        await asyncio.sleep(0)
+        if sampling.max_tokens == 1:
+            ids = [OPEN["analysis"]]
+        else:
+            reply = self.replies.pop(0)
+            ids = [*Letters().encode(reply), EOS] if isinstance(reply, str) else reply
+        watched = {
+            i: tuple(-float(j + 1) for j in range(8))
+            for i in range(len(ids))
+            if sampling.watch_ids and (i == 0 or ids[i - 1] in sampling.watch_after)
+        }
+        self.generated += len(ids)
+        finish = "stop" if ids[-1] in sampling.stop_ids else "length"
+        return Completion(tuple(ids), (-0.5,) * len(ids), finish, watched)
+
+
+def prompted(replies, **changes):
+    settings = {"temperature": 1.0, "max_tokens": 500, "max_depth": 15, "max_direct_sentences": 4}
+    settings |= {"seed": 0} | changes
+    return Prompted(Scripted(replies), Letters(), **settings)
+
+
+def learned(replies, **changes):
+    settings = {"temperature": 1.0, "max_tokens": 400, "max_depth": 18, "seed": 0}
+    return Learned(Scripted(replies), Letters(), IDS, **(settings | changes))
+
+
+def choose(act, before=()):
+    tree = Tree(lambda _: ACTS, max_depth=18, exploration_weight=2.0, seed=0)
+    tree.act_logprobs = {act: 1.0} if not before else {before[0].act: 1.0}
+    if before:
+        tree.land(tree.select(), [*before, Step("output", "")], 0.0)
+        node = tree.nodes[len(before)]
+        return type(tree.select())(node, act, (*node.key, f"{act}.1"))
+    return tree.select()
+
+
+def segment(act, text):
+    return [OPEN[act], *Letters().encode(text), CLOSE[act]]
+
+
+# ---- Phase 1 ----
+
+
+def test_prompted_path_ends_with_a_stated_answer():
+    ctx = prompted(["Think of pairs.", *["2+2 is \\boxed{4}"] * 9])
+    steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("next_step")))
+    assert steps[0].act == "next_step"
+    assert steps[0].text == "Think of pairs."
+    assert steps[-1].answer == "4"
+    assert all(step.answer is None for step in steps[:-1])
+    second_prompt = Letters().decode(ctx.engine.asked[1][0])
+    assert "2+2?" in second_prompt
+    assert "Think of pairs." in second_prompt
+
+
+@pytest.mark.parametrize("reply", ["", [165, 166]], ids=["empty", "cut off"])
+def test_prompted_path_ends_where_the_model_has_nothing_to_say(reply):
+    steps = asyncio.run(expand_prompted(prompted([reply]), PROBLEM, choose("analysis")))
+    assert len(steps) == 1
+    assert steps[0].answer is None
+
+
+def test_prompted_depth_is_bounded():
+    ctx = prompted(["a step"] * 50, max_depth=3)
+    assert len(asyncio.run(expand_prompted(ctx, PROBLEM, choose("clarify")))) <= 3
+
+
+def test_simulation_passes_over_long_direct_answers_but_the_tree_may_choose_one():
+    long = "A. B. C. D. E. \\boxed{4}"
+    (step,) = asyncio.run(expand_prompted(prompted([long]), PROBLEM, choose("direct_answer")))
+    assert step.answer == "4"
+    requests = set()
+    for seed in range(20):
+        ctx = prompted(["x.", long, long], seed=seed)
+        steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("subquestion")))
+        assert [step.act for step in steps] == ["subquestion", "next_step"]
+        requests.add(len(ctx.engine.asked))
+    assert requests == {2, 3}  # 3: a direct answer was drawn first and passed over
+
+
+# ---- Phase 2 ----
+
+
+def test_one_request_gives_the_whole_rollout_with_priors():
+    tail = [*Letters().encode("so"), CLOSE["analysis"], *segment("output", "\\boxed{4}")]
+    ctx = learned([tail])
+    steps = asyncio.run(expand_learned(ctx, PROBLEM, [7, 8], choose("analysis"), -1.25))
+    assert [step.act for step in steps] == ["analysis", "output"]
+    assert len(ctx.engine.asked) == 1
+    assert ctx.engine.asked[0][0] == [7, 8, OPEN["analysis"]]
+    assert steps[0].forced
+    assert not steps[1].forced
+    assert steps[0].logprobs[0] == -1.25
+    assert steps[0].act_logprobs["clarify"] == -1.0
+    assert steps[1].answer == "4"
+    assert [t for step in steps for t in step.token_ids] == [OPEN["analysis"], *tail]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "acts"),
+    [
+        ([165], ["verify"]),
+        ([165, CLOSE["verify"], 166], ["verify", ""]),
+        ([165, CLOSE["analysis"], 166], ["verify"]),
+        ([CLOSE["verify"], OPEN["output"], 165], ["verify", ""]),
+    ],
+    ids=["never closed", "text between", "wrong closer", "cut off"],
+)
+def test_what_no_segment_holds_is_one_last_step(tokens, acts):
+    steps = cut(Completion(tuple(tokens), (0.0,) * len(tokens), "length"), IDS, OPEN["verify"])
+    assert [step.act for step in steps] == acts
+    assert sum((step.token_ids for step in steps), ()) == (OPEN["verify"], *tokens)
+    assert [step.forced for step in steps] == [True] + [False] * (len(acts) - 1)
+
+
+def test_stepwise_takes_the_most_likely_act_that_the_grammar_allows():
+    """The script prefers clarify, then analysis …; after analysis the grammar offers neither."""
+    replies = [
+        [165, CLOSE["analysis"]],
+        [166, CLOSE["next_step"]],
+        [167, CLOSE["next_step"]],
+    ]
+    ctx = learned(replies, stepwise=True, max_depth=3)
+    steps = asyncio.run(expand_learned(ctx, PROBLEM, [7], choose("analysis"), -1.0))
+    assert [step.act for step in steps] == ["analysis", "next_step", "next_step"]
+    assert [step.forced for step in steps] == [True, False, False]
+    assert steps[1].logprobs[0] == -float(1 + ACTS.index("next_step"))
+
+
+def test_invariant_budget_counts_the_whole_response():
+    before = [Step("analysis", "", tuple(segment("analysis", "abc")), (0.0,) * 5)]
+    ctx = learned([[165] * 4], max_tokens=10)
+    asyncio.run(expand_learned(ctx, PROBLEM, [7], choose("next_step", before), -1.0))
+    assert ctx.engine.asked[0][1].max_tokens == 10 - 5 - 1
+    full = learned([], max_tokens=6)
+    (step,) = asyncio.run(expand_learned(full, PROBLEM, [7], choose("next_step", before), -1.0))
+    assert step.token_ids == (OPEN["next_step"],)
+
+
+def test_invariant_rollouts_share_prefixes_and_pay_for_them_once():
+    answers = [[165, CLOSE[a], *segment("next_step", "y"), *segment("output", "\\boxed{4}")]
+               for a in ("clarify", "analysis", "next_step", "subquestion")]  # fmt: skip
+    more = [[168, CLOSE["direct_answer"], *segment("output", "\\boxed{5}")]] * 8
+    ctx = learned(answers + more)
+    tree = asyncio.run(
+        learned_tree(ctx, PROBLEM, [7], simulations=7, exploration_weight=2.0, in_flight=2)
+    )
+    rollouts = tree_rollouts(ctx, tree, PROBLEM, [7], group=3, mask_forced=True)
+    assert len(rollouts) == 7
+    root_priors = 1
+    assert sum(r.n_generated for r in rollouts) + root_priors == ctx.engine.generated
+    for rollout in rollouts:
+        assert len(rollout.response_ids) == len(rollout.sampling_logprobs)
+        assert rollout.step_ends[-1] == len(rollout.response_ids) - 1
+        assert not rollout.action_mask[0]  # every path begins with an opener the tree chose
+        assert rollout.finish == "stop"
+
+
+def test_plain_samples_have_no_steps():
+    ctx = learned(["It is \\boxed{4}", "It is \\boxed{5}"])
+    plain = Learned(ctx.engine, Letters(), None, 1.0, 400, 1, 0)
+    rollouts = asyncio.run(sample(plain, PROBLEM, [7], n=2, group=0))
+    assert [rollout.acts for rollout in rollouts] == [("",), ("",)]
+    assert [rollout.answer for rollout in rollouts] == ["4", "5"]
+    assert all(math.isclose(x, -0.5) for r in rollouts for x in r.sampling_logprobs)
