@@ -35,12 +35,13 @@ def test_a_run_starts_with_its_config_and_environment(tmp_path: Path) -> None:
     ]
 
 
-def test_the_commit_is_left_out_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_unknown_without_a_checkout_or_git(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(returncode=128, stdout="")
     monkeypatch.setattr(log_module.subprocess, "run", lambda *a, **k: failed)
-    assert "commit" not in environment()
+    assert environment()["commit"] is None
     monkeypatch.setattr(log_module.shutil, "which", lambda name: None)
-    assert "commit" not in environment()
+    monkeypatch.setattr(log_module.subprocess, "run", None)  # not called
+    assert environment()["commit"] is None
 
 
 def test_step_appends_a_sorted_row_and_prints_the_chosen_keys(tmp_path: Path, capsys) -> None:

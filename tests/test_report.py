@@ -46,14 +46,14 @@ def evaluation(path: Path, lift: float = 0.0) -> Path:
 
     search = {str(n): around(0.6 + 0.05 * i) for i, n in enumerate((1, 2, 4, 8, 16))}
     for value in search.values():
-        value["accuracy"] = value.pop("mean")
+        value |= {"accuracy": value.pop("mean"), "tokens": 512.4}
     summary = {
         "set": "test",
         "n": 500,
         "greedy": around(0.7),
         "sampled": around(0.6),
-        "pass@k": {"1": 0.6, "8": 0.9},
-        "maj@k": {"8": 0.75},
+        "pass@k": {"1": around(0.6), "8": around(0.9)},
+        "maj@k": {"8": search["8"]},
         "levels": {"2": {"n": 250, "greedy": 0.8}, "3": {"n": 250, "greedy": 0.6}},
         "search": search,
     }
@@ -72,7 +72,7 @@ def test_a_run_is_reported_with_its_plots_and_tables(tmp_path: Path) -> None:
     assert cells["eval/greedy"] == "0.5 → 0.725"
     assert "0.700 [0.670, 0.730]" in report
     assert "| run | set | n | greedy | sampled | pass@1 | pass@8 | maj@8 |" in report
-    assert "| rl | 0.600 [0.570, 0.630] | 0.650" in report
+    assert "| rl | 0.600 [0.570, 0.630], 512 tokens | 0.650" in report
     assert "| rl | 0.800 (n=250) | 0.600 (n=250) |" in report
     plots = {path.name for path in (tmp_path / "out/plots").iterdir()}
     assert plots == {"curves.png", "health.png", "acts.png", "search.png"}

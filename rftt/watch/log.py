@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -162,40 +162,26 @@ def number(value: float) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What is needed to run it again: command, versions, device, commit."""
+    """What is needed to run it again; the commit is None outside a checkout."""
     import torch
 
     cuda = torch.cuda.is_available()
     return {
         "argv": sys.argv,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES if _version(name)},
+        "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "device_count": torch.cuda.device_count() if cuda else 0,
-        **_commit(),
+        "commit": _git("rev-parse", "HEAD") or None,
+        "modified": bool(_git("status", "--porcelain")),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> dict[str, Any]:
-    """Commit of this checkout and whether files differ from it; empty outside a checkout."""
+def _git(*arguments: str) -> str:
+    """What git prints about the checkout this file is in; "" without git or checkout."""
     git = shutil.which("git")
-    if git is None:
-        return {}
-    here = [git, "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode != 0:
-        return {}
-    changes = subprocess.run(
-        [*here, "status", "--porcelain"], capture_output=True, text=True, check=False
-    )
-    return {"commit": head.stdout.strip(), "modified": bool(changes.stdout.strip())}
+    command = [git or "git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if git else ""
 
 
 def _write_yaml(path: Path, config: dict[str, Any]) -> None:

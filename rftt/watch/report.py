@@ -136,7 +136,7 @@ def evaluation_cells(run: Run) -> dict[str, str]:
     cells = {key: str(run.summary[key]) for key in ("set", "n") if key in run.summary}
     cells |= {k: interval(run.summary[k]) for k in ("greedy", "sampled") if run.summary.get(k)}
     for kind in ("pass@", "maj@"):
-        cells |= {f"{kind}{k}": f"{x:.3f}" for k, x in run.summary.get(f"{kind}k", {}).items()}
+        cells |= {f"{kind}{k}": interval(x) for k, x in run.summary.get(f"{kind}k", {}).items()}
     return cells
 
 
@@ -146,8 +146,10 @@ def stats_cells(run: Run) -> dict[str, str]:
 
 
 def interval(value: Mapping[str, float]) -> str:
+    """Mean or accuracy with its interval, and the tokens it cost where they were counted."""
     mean = value["mean"] if "mean" in value else value["accuracy"]
-    return f"{mean:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+    cost = f", {number(value['tokens'])} tokens" if "tokens" in value else ""
+    return f"{mean:.3f} [{value['low']:.3f}, {value['high']:.3f}]{cost}"
 
 
 TABLES: dict[str, Callable[[Run], dict[str, str]]] = {
