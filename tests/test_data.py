@@ -1,0 +1,109 @@
+"""Reading and writing rows: the shared benchmark files as they are, and errors that name the line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rftt.data import Journal, load_problems, read_jsonl, shuffled_epochs, write_jsonl
+from rftt.schema import UserError, seed_for
+
+SHARED = Path("../shared/data")
+SETS = {"math500": 500, "gsm8k_test": 1319, "aime24": 30, "amc23": 40, "olympiadbench": 675}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="benchmark files are not here")
+@pytest.mark.parametrize(("name", "n"), SETS.items())
+def test_benchmark_files_are_read_as_they_are(name, n):
+    problems = load_problems(str(SHARED / f"{name}.jsonl"))
+    assert len({problem.id for problem in problems}) == len(problems) == n
+    assert all(problem.question and problem.answer for problem in problems)
+    if name == "math500":
+        assert {problem.level for problem in problems} == set("12345")
+    if name == "amc23":
+        assert problems[0].answer == "27"
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+    )
+    return str(path)
+
+
+GOOD = {"problem": "1+1?", "answer": "2"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((), "has 0 rows"),
+        (
+            (GOOD, {"text": "1+1?", "answer": "2"}),
+            r"rows.jsonl:2 has no problem .*found text, answer",
+        ),
+        ((GOOD, {"problem": "1+1?", "answer": ""}), r"rows.jsonl:2 has no gold answer that parses"),
+        ((GOOD, "{broken\n"), r"rows.jsonl:2 is not JSON"),
+        ((GOOD, "[1]\n"), r"rows.jsonl:2 holds a list"),
+    ],
+    ids=["empty", "no problem", "no gold", "broken", "not an object"],
+)
+def test_bad_rows_are_named(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        load_problems(write(tmp_path, *rows))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.jsonl does not exist"):
+        load_problems(str(tmp_path / "nowhere.jsonl"))
+
+
+def test_ungraded_problems_need_no_answer(tmp_path):
+    (problem,) = load_problems(write(tmp_path, {"question": "Why?"}), graded=False)
+    assert problem.answer is None
+
+
+def test_repeated_ids_are_replaced(tmp_path):
+    problems = load_problems(write(tmp_path, GOOD | {"id": 1}, GOOD | {"id": 1}))
+    assert len({problem.id for problem in problems}) == 2
+
+
+def test_journal_drops_a_line_cut_off_by_a_kill(tmp_path):
+    journal = Journal(tmp_path / "work.jsonl")
+    journal.append({"id": 1})
+    journal.append({"id": 2})
+    journal.close()
+    with open(journal.path, "a") as file:
+        file.write('{"id": 3, "half')
+    again = Journal(journal.path)
+    assert again.rows == [{"id": 1}, {"id": 2}]
+    again.append({"id": 3})
+    again.close()
+    assert [row["id"] for _, row in read_jsonl(journal.path)] == [1, 2, 3]
+
+
+def test_write_jsonl_leaves_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"a": 1}])
+
+    def failing():
+        yield {"a": 2}
+        raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError):
+        write_jsonl(path, failing())
+    assert read_jsonl(path) == [(1, {"a": 1})]
+
+
+def test_invariant_epochs_visit_everything_once_and_repeat_per_seed():
+    from itertools import islice
+
+    twice = list(islice(shuffled_epochs(7, 3), 14))
+    assert sorted(twice[:7]) == sorted(twice[7:]) == list(range(7))
+    assert twice[:7] != twice[7:]
+    assert twice == list(islice(shuffled_epochs(7, 3), 14))
+
+
+def test_seeds_are_stable_across_processes():
+    assert seed_for(0, "train-1", ("a.1",)) == 454885490974252064
