@@ -11,8 +11,10 @@ What is particular here (each was tried, docs/details.md):
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import random
+import warnings
 from asyncio import Future
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,8 +45,8 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 if TYPE_CHECKING:
     from rftt.engines.base import EngineConfig
 
-CPU_KV_BYTES = 1 << 30
-"""Key/value cache on CPU; pages are touched only when used."""
+CPU_KV_BYTES = 256 << 20
+"""Key/value cache on CPU, touched at once; vLLM's own default is most of the machine's memory."""
 
 
 class VLLMEngine:
@@ -80,8 +82,10 @@ class VLLMEngine:
     def _platform_arguments(self, cfg: EngineConfig) -> dict[str, Any]:
         if self._gpu:
             return {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True}
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it has no Triton
         # The CPU build packs every Linear into a handle that new weights cannot be copied into.
         vllm_layers.dispatch_cpu_unquantized_gemm = _keep_linear
+        current_platform.simple_compile_backend = "eager"  # 10 s of C++ for one comparison
         return {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_BYTES, "block_size": 32}
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
@@ -211,7 +215,8 @@ def _undone_on_exit() -> Iterator[None]:
     """vLLM reseeds, replaces `set_num_threads`, sets variables that subprocesses would inherit."""
     environment, set_threads, state = dict(os.environ), torch.set_num_threads, random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         random.setstate(state)
