@@ -1,0 +1,204 @@
+"""The demo world: its gold answers, replies, tokenizer and files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from random import Random
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rftt import tiny
+from rftt.data import encode_chat, load_problems, question_messages
+from rftt.functions import (
+    ACTS,
+    OPENERS,
+    add_function_tokens,
+    ask,
+    ask_verify,
+    clip_reply,
+    function_ids,
+    successors,
+)
+from rftt.rewards.grader import grade
+from rftt.search.filters import leaks
+
+TALES = [tiny.make_tale(Random(seed)) for seed in range(300)]
+
+
+def read(question: str) -> list[int]:
+    """The values a question tells of, read from its text alone."""
+    start, *told = re.sub(r"\. How many now\?$", "", question).split(", ")
+    values = [int(start.split()[2])]
+    for words in told:
+        verb, amount = words.split()
+        value = values[-1]
+        if verb in ("finds", "buys", "wins"):
+            value += int(amount)
+        elif verb in ("sells", "loses", "drops"):
+            value -= int(amount)
+        elif verb == "halves":
+            assert value % 2 == 0
+            value //= 2
+        else:
+            value *= {"doubles": 2, "triples": 3}[verb]
+        values.append(value)
+    return values
+
+
+def test_oracle_values_follow_from_the_question_alone():
+    assert {len(tale.changes) for tale in TALES} == {1, 2, 3, 4, 5}
+    for tale in TALES:
+        assert read(tale.question) == tale.values
+
+
+def test_invariant_a_tale_stays_in_range_and_its_answer_is_new():
+    for tale in TALES:
+        verbs = [change.verb.split()[0] for change in tale.changes]
+        assert len(set(verbs)) == len(verbs)
+        assert all(1 <= value <= tiny.MAX_VALUE for value in tale.values)
+        assert tale.values[-1] not in tale.values[:-1]
+
+
+def test_invariant_a_path_keeps_to_the_grammar_and_ends_in_the_gold_answer():
+    for seed, tale in enumerate(TALES):
+        lines = tiny.write_path(tale, (0, tale.start), None, Random(seed))
+        for before, line in zip([None, *(line.act for line in lines)], lines, strict=False):
+            assert line.act in successors(before, "prompted")
+            assert clip_reply(line.act, line.text) == line.text
+        assert ["\\boxed" in line.text for line in lines] == [False] * (len(lines) - 1) + [True]
+        assert grade(tiny.text_of(lines), str(tale.values[-1]), tale.question).correct
+
+
+def test_oracle_spelled_sums_are_right():
+    sums = 0
+    for seed, tale in enumerate(TALES):
+        text = tiny.text_of(tiny.write_path(tale, (0, tale.start), None, Random(seed)))
+        for a, sign, b, result in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", text):
+            a, b = int(a), int(b)
+            assert int(result) == {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
+            sums += 1
+    assert sums > 100
+
+
+def test_a_check_names_the_mistake_and_never_the_answer():
+    for seed, tale in enumerate(TALES):
+        rng = Random(seed)
+        slip = (rng.randrange(len(tale.changes)), rng.choice(tiny.SLIPS))
+        wrong = tiny.text_of(tiny.write_path(tale, (0, tale.start), None, rng, slip))
+        check = tiny.write_check(tale, (0, tale.start), slip)
+        claimed = tale.values[slip[0] + 1] + slip[1]
+        assert re.search(rf"not {claimed}\.$", check)
+        assert not leaks(check, str(tale.values[-1]), f"{tale.question}\n{wrong}")
+
+
+def test_terse_acts_name_results_and_the_others_spell_them_out():
+    tale = tiny.Tale(
+        "Eva", "pens", 19, (tiny.Change("triples them", "*3"), tiny.Change("sells 3", "-3"))
+    )
+    begin = (0, 19)
+    assert tale.question == "Eva has 19 pens, triples them, sells 3. How many now?"
+    assert {act: tiny.write_line(act, tale, begin).text for act in ACTS[:5]} == {
+        "clarify": "Given: 19 pens. Asked: how many now.",
+        "analysis": "triples them? 19*3=57.",
+        "next_step": "triples them: 57.",
+        "subquestion": "triples them? 19*3=57.",
+        "direct_answer": "57, 54, so \\boxed{54}.",
+    }
+    assert tiny.write_check(tale, begin, (0, 1)) == "19*3=57, not 58."
+    assert tiny.write_check(tale, begin, (1, 1)) == "19*3=57, 57-3 is not 55."
+
+
+# ---- Tokenizer ----
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.build_tokenizer()
+
+
+def test_invariant_any_text_round_trips(tokenizer):
+    rng = Random(0)
+    texts = ["Grüße, 漢字 \\frac{1}{2}\n\ttabs  and spaces ", "Eva has 7 dogs"]
+    texts += [m[0]["content"] + r for m, r in (tiny.make_pair(rng, set()) for _ in range(200))]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_digits_stay_apart_and_phrases_whole(tokenizer):
+    assert tokenizer.tokenize("2357") == ["2", "3", "5", "7"]
+    question = TALES[0].question
+    assert len(tokenizer.encode(question)) < 30
+    for act in ACTS:
+        prompt = encode_chat(tokenizer, ask(act, question, ""))
+        assert len(prompt) == len(encode_chat(tokenizer, question_messages(question))) + 2
+    verify = encode_chat(tokenizer, ask_verify("", "", "", ""))
+    assert len(verify) == 6
+
+
+def test_functional_tokens_become_single_ids_that_decode(tokenizer):
+    fresh = tiny.build_tokenizer()
+    assert len(add_function_tokens(fresh)) == 16
+    assert set(function_ids(fresh).open.values()).isdisjoint(range(len(tokenizer)))
+    text = f"{OPENERS[0]}Given: 3 pens.</clarify>"
+    assert fresh.decode(fresh.encode(text)) == text
+
+
+# ---- Files ----
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "again", "other")]
+    for folder, seed in zip(folders, (0, 0, 1), strict=True):
+        tiny.main(
+            tiny.TinyConfig(
+                output_dir=str(folder), seed=seed, train_steps=3, n_train=40, n_test=30, n_guard=10
+            )
+        )
+    return folders
+
+
+def test_invariant_one_seed_gives_one_world(worlds):
+    files = [sorted(p.relative_to(w) for p in w.rglob("*") if p.is_file()) for w in worlds]
+    assert files[0] == files[1]
+    assert [(worlds[0] / f).read_bytes() for f in files[0]] == [
+        (worlds[1] / f).read_bytes() for f in files[0]
+    ]
+    for name in ("train.jsonl", "base/model.safetensors"):
+        assert (worlds[0] / name).read_bytes() != (worlds[2] / name).read_bytes()
+
+
+def test_problem_files_are_readable_and_do_not_overlap(worlds):
+    train, test = (load_problems(str(worlds[0] / f"{name}.jsonl")) for name in ("train", "test"))
+    assert (len(train), len(test)) == (40, 30)
+    assert not {p.question for p in train} & {p.question for p in test}
+    for problem in train + test:
+        values = read(problem.question)
+        assert (problem.answer, problem.level) == (str(values[-1]), str(len(values) - 1))
+    assert len(load_problems(str(worlds[0] / "guard.jsonl"))) == 10
+
+
+def test_base_opens_like_any_other_model(worlds):
+    folder = worlds[0] / "base"
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    assert model.config.model_type == "qwen2"
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    messages = ask("analysis", TALES[0].question, "")
+    assert encode_chat(tokenizer, messages) == encode_chat(tiny.build_tokenizer(), messages)
+    assert json.loads(Path(folder, "config.json").read_text())["vocab_size"] == len(tokenizer)
+
+
+def test_held_out_questions_are_not_trained_on():
+    seen = {
+        tiny.make_pair(Random(seed), set())[0][0]["content"].split("\n")[0] for seed in range(9)
+    }
+    for seed in range(9):
+        message = tiny.make_pair(Random(seed), seen)[0][0]["content"]
+        assert message.split("\n")[0] not in seen or message.startswith("Which")
