@@ -13,12 +13,12 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -78,12 +78,12 @@ def save(
         temp.mkdir(parents=True)
     world.barrier()
     writer = HuggingFaceStorageWriter(str(temp / "state"), save_distributed=True)
-    dcp.save(_tensors(modules, optimizers), storage_writer=writer)
+    state_dict_saver.save(_tensors(modules, optimizers), storage_writer=writer)
     rng = {name: generator.get_state() for name, generator in (generators or {}).items()}
     if rng:
         save_file(rng, temp / f"rng_{world.rank}.safetensors")
     if tokenizer is not None:
-        export_hf(modules["policy"], tokenizer, temp / "hf", world)
+        export_hf(cast(PreTrainedModel, modules["policy"]), tokenizer, temp / "hf", world)
     world.barrier()
     if world.is_main:
         (temp / "extra.json").write_text(json.dumps({"step": step, **extra}, indent=1))
@@ -109,9 +109,9 @@ def restore(
     keeps the one it has.
     """
     tensors = _tensors(modules, optimizers)
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / "state")))
+    state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / "state")))
     for name, optimizer in optimizers.items():
-        state = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
+        state: dict[str, Any] = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
         prefix = f"optimizer.{name}."
         state |= {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         set_optimizer_state_dict(modules[name], optimizer, state, options=FLAT)

@@ -86,11 +86,11 @@ def open_world(device: str = "auto") -> World:
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
-        store = dist.HashStore()
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-    index = torch.cuda.current_device() if device == "cuda" else None
+    name = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu"
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    return World(dist.get_rank(), dist.get_world_size(), torch.device(device, index), mesh)
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(name), mesh)
 
 
 def close_world(world: World) -> None:
@@ -124,15 +124,15 @@ def shard(
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for unit in [*decoder_layers(model), model]:
-        fully_shard(
+        sharded = fully_shard(
             unit,
             mesh=world.mesh,
             mp_policy=precision,
             offload_policy=offload,
             reshard_after_forward=reshard,
         )
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "packed_forward")
     return model
 

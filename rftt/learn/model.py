@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def _packed_attention(
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
         enable_gqa=True,
     )
-    return out[None], None
+    return cast(Tensor, out)[None], None
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)
@@ -166,7 +166,7 @@ def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> 
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # FSDP gathers the root's weights around `forward` or a method that distributed.shard registers.
-    model.packed_forward = MethodType(_packed_logprobs, model)
+    model.packed_forward = MethodType(_packed_logprobs, model)  # pyright: ignore[reportArgumentType]
     return model.train()
 
 
@@ -226,23 +226,25 @@ def add_function_rows(
     `new` is what functions.add_function_tokens returned: rows already learnt are left alone. Must
     run before sharding. Raises UserError when the model lacks rows for other tokens.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.num_embeddings < len(tokenizer) - len(new):
+    n_rows = len(_weight(model.get_input_embeddings()))
+    if n_rows < len(tokenizer) - len(new):
         raise UserError(
-            f"the model has {embedding.num_embeddings} vocabulary rows, its tokenizer "
-            f"{len(tokenizer)} ids of which {len(new)} are new: they do not belong together."
+            f"the model has {n_rows} vocabulary rows, its tokenizer {len(tokenizer)} ids of which "
+            f"{len(new)} are new: they do not belong together."
         )
-    if embedding.num_embeddings < len(tokenizer):
+    if n_rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = _weight(model.get_input_embeddings())
+    head = _weight(model.get_output_embeddings())
     ids = tokenizer.convert_tokens_to_ids(list(new))
     described = [tokenizer.encode(description_of(t), add_special_tokens=False) for t in new]
-    weights = [embedding.weight]
-    if head is not None and head.weight is not embedding.weight:
-        weights.append(head.weight)
-    for weight in weights:
+    for weight in [embedding] if head is embedding else [embedding, head]:
         means = [weight[description].mean(0) for description in described]
         weight[ids] = torch.stack(means)
+
+
+def _weight(module: nn.Module | None) -> Tensor:
+    return cast(nn.Linear, module).weight
 
 
 # ---- Log-probs and values ----
@@ -320,7 +322,7 @@ def token_logprobs(
     `n_tokens` is len(tokenizer): rows beyond it are padding that nobody may sample.
     """
     actions = batch.action_mask.nonzero()[:, 0]
-    picked, entropy = model.packed_forward(
+    picked, entropy = model.packed_forward(  # pyright: ignore[reportCallIssue]
         _inputs(batch), actions - 1, batch.input_ids[actions], temperature, n_tokens, chunk,
         with_entropy,
     )  # fmt: skip
@@ -347,7 +349,7 @@ def _packed_logprobs(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     hidden = _hidden(model.get_decoder(), inputs)[states]
-    weight = model.get_output_embeddings().weight[:n_tokens]
+    weight = _weight(model.get_output_embeddings())[:n_tokens]
     return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk, with_entropy)
 
 

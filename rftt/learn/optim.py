@@ -35,7 +35,7 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             "optim=adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use optim=adamw."
