@@ -126,7 +126,7 @@ def train(cfg: SFTConfig, world) -> None:
         if eval_rows and (done == total_steps or (cfg.eval_steps and done % cfg.eval_steps == 0)):
             metrics["eval_loss"] = evaluation_loss()
         log.step(step, metrics, ["loss", "eval_loss", "grad_norm"], total=total_steps)
-        if cfg.save_steps and done % cfg.save_steps == 0 and done < total_steps:
+        if done == total_steps or (cfg.save_steps and done % cfg.save_steps == 0):
             modules, optimizers = {"policy": model}, {"policy": optimizer}
             save(
                 out,

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# The whole method on the embedded tiny world: make demo [FAST=1]. CPU, minutes, nothing downloaded.
+#   SEED=1 OUT=outputs/seed1 bash runs/demo.sh     another seed, elsewhere
+# Started again after an interruption, finished work is not repeated.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-outputs/tiny} SEED=${SEED:-0} FAST=${FAST:-}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+if [ -n "$FAST" ]; then  # smaller, the same code
+  TINY=(train_steps=500 n_train=400 n_test=100)
+  SEARCH=(max_problems=150)
+  SFT=(num_train_epochs=4)
+  RL=(max_steps=6 rollout_batch_size=16 save_steps=3)
+  EVAL=(max_problems=60 num_samples=4)
+else
+  TINY=() SEARCH=() SFT=() RL=() EVAL=()
+fi
+
+declare -A SECONDS_OF
+stage() {  # stage NAME COMMAND…: run it, print to stderr, remember how long it took
+  local name=$1 begin=$SECONDS
+  shift
+  echo "== $name: $*" >&2
+  "$@" >&2
+  SECONDS_OF[$name]=$((SECONDS - begin))
+}
+evaluate() {  # evaluate NAME MODEL [key=value …]
+  local name=$1 model=$2
+  shift 2
+  stage "eval-$name" python evaluate.py configs/tiny/evaluate.yaml model_name_or_path="$model" \
+    eval_file="$OUT/test.jsonl" output_dir="$OUT/eval-$name" seed="$SEED" "${EVAL[@]}" "$@"
+}
+
+[ -d "$OUT/base" ] || stage base python -m rftt.tiny output_dir="$OUT" seed="$SEED" "${TINY[@]}"
+evaluate base "$OUT/base" simulations='[]'
+stage search python search.py configs/tiny/search.yaml model_name_or_path="$OUT/base" \
+  train_file="$OUT/train.jsonl" output_dir="$OUT/search" seed="$SEED" "${SEARCH[@]}"
+stage sft python train_sft.py configs/tiny/sft.yaml model_name_or_path="$OUT/base" \
+  train_file="$OUT/search/data/sft.jsonl" output_dir="$OUT/sft" seed="$SEED" "${SFT[@]}"
+evaluate sft "$OUT/sft/hf"
+stage rl python train_rl.py configs/tiny/rl.yaml model_name_or_path="$OUT/sft/hf" \
+  train_file="$OUT/train.jsonl" eval_file="$OUT/test.jsonl" output_dir="$OUT/rl" seed="$SEED" "${RL[@]}"
+evaluate rl "$OUT/rl/hf"
+stage report python -m rftt.watch.report "$OUT/sft" "$OUT/rl" "$OUT/eval-base" "$OUT/eval-sft" \
+  "$OUT/eval-rl" --out "$OUT"
+
+OUT=$OUT TIMES=$(for name in "${!SECONDS_OF[@]}"; do echo "$name ${SECONDS_OF[$name]}"; done) python - <<'PY'
+import json, os
+
+def read(name):
+    with open(f"{os.environ['OUT']}/eval-{name}/eval/summary.json") as file:
+        return json.load(file)
+
+runs = {name: read(name) for name in ("base", "sft", "rl")}
+print(f"{'held-out accuracy, %':24}{'greedy':>8}{'sampled':>9}{'maj@16':>8}{'search@16':>11}")
+for name, run in runs.items():
+    figures = [run["greedy"]["mean"], run["sampled"]["mean"]]
+    figures += [max(run[key].items(), key=lambda kv: int(kv[0]))[1]["accuracy"] if run[key] else None
+                for key in ("maj@k", "search")]
+    cells = [f"{100 * x:.1f}" if x is not None else "-" for x in figures]
+    print(f"{name:24}{cells[0]:>8}{cells[1]:>9}{cells[2]:>8}{cells[3]:>11}")
+times = dict(line.split() for line in os.environ["TIMES"].splitlines())
+print(json.dumps({
+    **{name: round(run["greedy"]["mean"], 4) for name, run in runs.items()},
+    "sampled": {name: round(run["sampled"]["mean"], 4) for name, run in runs.items()},
+    "search": {k: round(v["accuracy"], 4) for k, v in runs["rl"]["search"].items()},
+    "seconds": {name: int(value) for name, value in sorted(times.items())},
+}))
+PY
