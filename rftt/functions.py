@@ -112,9 +112,9 @@ CLOSERS = tuple(f"</{act}>" for act in ACTS)
 
 
 def successors(act: str | None, phase: Phase) -> tuple[str, ...]:
-    """Acts that may follow `act` (None: the root), in the order of the table."""
-    if act is None:
-        return ROOT[phase]
+    """Acts that may follow `act` (None: the root; "": text outside any segment, a dead end)."""
+    if not act:
+        return ROOT[phase] if act is None else ()
     return FUNCTIONS[act].prompted if phase == "prompted" else FUNCTIONS[act].learned
 
 

@@ -281,6 +281,7 @@ def test_grammars_oracle_equal_the_lists_of_the_paper() -> None:
     twice = ["clarify", "analysis", "subquestion", "next_step"] * 2
     assert sorted(successors(None, "prompted")) == sorted([*twice, "direct_answer"])
     assert sorted(successors(None, "learned")) == sorted(twice[:4])
+    assert successors("", "learned") == ()  # text outside any segment leads nowhere
     for act in ACTS:
         assert sorted(successors(act, "prompted")) == sorted(prompted[act].split())
         assert sorted(successors(act, "learned")) == sorted(learned[act].split())
