@@ -148,7 +148,7 @@ def stats_cells(run: Run) -> dict[str, str]:
 def interval(value: Mapping[str, float]) -> str:
     """Mean or accuracy with its interval, and the tokens it cost where they were counted."""
     mean = value["mean"] if "mean" in value else value["accuracy"]
-    cost = f", {number(value['tokens'])} tokens" if "tokens" in value else ""
+    cost = f", {value['tokens']:,.0f} tokens" if "tokens" in value else ""
     return f"{mean:.3f} [{value['low']:.3f}, {value['high']:.3f}]{cost}"
 
 
@@ -197,6 +197,7 @@ def new_figure(n_panels: int) -> tuple[Figure, list[Axes]]:
     axes: list[Axes] = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
     for ax in axes:
         ax.grid(alpha=0.25)
+        ax.locator_params(axis="x", integer=True)  # there is no half step
         ax.spines[["top", "right"]].set_visible(False)
     for spare in axes[n_panels:]:
         spare.set_axis_off()
@@ -222,7 +223,7 @@ def draw_curves(runs: Sequence[Run], panels: Sequence[Panel]) -> Figure | None:
 
 
 def draw_acts(runs: Sequence[Run]) -> Figure | None:
-    """Share of each act among the steps of the rollouts, stacked; a panel per run."""
+    """Share of each act among the steps of the rollouts, stacked; white is outside any segment."""
     keys = [f"acts/{act}" for act in ACTS]
     rows_of = {run.name: [r for r in run.metrics if not r.keys().isdisjoint(keys)] for run in runs}
     drawn = [(name, rows) for name, rows in rows_of.items() if rows]
