@@ -217,13 +217,9 @@ async def explore(
 
 def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], world: World) -> float:
     """Share of the problems that greedy decoding solves, over all ranks."""
-    greedy = replace(
-        cfg,
-        sampling_method="normal",
-        num_generations=1,
-        train_batch_size=1,
-        advantage_estimator="reinforce++",  # grpo refuses single rollouts
-    )
+    # One rollout per problem, which grpo would refuse to learn from.
+    one = {"num_generations": 1, "train_batch_size": 1, "advantage_estimator": "reinforce++"}
+    greedy = replace(cfg, sampling_method="normal", **one)
     mine = list(enumerate(problems))[world.rank :: world.size]
     found = asyncio.run(explore(greedy, replace(policy, temperature=0.0), mine, None))
     return world.sum(sum(rollout.outcome for rollout in found)) / len(problems)
