@@ -58,7 +58,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cli": ("schema",),
     "config": ("schema",),
     "functions": ("schema",),
-    "rewards.grader": ("schema",),
+    "rewards.latex": ("schema",),
+    "rewards.shapes": ("schema", "rewards.latex"),
+    "rewards.grader": ("schema", "rewards.latex", "rewards.shapes"),
     "data": ("schema", "functions", "rewards.grader"),
     "search.mcts": ("schema", "functions"),
     "learn.rl": ("schema", "functions"),
@@ -232,6 +234,7 @@ PARENTS = {
     "nn.Module",
     "Protocol",
     "Exception",
+    "Refused",  # the grader's exception, in rewards/latex.py
     "torch.autograd.Function",
     "NamedTuple",
     "BaseHTTPRequestHandler",
