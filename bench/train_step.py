@@ -1,0 +1,368 @@
+"""One optimizer step, measured: ours packed, padded by hand, TRL's; same weights, same batch.
+
+    python bench/train_step.py [--compare trl] [--trl-python .venv-bench/bin/python] [--rounds 3]
+    python bench/train_step.py --size 1.5b --length 4096            (on a GPU)
+
+Each variant is a process of its own; they take turns, one step each per round, so that a busy
+machine slows all alike. On a CPU: one compute thread, CPU seconds, peak memory over what the loaded
+model holds (gradients and optimizer state included). The last line is one JSON object. TRL's
+chunked head is a Triton kernel that falls back on a CPU: never quote a CPU ratio bare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTHS = (500, 460, 400, 330, 260, 205, 160, 120)
+"""Tokens of the eight documents: 2,435 real ones of 4,000 padded."""
+PROMPT = 60
+ADVANTAGES = (1.0, -1.0, 0.5, -0.5, 1.5, -0.7, 0.3, -1.1)
+LEARNING_RATE = 1e-5
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "vocab_size")  # fmt: skip
+SIZES = {
+    "51m": dict(zip(NAMES, (512, 1536, 6, 8, 2, 32000), strict=True)),
+    "0.5b": dict(zip(NAMES, (896, 4864, 24, 14, 2, 151936), strict=True)),
+    "1.5b": dict(zip(NAMES, (1536, 8960, 28, 12, 2, 151936), strict=True)),
+}
+Step = Callable[[], tuple[float, float]]
+"""Runs one optimizer step; loss and gradient norm before clipping."""
+
+
+# ---- What is compared: each builder runs in its own process ----
+
+
+def documents(lengths: tuple[int, ...], vocabulary: int) -> list[list[int]]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+def packed(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
+    """The trainer's own path: FSDP, packed, chunked log-probs."""
+    import torch
+
+    from rftt.learn import rl
+    from rftt.learn.batch import Batch, collate_rows
+    from rftt.learn.distributed import open_world, shard
+    from rftt.learn.model import load_policy, token_logprobs
+    from rftt.learn.optim import build_optimizer
+    from rftt.learn.step import update
+
+    world = open_world()
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    policy = load_policy(folder, torch.float32, gradient_checkpointing=world.device.type == "cuda")
+    vocabulary = policy.config.vocab_size
+    modules = {"policy": shard(policy, world, param_dtype=compute)}
+    optimizers = {"policy": build_optimizer(policy, lr=LEARNING_RATE)}
+    ids = documents(lengths, vocabulary)
+    rows = [(d[:PROMPT], d[PROMPT:], [True] * (len(d) - PROMPT)) for d in ids]
+    batch = collate_rows(rows)
+    batch = batch.replace(advantages=batch.spread(ADVANTAGES[: len(lengths)])).to(world.device)
+    total = []
+
+    def loss_of(part: Batch) -> torch.Tensor:
+        logprobs, _ = token_logprobs(policy, part, 1.0, vocabulary)
+        mask, advantages = part.action_mask, part.advantages
+        if loss == "sft":
+            summed = rl.sft_loss(logprobs, mask)
+        else:
+            old = logprobs.detach()
+            summed, _ = rl.policy_loss(logprobs, old, advantages, mask, epsilon=0.2)
+        total.append(summed.detach())
+        return summed
+
+    def step() -> tuple[float, float]:
+        total.clear()
+        norms = update(
+            modules, optimizers, {"policy": LEARNING_RATE}, batch, loss_of, batch.n_actions,
+            max_tokens=sum(lengths) if world.device.type == "cpu" else 16384,
+            max_grad_norm=1.0, world=world,
+        )  # fmt: skip
+        return float(sum(total)) / batch.n_actions, norms["policy"]
+
+    return step
+
+
+def padded(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
+    """What one writes by hand: right padding, all logits, log-softmax."""
+    import torch
+    from torch.nn.functional import log_softmax, pad
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    ids = [torch.tensor(d) for d in documents(lengths, model.config.vocab_size)]
+    x = torch.stack([pad(d, (0, max(lengths) - len(d))) for d in ids])
+    real = torch.stack([pad(torch.ones_like(d), (0, max(lengths) - len(d))) for d in ids])
+    mask = real[:, 1:].bool() & (torch.arange(max(lengths) - 1) >= PROMPT - 1)
+    advantages = torch.tensor(ADVANTAGES[: len(lengths)])[:, None]
+
+    def step() -> tuple[float, float]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            logits = model(input_ids=x, attention_mask=real).logits[:, :-1]
+        logprobs = log_softmax(logits.float(), -1).gather(-1, x[:, 1:, None])[..., 0]
+        ratio = (logprobs - logprobs.detach()).exp()
+        surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        value = -((logprobs if loss == "sft" else surrogate) * mask).sum() / mask.sum()
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item(), norm.item()
+
+    return step
+
+
+def trl(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
+    """TRL's GRPOTrainer or SFTTrainer, its training_step fed with the batch."""
+    import torch
+    from datasets import Dataset
+    from torch.nn.functional import pad
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    vocabulary, n, longest = model.config.vocab_size, len(lengths), max(lengths)
+    shared: dict[str, Any] = {
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": n, "use_cpu": True,
+        "bf16": dtype == "bf16", "learning_rate": LEARNING_RATE, "adam_beta2": 0.95,
+        "lr_scheduler_type": "constant", "report_to": [], "gradient_checkpointing": False,
+        "max_steps": 10, "optim": "adamw_torch_fused",
+    }  # fmt: skip
+    ids = [torch.tensor(d) for d in documents(lengths, vocabulary)]
+    x = torch.stack([pad(d, (0, longest - len(d))) for d in ids])
+    real = torch.stack([pad(torch.ones_like(d), (0, longest - len(d))) for d in ids])
+    total = torch.tensor(sum(lengths) - PROMPT * n)
+    if loss == "sft":
+        rows = Dataset.from_list([{"input_ids": d.tolist()} for d in ids])
+        trainer = SFTTrainer(model, SFTConfig(max_length=longest, **shared), train_dataset=rows,
+                             processing_class=tokenizer)  # fmt: skip
+        labels = torch.where(real.bool() & (torch.arange(longest) >= PROMPT), x, -100)
+        inputs: dict[str, Any] = {"input_ids": x, "attention_mask": real, "labels": labels}
+    else:
+        rows = Dataset.from_list([{"prompt": "w3"}] * n)
+        config = GRPOConfig(num_generations=n, beta=0.0, epsilon=0.2, loss_type="dapo", **shared)
+        trainer = GRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), config,
+                              rows, processing_class=tokenizer)  # fmt: skip
+        inputs = {
+            "prompt_ids": x[:, :PROMPT], "prompt_mask": real[:, :PROMPT],
+            "completion_ids": x[:, PROMPT:], "completion_mask": real[:, PROMPT:],
+            "advantages": torch.tensor(ADVANTAGES[:n]), "num_items_in_batch": total,
+        }  # fmt: skip
+        trainer._prepare_inputs = lambda batch: batch
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.create_optimizer()
+    prepared, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model_wrapped = prepared
+
+    def step() -> tuple[float, float]:
+        value = trainer.training_step(prepared, dict(inputs), total)
+        norm = trainer.accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item(), norm.item()
+
+    return step
+
+
+VARIANTS = ("packed-rl-fp32", "packed-rl-bf16", "packed-sft-fp32", "padded-rl-fp32")
+BUILDERS = {"packed": packed, "padded": padded, "trl": trl}
+
+
+# ---- One process per variant ----
+
+
+def memory_mib(key: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise ValueError(key)
+
+
+def work(variant: str, folder: str, lengths: tuple[int, ...]) -> None:
+    """Build the variant; then one step for every line on stdin, its figures on stdout."""
+    import torch
+
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries may print
+    torch.set_num_threads(1)
+    on_gpu = torch.cuda.is_available()
+    name, loss, dtype = variant.split("-")
+    step = BUILDERS[name](folder, dtype, loss, lengths)
+    start = torch.cuda.memory_allocated() / 2**20 if on_gpu else memory_mib("VmRSS")
+    for _ in sys.stdin:
+        begin = time.perf_counter() if on_gpu else time.process_time()
+        value, norm = step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() if on_gpu else time.process_time()) - begin
+        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mib("VmHWM")
+        figures = {"seconds": seconds, "loss": value, "grad_norm": norm, "extra_mib": peak - start}
+        out.write(json.dumps(figures) + "\n")
+        out.flush()
+
+
+def start(variant: str, folder: str, lengths: tuple[int, ...], python: str) -> subprocess.Popen:
+    command = [python, __file__, "--worker", variant, "--folder", folder]
+    command += ["--lengths", ",".join(map(str, lengths))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def ask(worker: subprocess.Popen) -> dict[str, float]:
+    assert worker.stdin
+    assert worker.stdout
+    worker.stdin.write("step\n")
+    worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        assert worker.stderr
+        sys.exit(f"a worker died:\n{worker.stderr.read()[-3000:]}")
+    return json.loads(line)
+
+
+# ---- The run ----
+
+
+def write_model(folder: str, size: dict[str, int]) -> None:
+    """Random weights, and a tokenizer of one word per id that TRL's constructors want to see."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(**size, tie_word_embeddings=False, max_position_embeddings=32768)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, size["vocab_size"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w2")),
+        pad_token="<pad>", eos_token="<eos>", unk_token="w2",
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOPs per second of one large matrix product: what the device can do."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n, repeats = (8192, 20) if device == "cuda" else (1024, 4)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    a = torch.randn(n, n, device=device).to(kind)
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    for _ in range(2):  # the first is warm-up
+        begin = clock()
+        for _ in range(repeats):
+            a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = clock() - begin
+    return 2 * n**3 * repeats / seconds
+
+
+def model_flops(size: dict[str, int], lengths: tuple[int, ...]) -> float:
+    """Forward and backward over real tokens, the head over response tokens, causal attention."""
+    width, head = size["hidden_size"], size["hidden_size"] // size["num_attention_heads"]
+    attention = 2 * width * width + 2 * width * head * size["num_key_value_heads"]
+    layers = size["num_hidden_layers"] * (attention + 3 * width * size["intermediate_size"])
+    actions = sum(lengths) - PROMPT * len(lengths)
+    quadratic = size["num_hidden_layers"] * width * sum(n * n for n in lengths)
+    return 6 * (layers * sum(lengths) + width * size["vocab_size"] * actions + quadratic)
+
+
+def summary(
+    steps: dict[str, list[dict[str, float]]], rates: dict[str, float], flops: float, n_tokens: int
+) -> dict[str, dict[str, float]]:
+    """The figures of every variant, and ratios to TRL's where it ran."""
+    result: dict[str, dict[str, float]] = {}
+    for variant, figures in steps.items():
+        seconds = statistics.median(f["seconds"] for f in figures[1:])
+        result[variant] = {
+            "tokens_per_cpu_s": n_tokens / seconds,
+            "extra_mib": figures[0]["extra_mib"],
+            "mfu": flops / seconds / rates[variant.split("-")[2]],
+            "first_loss": figures[0]["loss"],
+            "first_grad_norm": figures[0]["grad_norm"],
+        }
+    for variant, figures in result.items():
+        other = result.get("trl-" + variant.partition("-")[2])
+        if other and not variant.startswith("trl"):
+            figures["tokens_vs_trl"] = figures["tokens_per_cpu_s"] / other["tokens_per_cpu_s"]
+            figures["memory_vs_trl"] = figures["extra_mib"] / other["extra_mib"]
+            figures["loss_minus_trl"] = figures["first_loss"] - other["first_loss"]
+            figures["grad_norm_vs_trl"] = figures["first_grad_norm"] / other["first_grad_norm"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--compare", choices=["trl"])
+    parser.add_argument("--trl-python", default=str(ROOT / ".venv-bench/bin/python"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", choices=SIZES, default="51m")
+    parser.add_argument(
+        "--length", type=int, help="documents of this many tokens (default: skewed)"
+    )
+    parser.add_argument(
+        "--variants", default="packed-rl-fp32,padded-rl-fp32,packed-rl-bf16,packed-sft-fp32"
+    )
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.folder, tuple(map(int, args.lengths.split(","))))
+        return
+    lengths = (args.length,) * 8 if args.length else LENGTHS
+    variants = args.variants.split(",")
+    if args.compare:
+        if not Path(args.trl_python).exists():
+            sys.exit(f"error: {args.trl_python} is missing; run: make bench-env")
+        variants += ["trl-rl-fp32", "trl-rl-bf16", "trl-sft-fp32"]
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(folder, SIZES[args.size])
+        workers = {
+            variant: start(
+                variant,
+                folder,
+                lengths,
+                args.trl_python if variant.startswith("trl") else sys.executable,
+            )
+            for variant in variants
+        }
+        steps: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+        rates = {"fp32": 0.0, "bf16": 0.0}
+        for _ in range(args.rounds + 1):  # the first is warm-up and the memory figure
+            for variant, worker in workers.items():
+                steps[variant].append(ask(worker))
+            rates = {dtype: max(rate, matmul_rate(dtype)) for dtype, rate in rates.items()}
+        for worker in workers.values():
+            worker.communicate()
+    result = summary(steps, rates, model_flops(SIZES[args.size], lengths), sum(lengths))
+    for variant, figures in result.items():
+        print(f"{variant:16}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    print(json.dumps(result | {"matmul_gflops": {k: v / 1e9 for k, v in rates.items()}}))
+
+
+if __name__ == "__main__":
+    main()
