@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -265,7 +265,7 @@ def test_engine_error_reaches_every_waiter_and_the_next_run_works(
         return await asyncio.gather(*waiting, return_exceptions=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_loop", StepLoop(broken, engine._loop._reset))
+        patch.setattr(engine, "_loop", StepLoop(broken, cast(Any, engine)._loop._reset))
         assert [type(error) for error in asyncio.run(three())] == [FloatingPointError] * 3
     assert sample(engine, request)[0].token_ids == before.token_ids
 

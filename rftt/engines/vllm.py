@@ -1,3 +1,4 @@
+# type: ignore  # where vLLM is not installed, a checker takes this file for it
 """Sampling with vLLM 0.32 inside this process: one engine per rank, the same code on CPU and GPU.
 
 What is particular here (each was tried, docs/details.md):
@@ -38,6 +39,7 @@ for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
+from vllm.logprobs import FlatLogprobs  # noqa: E402
 from vllm.model_executor.layers import utils as vllm_layers  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
@@ -105,6 +107,7 @@ class VLLMEngine:
     def _step(self) -> None:
         self.counters.steps += 1
         for output in self._engine.step():
+            assert isinstance(output, RequestOutput), "only generating requests are added"
             future, sampling = self._running.pop(output.request_id)
             completion = _completion(output, sampling)
             self.counters.requests += 1
@@ -120,7 +123,7 @@ class VLLMEngine:
             self._engine.abort_request(list(self._running))
             self._running.clear()
 
-    def _apply(self, function: Callable[[torch.nn.Module], Any]) -> Any:
+    def _apply(self, function: Callable[[Any], Any]) -> Any:
         """`function` of vLLM's own model, in this process."""
         return self._llm.apply_model(function)[0]
 
@@ -191,6 +194,7 @@ def _completion(output: RequestOutput, sampling: Sampling) -> Completion:
     """Keep the watched ids' log-probs, which vLLM reports everywhere, where a segment may begin."""
     [sample] = output.outputs
     ids, table = tuple(sample.token_ids), sample.logprobs
+    assert isinstance(table, FlatLogprobs), "_sampling_params asks for flat log-probs"
     after, n_watched = set(sampling.watch_after), len(sampling.watch_ids)
     begins = [at for at in range(len(ids)) if n_watched and (at == 0 or ids[at - 1] in after)]
     starts = table.start_indices  # (R,) where a position's row begins: the token, then the watched
@@ -201,12 +205,12 @@ def _completion(output: RequestOutput, sampling: Sampling) -> Completion:
         watched={
             at: tuple(table.logprobs[starts[at] + 1 : starts[at] + 1 + n_watched]) for at in begins
         },
-        n_prompt=len(output.prompt_token_ids),
+        n_prompt=len(output.prompt_token_ids or ()),
         n_cached=output.num_cached_tokens or 0,
     )
 
 
-def _keep_linear(layer: torch.nn.Module, remove_weight: bool) -> None:  # noqa: ARG001
+def _keep_linear(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001
     layer.cpu_linear = torch.nn.functional.linear
 
 
