@@ -106,7 +106,7 @@ def read_run(name: str, path: Path) -> Run:
 def whole_rows(path: Path) -> list[Row]:
     """Rows of a file that may still be written to: its last line counts once it is whole."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n")[:-1]]
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def read_json(path: Path) -> Row:
