@@ -53,14 +53,13 @@ def inside(name: str, *rooms: str) -> bool:
 # ---- Imports go one way (DESIGN §1) ----
 
 BASE = ("schema", "config", "cli", "functions", "data", "rewards.grader")
+GRADER = ("rewards.grader", "rewards.latex", "rewards.shapes", "rewards.values")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "schema": (),
     "cli": ("schema",),
     "config": ("schema",),
     "functions": ("schema",),
-    "rewards.latex": ("schema",),
-    "rewards.shapes": ("schema", "rewards.latex"),
-    "rewards.grader": ("schema", "rewards.latex", "rewards.shapes"),
+    **dict.fromkeys(GRADER, ("schema", *GRADER)),
     "data": ("schema", "functions", "rewards.grader"),
     "search.mcts": ("schema", "functions"),
     "learn.rl": ("schema", "functions"),
