@@ -1,0 +1,295 @@
+"""The grader against labelled pairs, hostile responses, all gold answers and its own symmetries."""
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rftt.rewards.grader import canonical, extract, grade, parse_gold, same_answer
+from rftt.schema import UserError
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared data are not here")
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    if not DATA.exists():
+        return []
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+PAIRS = rows("grader_pairs.jsonl")
+
+
+@needs_data
+@pytest.mark.parametrize("category", sorted({row["category"] for row in PAIRS}))
+def test_shared_pairs_oracle(category: str) -> None:
+    chosen = [row for row in PAIRS if row["category"] == category]
+    wrong = [
+        row["id"]
+        for row in chosen
+        if grade(row["response"], row["gold"], answer_format="auto").correct != bool(row["label"])
+    ]
+    assert chosen
+    assert wrong == []
+
+
+@needs_data
+def test_hostile_responses_are_quick_and_unpaid_oracle() -> None:
+    for row in rows("grader_hostile.jsonl"):
+        response = "".join(text * times for text, times in row["recipe"])
+        begin = time.perf_counter()
+        verdict = grade(response, row["gold"])
+        assert time.perf_counter() - begin < 1, row["id"]
+        assert row["expected"] in (None, int(verdict.correct)), row["id"]
+
+
+GOLD_FIELDS = {
+    "math500": "answer",
+    "gsm8k_test": "answer",
+    "olympiadbench": "final_answer",
+    "aime24": "answer",
+    "amc23": "answer",
+}
+
+
+@needs_data
+@pytest.mark.parametrize("name", GOLD_FIELDS)
+def test_every_gold_answer_equals_itself_oracle(name: str) -> None:
+    golds = [row[GOLD_FIELDS[name]] for row in rows(f"{name}.jsonl")]
+    golds = [gold[0] if isinstance(gold, list) else str(gold) for gold in golds]
+    missed = [g for g in golds if not grade(f"So \\boxed{{{parse_gold(g)}}}.", g).correct]
+    assert golds
+    assert missed == []
+
+
+@needs_data
+def test_copying_a_formula_of_the_question_pays_at_most_5_of_500() -> None:
+    paid = 0
+    for row in rows("math500.jsonl"):
+        formulas = row["problem"].split("$")[1::2]
+        if formulas:
+            paid += grade(f"\\boxed{{{formulas[-1]}}}", row["answer"], row["problem"]).correct
+    assert paid <= 5
+
+
+# What the shared pairs do not show: (gold, answer, equal?)
+CASES = [
+    (r"\sum_{k=1}^{10} k", "55", True),
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", True),
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n-1)}{2}", False),
+    (r"\prod_{k=1}^{5} k", "5!", True),
+    (r"\begin{pmatrix}6&8\\10&12\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}+\begin{pmatrix}5&6\\7&8\end{pmatrix}", True),  # noqa: E501
+    (r"\begin{pmatrix}7&10\\15&22\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^2", True),
+    (r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^T", True),
+    ("1000.99", "1000,99", True),
+    ("1.5", "1,5", True),
+    ("1.234", "1,234", False),
+    (r"0.1\overline{6}", r"\frac16", True),
+    ("0.333...", r"\frac13", True),
+    ("0.333", r"\frac13", False),
+    (r"\frac{1}{12}", "0.0833333333333333", True),
+    ("3 \\pmod 7", "x \\equiv 3 \\pmod{7}", True),
+    ("3 \\pmod 7", "3 \\pmod 5", False),
+    ("7:32", "14:64", True),
+    ("12:00", "1:00", False),
+    ("2:30", "1:15", False),
+    ("3.5 \\text{ kg}", "3500 \\text{ g}", True),
+    ("60 \\text{ km/h}", "60 \\text{ km per hour}", True),
+    ("5 \\text{ apples}", "5 \\text{ oranges}", False),
+    ("2 \\text{ million}", "2,000,000", True),
+    ("180^\\circ", "\\pi", True),
+    (r"\mathbb{R} \setminus \{3\}", r"x \ne 3", True),
+    (r"\{x \mid x > 3\}", r"(3, \infty)", True),
+    ("x<1", "-x>-1", True),
+    ("x<1", "x>-1", False),
+    ("x = 5", "y = 5", False),
+    ("x=3, y=2", "(3, 2)", True),
+    ("x=3, y=2", "y=2, x=3", True),
+    ("x=3, y=2", "x=2, y=3", False),
+    ("p=5,q=2;p=7,q=2", "(5,2),(7,2)", True),
+    ("f(2) < f(1) < f(4)", "f(4) > f(1) > f(2)", True),
+    ("f(2) < f(1) < f(4)", "f(1) < f(2) < f(4)", False),
+    (r"\sqrt{x^2}", "x", False),
+    (r"\sqrt{x^2}", "|x|", True),
+    (r"\lceil n/2 \rceil", r"\lfloor (n+1)/2 \rfloor", True),
+    (r"\lfloor x \rfloor", "x", False),
+    (r"(-8)^{1/3}", "-2", True),
+    (r"\sin 30^\circ", r"\frac12", True),
+    (r"\log_2 8", "3", True),
+    (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt6}", True),
+    (r"\sqrt{2}+\sqrt{3}", r"3.14626436994197", True),
+    ("10^{99}", "10^{99}+1", False),
+    (r"\frac{1}{2004!}", r"\frac{1}{2006!}", False),
+    ("no solution", r"\text{No solutions}", True),
+    (r"\text{east}", r"\text{seat}", False),
+    ("1½", "1.5", True),
+    ("(1,2)", "[1,2]", False),
+    ("(1,2)", r"\{1,2\}", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "answer", "equal"), CASES)
+def test_cases_oracle(gold: str, answer: str, equal: bool) -> None:
+    assert grade(f"\\boxed{{{answer}}}", gold).correct is equal
+    assert same_answer(gold, answer) is equal
+
+
+@pytest.mark.parametrize(
+    ("response", "answer_format", "found"),
+    [
+        (r"\boxed{1}, \boxed{2} and \boxed{3}", "boxed", "1, 2, 3"),
+        (r"\boxed{5} is wrong, \boxed{7} right", "boxed", "7"),
+        (r"\boxed{7} then \boxed{8", "boxed", None),
+        (r"\boxed{7} then \boxed{8", "auto", None),
+        (r"\boxed 7", "boxed", "7"),
+        (r"\boxed{\{1\}, \frac{1}{2}}", "boxed", r"\{1\}, \frac{1}{2}"),
+        (r"<output>\boxed{1}</output> <output>none</output>", "boxed", None),
+        ("so 18\n#### 1,018", "gsm8k", "1,018"),
+        (r"\boxed{3}", "gsm8k", None),
+        ("The answer is $\\frac12$.", "auto", "$\\frac12$"),
+        ("The answer is 3.5. I hope it is correct.", "auto", "3.5"),
+        ("They meet after 40 minutes.", "auto", "40"),
+        ("I do not know.", "auto", None),
+        ("The answer is 3", "boxed", None),
+    ],
+)
+def test_extract_oracle(response: str, answer_format: str, found: str | None) -> None:
+    assert extract(response, answer_format) == found
+
+
+def test_no_answer_is_never_no_gold() -> None:
+    assert not grade("", "").correct
+    assert not grade(r"\boxed{}", "").correct
+    assert grade("no box", "7").rule == "no answer"
+    assert grade(r"\boxed{7}", " ").rule == "no gold"
+
+
+def test_an_unknown_format_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match="use boxed, gsm8k or auto"):
+        extract("7", "latex")
+
+
+def test_a_number_beyond_the_bounds_is_refused_and_says_so() -> None:
+    verdict = grade(r"\boxed{9^{9^{9}}}", "7")
+    assert (verdict.correct, verdict.rule) == (False, "too big")
+
+
+ANSWERS = sorted({row["gold"] for row in PAIRS if len(row["gold"]) < 60}) or ["7", r"\frac12"]
+REWRITES = [
+    lambda s: f" {s} ",
+    lambda s: f"${s}$",
+    lambda s: f"{s}.",
+    lambda s: s.replace("\\frac", "\\dfrac"),
+    lambda s: s.replace(" ", "  "),
+    lambda s: f"\\displaystyle {s}",
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_rewriting_keeps_the_verdict_invariant(answer: str) -> None:
+    for rewrite in REWRITES:
+        assert grade(f"\\boxed{{{rewrite(answer)}}}", answer).correct, rewrite(answer)
+        assert canonical(rewrite(answer)) == canonical(answer)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.integers(-(10**9), 10**9), st.integers(1, 10**4), st.data())
+def test_fractions_invariant(top: int, bottom: int, data: st.DataObject) -> None:
+    factor = data.draw(st.integers(1, 50))
+    gold = f"\\frac{{{top}}}{{{bottom}}}"
+    assert same_answer(gold, f"{top * factor}/{bottom * factor}")
+    assert canonical(gold) == canonical(f"{top * factor}/{bottom * factor}")
+    assert not same_answer(gold, f"\\frac{{{top + 1}}}{{{bottom}}}")
+    if top:
+        assert not same_answer(gold, f"\\frac{{{-top}}}{{{bottom}}}")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(-99, 99), min_size=2, max_size=6, unique=True), st.randoms())
+def test_order_counts_in_tuples_only_invariant(numbers: list[int], rng: random.Random) -> None:
+    shuffled = rng.sample(numbers, len(numbers))
+    text, other = (", ".join(map(str, n)) for n in (numbers, shuffled))
+    assert same_answer(text, other)
+    assert same_answer(f"\\{{{text}\\}}", other)
+    assert same_answer(f"({text})", f"({other})") == (numbers == shuffled)
+    assert not same_answer(text, ", ".join(map(str, numbers[:-1])))
+
+
+PIECES = r"""
+\frac \sqrt \sum \prod \binom \log \sin \min { } ( ) [ ] \{ \} | ^ _ ! , ; : = < \le \ne \in \cup
+\setminus \pm \infty \emptyset \pi i e x n f( 0 1 2 3.5 .5 10 99 % ^\circ \text{cm} \text{or} \$ &
+\\ ² ½ √ ' . - + \begin{pmatrix} \end{pmatrix} \mathbb{R} \overline{3} \lfloor \rfloor T km 1,000
+\approx \pmod{7} \quad
+"""
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.one_of(
+        st.text(max_size=30), st.lists(st.sampled_from(PIECES.split()), max_size=14).map("".join)
+    )
+)
+def test_any_text_is_graded_without_error_and_symmetrically_invariant(text: str) -> None:
+    for gold in ("7", "x^2+1", r"(1, \infty)", text):
+        assert same_answer(text, gold) == same_answer(gold, text)
+    extract(text, "auto")
+
+
+def test_threads_and_hash_seeds_do_not_matter_invariant() -> None:
+    pairs = [(a, b) for a in ANSWERS[:40] for b in ANSWERS[:4]]
+    alone = [same_answer(a, b) for a, b in pairs]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda pair: same_answer(*pair), pairs)) == alone
+    code = r"from rftt.rewards.grader import canonical; print(canonical('\\sqrt{x+1}, \\pi, y=2x'))"
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1")
+    }
+    assert len(keys) == 1
+
+
+def test_grading_inline_does_not_hold_up_the_event_loop() -> None:
+    """No single verdict on a hard pair takes longer than a tenth of a second."""
+
+    async def slowest() -> float:
+        worst = 0.0
+        for gold in (r"\sqrt{x+\sqrt{y}}", r"\sum_{k=1}^{n} k^3", r"\frac{(2n)!}{n!}"):
+            begin = time.perf_counter()
+            grade(r"\boxed{\sqrt{x+\sqrt{y}}+\sin x+\binom{n}{2}}", gold)
+            worst = max(worst, time.perf_counter() - begin)
+            await asyncio.sleep(0)
+        return worst
+
+    assert asyncio.run(slowest()) < 0.1
+
+
+def test_command_line_prints_one_json_line_last(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    made = [("7", r"\boxed{7}", 1), ("7", r"\boxed{8}", 0), ("7", r"\boxed{8}", 1)]
+    file.write_text(
+        "".join(json.dumps({"gold": g, "response": r, "label": y}) + "\n" for g, r, y in made)
+    )
+    command = [sys.executable, "-m", "rftt.rewards.grader", str(file)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert (summary["n"], summary["false_negatives"], summary["false_positives"]) == (3, 1, 0)
+    assert summary["accuracy"] == pytest.approx(2 / 3)
+    assert summary["errors"] == summary["timeouts"] == 0
