@@ -179,16 +179,44 @@ def test_oracle_samples_follow_the_models_distribution(engine: Engine) -> None:
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
 
 
+def test_oracle_positions_draw_independently(engine: Engine) -> None:
+    prompt, n, model = [20, 21, 22], 2000, make_model(tied=False)
+    got = sample(engine, *((prompt, Sampling(max_tokens=2, seed=i)) for i in range(n)))
+    first = reference_logprobs(model, prompt, (0,))[0].exp()
+    after = {c.token_ids[0]: c.token_ids for c in got}
+    second = {t: reference_logprobs(model, prompt, ids)[1].exp() for t, ids in after.items()}
+    quantiles = torch.tensor(
+        [
+            [(p.cumsum(0) - p / 2)[token].item() for p, token in ((first, a), (second[a], b))]
+            for a, b in (c.token_ids for c in got)
+        ]
+    )
+    assert torch.corrcoef(quantiles.T)[0, 1].abs() < 5 / math.sqrt(n)
+
+
 def test_invariant_a_request_does_not_depend_on_its_batch(engine: Engine) -> None:
-    prompts = random_prompts(24, seed=2)
-    requests = [
-        (p, Sampling(max_tokens=30, seed=i, stop_ids=(STOP,))) for i, p in enumerate(prompts)
+    prompts = random_prompts(36, seed=2)
+    how = [
+        Sampling(
+            max_tokens=5 + 7 * i % 31,
+            temperature=(1.0, 0.7, 0.0)[i % 3],
+            top_p=(1.0, 0.8)[i % 2],
+            seed=i,
+            stop_ids=((STOP,), (), (8, 9))[i % 3],
+            watch_ids=OPENERS if i % 4 else (),
+            watch_after=CLOSERS[i % 3 :],
+        )
+        for i in range(36)
     ]
+    requests = list(zip(prompts, how, strict=True))
     together = sample(engine, *requests)
-    alone = [sample(engine, request)[0] for request in requests[:6]]
+    alone = [sample(engine, request)[0] for request in requests[:12]]
     backwards = sample(engine, *reversed(requests))[::-1]
-    assert [c.token_ids for c in alone] == [c.token_ids for c in together[:6]]
-    assert [c.token_ids for c in backwards] == [c.token_ids for c in together]
+    for other in (alone, backwards):
+        for a, b in zip(other, together, strict=False):
+            assert (a.token_ids, a.finish) == (b.token_ids, b.finish)
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+            assert a.watched.keys() == b.watched.keys()
     other_seeds = sample(engine, *((p, Sampling(max_tokens=30, seed=99)) for p in prompts))
     assert [c.token_ids for c in other_seeds] != [c.token_ids for c in together]
 
@@ -210,11 +238,17 @@ def test_stop_id_ends_the_completion_and_stays_in_it(engine: Engine) -> None:
 def test_top_p_keeps_to_the_nucleus(engine: Engine) -> None:
     model = make_model(tied=False)
     prompts = random_prompts(30, seed=4)
-    how = [Sampling(max_tokens=8, seed=i, top_p=0.5) for i in range(30)]
-    for prompt, got in zip(prompts, sample(engine, *zip(prompts, how, strict=True)), strict=True):
+    how = [Sampling(2 + i % 7, seed=i, top_p=(0.3, 0.6, 1.0)[i % 3]) for i in range(30)]
+    outside = 0
+    for prompt, s, got in zip(
+        prompts, how, sample(engine, *zip(prompts, how, strict=True)), strict=True
+    ):
         probs = reference_logprobs(model, prompt, got.token_ids).exp()
         for row, token in zip(probs, got.token_ids, strict=True):
-            assert row[row > row[token]].sum() < 0.5 + 1e-6
+            likelier = row[row > row[token]].sum()
+            assert likelier < s.top_p + 1e-6
+            outside += int(likelier > 0.6)
+    assert outside > 0
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled(engine: Engine) -> None:
@@ -267,7 +301,9 @@ def test_engine_error_reaches_every_waiter_and_the_next_run_works(
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_loop", StepLoop(broken, cast(Any, engine)._loop._reset))
         assert [type(error) for error in asyncio.run(three())] == [FloatingPointError] * 3
+    generated = engine.counters.generated_tokens
     assert sample(engine, request)[0].token_ids == before.token_ids
+    assert engine.counters.generated_tokens == generated + 4
 
 
 def test_interrupted_event_loop_leaves_a_working_engine(engine: Engine) -> None:
@@ -352,10 +388,10 @@ def test_load_weights_names_what_is_wrong(engine: Engine) -> None:
 
 
 def test_oracle_pick_is_the_inverse_cdf() -> None:
-    probs = torch.tensor([[0.5, 0.0, 0.3, 0.2]]).repeat(7, 1)
-    uniform = torch.tensor([0.0, 0.49, 0.51, 0.79, 0.81, 1 - 2**-24, 0.9])
-    greedy = torch.tensor([False] * 6 + [True])
-    got = pick(probs.log(), uniform, torch.ones(7), greedy)
-    assert got.tolist() == [0, 0, 2, 2, 3, 3, 0]
-    nucleus = pick(probs.log(), uniform, torch.full((7,), 0.6), greedy)
-    assert nucleus.tolist() == [0, 0, 0, 2, 2, 2, 0]
+    probs = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25]]).repeat(8, 1)
+    uniform = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 1 - 2**-24, 0.9, 0.9])
+    greedy = torch.tensor([False] * 6 + [True] * 2)
+    got = pick(probs.log(), uniform, torch.ones(8), greedy)
+    assert got.tolist() == [1, 1, 3, 3, 4, 4, 1, 1]
+    nucleus = pick(probs.log(), uniform, torch.full((8,), 0.6), greedy)
+    assert nucleus.tolist() == [1, 1, 1, 3, 3, 3, 1, 1]
