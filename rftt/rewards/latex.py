@@ -15,7 +15,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any
 
-MAX_CHARS, MAX_TOKENS = 500, 400
+MAX_CHARS, MAX_TOKENS, MAX_DEPTH = 500, 400, 100
 
 
 class Refused(Exception):
@@ -105,7 +105,7 @@ _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # in this order
         (r"(\d*)\.(\d{0,9}?)(\d{1,9}?)\3{2,}(?:\.\.\.|\\[lc]?dots)", _repeating),
         (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\(?\s*\\?[pb]?mod\s*\{?\s*(\w+)\s*\}?\s*\)?", r' "modulo\1"'),
-        (r"\\mathbb\s*\{?R\}?", r"\\R "),
+        (r"\\mathbb\s*\{?R\}?|(?:\"?all\"?\s+)?\"?real\"?\s+\"?numbers\"?", r"\\R "),
         (r"<=|=<", "≤"),
         (r">=", "≥"),
         (r"(?<=\s)!=|/=", "≠"),
@@ -172,9 +172,11 @@ def clean(text: str) -> str:
 
 
 def words(text: str) -> str:
-    """For answers in words: no case, articles, plural or punctuation."""
+    """For answers in words: no case, articles, plural or punctuation; lists in any order."""
     text = re.sub(r"\b(?:the|a|an)\b", " ", text.lower())
-    return " ".join(re.sub(r"(?<=[a-z]{3})s$", "", w) for w in re.findall(r"[^\s\".,;!?]+", text))
+    parts = [re.findall(r"[^\s\".;!?]+", part) for part in text.split(",")]
+    parts = [[re.sub(r"(?<=[a-z]{3})s$", "", word) for word in part] for part in parts]
+    return ", ".join(sorted(" ".join(part) for part in parts))
 
 
 _UNITS: dict[str, tuple[str, Fraction]] = {  # word: (what it measures, how many base units)
@@ -215,7 +217,7 @@ def _unit(text: str) -> tuple[Fraction, Kinds] | None:
         if per:
             side = -1
             continue
-        if name not in _UNITS and (len(name) < 4 or name in _NO_UNIT | FUNCTIONS.keys() | _GREEK):
+        if name not in _UNITS and (len(word) < 4 or name in _NO_UNIT | FUNCTIONS.keys() | _GREEK):
             return None
         kind, base = _UNITS.get(name, (name, Fraction(1)))
         exponent, side = side * int(power or 1), 1
@@ -353,7 +355,7 @@ class _Writer:
         bracketed = self.peek() in ("(", "[", "{", "⦃")
         sign = self.take() if self.peek() == "-" else ""
         inside = self.operand() if bracketed else sign + self.run(_TIGHT, functions=False)
-        if power == "(-'1')" and "arc" + name in FUNCTIONS:
+        if re.fullmatch(r"\((?:seq\('\{\}',)?-'1'\)+", power) and f"arc{name}" in FUNCTIONS:
             return f"arc{name}({inside})"
         call = f"log({inside},{base or _TEN})" if name in ("log", "lg") else f"{name}({inside})"
         return f"({call})**{power}" if power else call
@@ -380,11 +382,18 @@ class _Writer:
 
 
 def parse(text: str) -> ast.expr:
+    """The syntax tree of cleaned text without its unit; only trees of harmless depth."""
     writer = _Writer(text)
     source = writer.run({""})
     try:
-        return ast.parse(source.strip(" ,"), mode="eval").body
+        tree = ast.parse(source.strip(" ,"), mode="eval").body
     except SyntaxError as error:
         raise Refused from error
     except (RecursionError, MemoryError) as error:
         raise TooBig from error
+    level: list[ast.AST] = [tree] if len(writer.tokens) > MAX_DEPTH else []
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        raise TooBig
+    return tree

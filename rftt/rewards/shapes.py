@@ -99,15 +99,15 @@ def _values(node: ast.expr, work: Work, source: str) -> Shape:
 
 
 def _vector(values: list[Any]) -> Shape:
-    """A matrix as ordered rows; a row or a column of numbers as a tuple."""
+    """A matrix as ordered (¶) rows (&); a single row or column as one ordered shape."""
     if any(not isinstance(value, list) for value in values):
         raise Refused
     if not isinstance(values[0][0], list):
-        return ("ordered", "()", *(("number", cells) for cells in zip(*values, strict=True)))
+        return ("ordered", "&", *(("number", cells) for cells in zip(*values, strict=True)))
     rows = [_vector([value[i] for value in values]) for i in range(len(values[0]))]
     if len(rows) == 1:
         return rows[0]
-    return ("ordered", "()", *(row[2] if len(row) == 3 else row for row in rows))
+    return ("ordered", "¶", *(row[2] if len(row) == 3 else row for row in rows))
 
 
 def _unordered(shapes: list[Shape]) -> Shape:
@@ -296,9 +296,18 @@ def equal(a: Shape, b: Shape) -> bool:
         return a[1] == b[1] and _proportional(a, b, positive=a[1] != "=")
     if a[0] == "number":
         return _same_number(a, b)
-    if len(a) != len(b) or (a[1] != b[1] and (len(a) == 4 or "<" in a[1] + b[1])):
-        return False
-    return all(equal(x, y) for x, y in zip(a[2:], b[2:], strict=True))
+    return (
+        len(a) == len(b)
+        and _same_brackets(a[1], b[1], len(a) == 4)
+        and all(equal(x, y) for x, y in zip(a[2:], b[2:], strict=True))
+    )
+
+
+def _same_brackets(a: str, b: str, pair: bool) -> bool:
+    """A vector may be written as a tuple, a row is no column, and a pair may be an interval."""
+    if a == b or {a, b} & {"&", "¶"}:
+        return a == b or {a, b} != {"&", "¶"}
+    return not pair and "<" not in a + b
 
 
 def scaled(shape: Shape, factor: Fraction | Any) -> Shape:
@@ -314,7 +323,8 @@ def key_of(shape: Shape) -> str:
         case ("base", value):
             return f"{value} written in another base"
         case ("ordered", kind, *parts):
-            return kind[0] + ", ".join(map(key_of, parts)) + kind[-1]
+            opening, closing = "()" if kind in ("&", "¶") else (kind[0], kind[-1])
+            return opening + ", ".join(map(key_of, parts)) + closing
         case ("unordered", *parts):
             return (
                 "{" + ", ".join(sorted(map(key_of, parts))) + "}"
