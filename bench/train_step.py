@@ -32,7 +32,7 @@ LEARNING_RATE = 1e-5
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "vocab_size")  # fmt: skip
 SIZES = {
-    "51m": dict(zip(NAMES, (512, 1536, 6, 8, 2, 32000), strict=True)),
+    "51m": dict(zip(NAMES, (512, 1472, 12, 8, 2, 32000), strict=True)),
     "0.5b": dict(zip(NAMES, (896, 4864, 24, 14, 2, 151936), strict=True)),
     "1.5b": dict(zip(NAMES, (1536, 8960, 28, 12, 2, 151936), strict=True)),
 }
@@ -248,7 +248,7 @@ def write_model(folder: str, size: dict[str, int]) -> None:
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(**size, tie_word_embeddings=False, max_position_embeddings=32768)
+    config = Qwen2Config(**size, tie_word_embeddings=True, max_position_embeddings=32768)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, size["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(

@@ -30,8 +30,9 @@ from rftt.learn.batch import Batch
 from rftt.schema import UserError
 
 ATTENTION = "rftt_packed"
-CHUNK = 2048
-"""Action tokens whose logits exist at one time: 1.2 GB in float32 for a vocabulary of 152k."""
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""Float32 logits that exist at one time: 64 MB, or 1 GB: on a GPU a chunk of a large vocabulary
+must hold 1,000 tokens, or adding up the head's gradient costs more than computing it."""
 
 
 # ---- Attention inside documents ----
@@ -39,26 +40,42 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the documents lie in the packed sequence."""
+    """Where the documents lie: packed, and in padded blocks of documents of like length."""
 
     cu_seqlens: Tensor
     """(D + 1,) int32"""
     longest: int
+    blocks: tuple[tuple[int, int], ...]
+    """(documents, width) of each block."""
     pad: Tensor
-    """(D · longest,) packed index of each slot of the padded matrix; 0 in empty slots."""
+    """(slots,) packed index of every slot of all blocks; 0 in empty ones."""
     unpad: Tensor
     """(T,) slot of each packed token."""
 
 
 def layout_of(batch: Batch) -> Layout:
-    """The batch's layout on its device."""
-    device, longest = batch.input_ids.device, max(batch.lengths)
-    lengths, starts = torch.tensor(batch.lengths)[:, None], batch.starts
-    column = torch.arange(longest)[None]
-    filled = column < lengths
-    pad = torch.where(filled, starts[:-1, None] + column, 0).flatten()
-    unpad = filled.flatten().nonzero()[:, 0]
-    return Layout(starts.to(device, torch.int32), longest, pad.to(device), unpad.to(device))
+    """The batch's layout on its device. A block's documents are at least ¾ as long as its first."""
+    device, lengths = batch.input_ids.device, batch.lengths
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    blocks: list[list[int]] = []
+    for document in order:
+        if not blocks or lengths[document] < 0.75 * lengths[blocks[-1][0]]:
+            blocks.append([])
+        blocks[-1].append(document)
+    pads, filled = [], []
+    for block in blocks:
+        column = torch.arange(lengths[block[0]])
+        inside = column < torch.tensor([lengths[i] for i in block])[:, None]
+        pads.append(torch.where(inside, batch.starts[block][:, None] + column, 0).flatten())
+        filled.append(inside.flatten())
+    pad, real = torch.cat(pads), torch.cat(filled).nonzero()[:, 0]
+    return Layout(
+        batch.starts.to(device, torch.int32),
+        lengths[order[0]],
+        tuple((len(block), lengths[block[0]]) for block in blocks),
+        pad.to(device),
+        torch.empty_like(real).index_copy_(0, pad[real], real).to(device),
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -81,22 +98,23 @@ class _Gather(torch.autograd.Function):
 def _padded_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None, window: int | None
 ) -> Tensor:
-    """(H, T, d) -> (H, T, d) through a padded [D, H, longest, d]."""
-    rows, width = len(layout.pad) // layout.longest, layout.longest
-
-    def pad(x: Tensor) -> Tensor:
-        packed = _Gather.apply(x, layout.pad, layout.unpad)
-        return packed.unflatten(1, (rows, width)).transpose(0, 1)
-
-    mask = None
-    if window is not None and window < width:
-        position = torch.arange(width, device=q.device)
-        distance = position[:, None] - position[None]
-        mask = (distance >= 0) & (distance < window)
-    out = scaled_dot_product_attention(
-        pad(q), pad(k), pad(v), mask, scale=scale, is_causal=mask is None, enable_gqa=True
-    )
-    return out.transpose(0, 1).flatten(1, 2).index_select(1, layout.unpad)
+    """(H, T, d) -> (H, T, d), block by block as [documents, H, width, d]."""
+    sizes = [rows * width for rows, width in layout.blocks]
+    padded = [_Gather.apply(x, layout.pad, layout.unpad).split(sizes, 1) for x in (q, k, v)]
+    outs = []
+    for (rows, width), *qkv in zip(layout.blocks, *padded, strict=True):
+        mask = None
+        if window is not None and window < width:
+            distance = torch.arange(width, device=q.device)[:, None] - torch.arange(
+                width, device=q.device
+            )
+            mask = (distance >= 0) & (distance < window)
+        out = scaled_dot_product_attention(
+            *(x.unflatten(1, (rows, width)).transpose(0, 1) for x in qkv),
+            attn_mask=mask, scale=scale, is_causal=mask is None, enable_gqa=True,
+        )  # fmt: skip
+        outs.append(out.transpose(0, 1).flatten(1, 2))
+    return torch.cat(outs, 1).index_select(1, layout.unpad)
 
 
 def _packed_attention(
@@ -253,7 +271,8 @@ def _weight(module: nn.Module | None) -> Tensor:
 class _ChunkedLogprobs(torch.autograd.Function):
     """log softmax(h Wᵀ / temperature) at the targets, and its entropy, a chunk of rows at a time.
 
-    The backward recomputes each chunk's logits: ∂logp = onehot − p and ∂H = −p (log p + H).
+    The backward recomputes the logits unless one chunk holds them all: ∂logp = onehot − p and
+    ∂H = −p (log p + H).
     """
 
     @staticmethod
@@ -267,45 +286,52 @@ class _ChunkedLogprobs(torch.autograd.Function):
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(targets), device=hidden.device)
-        entropy = torch.zeros(len(targets), device=hidden.device)
-        normalizer = torch.empty(len(targets), device=hidden.device)
+        entropy, normalizer = torch.zeros_like(logprobs), torch.empty_like(logprobs)
+        logp = logprobs[:0, None]
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ weight.T).float().div_(temperature)
+            logits = _logits(hidden[rows], weight, temperature)
             normalizer[rows] = logits.logsumexp(-1)
-            picked = logits.gather(-1, targets[rows, None])[:, 0]
-            logprobs[rows] = picked - normalizer[rows]
+            logp = logits.sub_(normalizer[rows, None])
+            logprobs[rows] = logp.gather(-1, targets[rows, None])[:, 0]
             if with_entropy:
-                p = (logits - normalizer[rows, None]).exp_()
-                entropy[rows] = normalizer[rows] - (p * logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy)
+                entropy[rows] = -(logp.exp() * logp).sum(-1)
+        kept = logp if len(targets) <= chunk else None
+        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy, kept)
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalizer, entropy = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normalizer, entropy, kept = ctx.saved_tensors
         slopes, grad_entropy = grads  # None where the loss does not use it
         slopes = torch.zeros_like(normalizer) if slopes is None else slopes
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logp = (hidden[rows] @ weight.T).float().div_(ctx.temperature)
-            logp.sub_(normalizer[rows, None])
-            p = logp.exp()
-            slope = slopes[rows, None]
-            if grad_entropy is None:
-                grad = p.mul_(-slope)
+            if kept is None:
+                logp = _logits(hidden[rows], weight, ctx.temperature).sub_(normalizer[rows, None])
             else:
-                logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(slope)
-                grad = p.mul_(logp).neg_()
-            grad.scatter_add_(-1, targets[rows, None], slope)
+                logp = kept.clone()
+            factor = -slopes[rows, None]
+            if grad_entropy is not None:
+                factor = factor - grad_entropy[rows, None] * (logp + entropy[rows, None])
+            grad = logp.exp_().mul_(factor)
+            grad.scatter_add_(-1, targets[rows, None], slopes[rows, None])
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
+            if grad.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, hidden[rows])
+            else:  # the sum over chunks stays in float32
+                grad_weight += grad.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def token_logprobs(
@@ -314,13 +340,15 @@ def token_logprobs(
     temperature: float,
     n_tokens: int,
     *,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(T,) log π of each action token, and the policy's entropy there; 0 at other tokens.
 
-    `n_tokens` is len(tokenizer): rows beyond it are padding that nobody may sample.
+    `n_tokens` is len(tokenizer): rows beyond it are padding that nobody may sample. `chunk` is how
+    many tokens have logits at one time (default: CHUNK_LOGITS over the vocabulary).
     """
+    chunk = chunk or max(1, CHUNK_LOGITS[batch.input_ids.device.type] // n_tokens)
     actions = batch.action_mask.nonzero()[:, 0]
     picked, entropy = model.packed_forward(  # pyright: ignore[reportCallIssue]
         _inputs(batch), actions - 1, batch.input_ids[actions], temperature, n_tokens, chunk,
