@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.rewards.grader import canonical, extract, grade, parse_gold, same_answer
+from rftt.rewards.grader import audit, canonical, extract, grade, parse_gold, same_answer
 from rftt.schema import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +94,10 @@ CASES = [
     (r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^T", True),
     ("1000.99", "1000,99", True),
     ("1.5", "1,5", True),
+    ("-3,0", "-3", False),
+    ("-2,-2", "-2", False),
+    (r"\{2,2,3\}", "2,3", True),
+    ("(1,2),(3,4)", "(1,2),(3,4),(1,2)", True),
     ("1.234", "1,234", False),
     (r"0.1\overline{6}", r"\frac16", True),
     ("0.333...", r"\frac13", True),
@@ -170,6 +174,23 @@ def test_cases_oracle(gold: str, answer: str, equal: bool) -> None:
 )
 def test_extract_oracle(response: str, answer_format: str, found: str | None) -> None:
     assert extract(response, answer_format) == found
+
+
+@needs_data
+@pytest.mark.parametrize("name", GOLD_FIELDS)
+def test_audit_finds_no_fault_in_the_data_sets(name: str) -> None:
+    golds = [row[GOLD_FIELDS[name]] for row in rows(f"{name}.jsonl")[:200]]
+    report = audit([gold[0] if isinstance(gold, list) else str(gold) for gold in golds])
+    assert report["unusable"] == []
+    for rates in (report["false_negatives"], report["false_positives"]):
+        assert all(misjudged == 0 for misjudged, _ in rates.values()), rates
+
+
+def test_audit_counts_what_cannot_be_graded() -> None:
+    report = audit(["12", "", "x" * 600])
+    assert report["n"] == 3
+    assert report["unusable"] == [""]
+    assert report["false_negatives"]["decimal"] == [0, 1]
 
 
 def test_no_answer_is_never_no_gold() -> None:

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -123,8 +123,8 @@ def parse_gold(gold: str) -> str | None:
 # 2. Comparing
 
 
-def _spellings(text: str) -> list[str]:
-    """1,234 may be a number or a list, 2,74 a list or a decimal; in brackets a comma separates."""
+def _spellings(text: str, both: str) -> list[str]:
+    """1,234 may be a number or a list; 2,74 a list or, beside 2.74, a decimal. Not in brackets."""
     if "," not in text or re.search(r"[(\[⦃{]", text):
         return [text]
     joined = re.sub(
@@ -133,7 +133,7 @@ def _spellings(text: str) -> list[str]:
         text,
     )
     found = [joined, text] if joined != text else [text]
-    if re.fullmatch(r"\W*(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)\D*", text):
+    if re.fullmatch(r"\W*(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)\D*", text) and "." in both:
         found.append(text.replace(",", "."))
     return found
 
@@ -146,7 +146,7 @@ _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 def _readings(text: str, both: str) -> list[_Reading]:
     """Shapes and units of the spellings that can be read; `both` texts decide what n may be."""
     found: list[_Reading] = []
-    for spelling in _spellings(text):
+    for spelling in _spellings(text, both):
         if based := re.fullmatch(
             r"\(?\s*([0-9A-Za-z]+)\s*\)?\s*_\s*\{?\s*([0-9]{1,2})\s*\}?", spelling
         ):
@@ -236,7 +236,50 @@ def grade(
     return Verdict(same, found, *forms, rule)
 
 
-# 3. Command line
+# 3. Looking at the grader: an audit of gold answers, and the command line
+
+_RESPELT: dict[str, Callable[[str], str]] = {  # the same answer: to refuse it is a false negative
+    "spacing": lambda gold: (
+        gold.replace(",", " , ") if _PLAIN_LIST.fullmatch(gold) else f" {gold} "
+    ),
+    "$": lambda gold: gold if "$" in gold else f"${gold}$",
+    "full stop": lambda gold: f"{gold}.",
+    "\\text": lambda gold: rf"\text{{{gold}}}" if gold.isalnum() else gold,
+    "decimal": lambda gold: f"{gold}.0" if gold.isdecimal() else gold,
+    "comma": lambda gold: f"{int(gold):,}" if gold.isdecimal() else gold,
+    "unit": lambda gold: rf"{gold}\text{{ units}}" if gold.isdecimal() else gold,
+    "order": lambda gold: ",".join(gold.split(",")[::-1]) if _PLAIN_LIST.fullmatch(gold) else gold,
+}
+_CHANGED: dict[str, Callable[[str], str]] = {  # another answer: to pay it is a false positive
+    "sign": lambda gold: f"-{gold}" if gold.strip("0.").replace(".", "").isdecimal() else gold,
+    "digit": lambda gold: re.sub(r"\d", lambda m: str((int(m[0]) + 1) % 10), gold, count=1),
+    "one more": lambda gold: f"{gold}, 987654321",
+    "one fewer": lambda gold: gold.rpartition(",")[0] if _PLAIN_LIST.fullmatch(gold) else gold,
+}
+_PLAIN_LIST = re.compile(r"-?\d+(?:, *-?\d{1,2}|, +-?\d+)+")
+
+
+def audit(golds: list[str]) -> dict[str, Any]:
+    """How well a data set's gold answers can be graded, before a run is spent on them.
+
+    `unusable` differ from themselves, `words` are no mathematics and compared as text;
+    `false_negatives` and `false_positives` map a perturbation to [misjudged, tried].
+    """
+    answers = [answer for gold in golds if (answer := parse_gold(gold)) is not None]
+
+    def misjudged(change: Callable[[str], str], paid: bool) -> list[int]:
+        tried = [(new, answer) for answer in answers if (new := change(answer)) != answer]
+        return [sum(same_answer(*pair) is paid for pair in tried), len(tried)]
+
+    return {
+        "n": len(golds),
+        "unusable": [
+            gold for gold in golds if not grade(rf"\boxed{{{parse_gold(gold)}}}", gold).correct
+        ],
+        "words": [answer for answer in answers if _compare(answer, "0")[1] in ("words", "too big")],
+        "false_negatives": {name: misjudged(change, False) for name, change in _RESPELT.items()},
+        "false_positives": {name: misjudged(change, True) for name, change in _CHANGED.items()},
+    }
 
 
 def _graded(row: dict[str, Any], answer_format: str) -> tuple[str, float]:

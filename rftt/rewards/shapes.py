@@ -51,7 +51,9 @@ def shape_of(node: ast.expr, work: Work) -> Shape:
             if len(members) == 1 and kind in ("()", "[]", "{}"):
                 return shapes[0]
             if kind in ("⦃⦄", "{}"):
-                return ("unordered", *shapes) if ("unordered",) in shapes else _unordered(shapes)
+                return (
+                    ("unordered", *shapes) if ("unordered",) in shapes else _unordered(shapes, True)
+                )
             if not members or (kind in ("(]", "[)") and len(members) != 2):
                 raise Refused
             return ("ordered", kind, *shapes)
@@ -78,7 +80,7 @@ def _number(node: ast.expr, work: Work) -> Shape:
     both = []
     for work.sign in (-1, 1):
         both.append(_values(node, work, source))
-    return _unordered(both)
+    return _unordered(both, True)
 
 
 def _values(node: ast.expr, work: Work, source: str) -> Shape:
@@ -110,12 +112,12 @@ def _vector(values: list[Any]) -> Shape:
     return ("ordered", "¶", *(row[2] if len(row) == 3 else row for row in rows))
 
 
-def _unordered(shapes: list[Shape]) -> Shape:
-    """Lists in lists are flattened and repetitions dropped."""
+def _unordered(shapes: list[Shape], distinct: bool = False) -> Shape:
+    """Lists in lists are flattened; repetitions are dropped, but those of numbers in sets only."""
     kept: list[Shape] = []
     for shape in shapes:
         members = shape[1:] if shape[0] == "unordered" else (shape,)
-        kept += [member for member in members if member not in kept]
+        kept += [m for m in members if m not in kept or (m[0] == "number" and not distinct)]
     if len(kept) > MAX_ITEMS:
         raise TooBig
     return ("unordered", *kept)
