@@ -318,9 +318,9 @@ def _called(name: str, args: list[ast.expr], work: Work) -> Any:
         case "at", [ast.Constant(value=str() as called), *rest]:
             inner = ",".join(show(value_of(p, work)) for arg in rest for p in parts(arg))
             return _at_point(f"{called}({inner})", work)
-    if not args and name not in ("oo", "deg", "row"):
-        raise Refused
     values = [value_of(part, work) for arg in args for part in parts(arg)]
+    if not values and name not in ("oo", "deg", "row"):
+        raise Refused
     try:
         if name in _OPERATIONS:
             return _OPERATIONS[name](work, *values)
