@@ -1,39 +1,30 @@
 """The embedded demo world: word problems, a tokenizer, and a Qwen2 model trained on the spot.
 
-    python -m rftt.tiny output_dir=outputs/tiny [seed=0] [train_steps=1000]
+    python -m rftt.tiny output_dir=outputs/tiny [seed=0] [train_steps=1500]
 
 writes `base/` (an ordinary Hugging Face folder), `train.jsonl`, `test.jsonl` and `guard.jsonl`. The
-model learns (prompt -> reply) pairs, its prompts being those of rftt/functions.py, until it is an
-imperfect instruct model: it follows every instruction and errs by itself. Nothing else in rftt/
-knows that it is tiny.
+model learns to reply to the prompts of rftt/functions.py until it is an imperfect instruct model:
+it follows every instruction and errs by itself. Nothing else in rftt/ knows that it is tiny.
 
-The acts differ in what they cost and how far they can be trusted, so that choosing among them
-matters: `analysis` and `subquestion` spell sums out ("19*3=57"), `next_step` and `direct_answer`
-only name results. Checking can pay: `verify` spells out again what a terse step only named. Never
-is an answer equal to an earlier value of its problem, so a check seldom leaks it. PAPER §1.
+Acts differ in how far they can be trusted, so that choosing among them matters: `analysis` and
+`subquestion` spell sums out ("19*3=57"), `next_step` and `direct_answer` only name results.
+Checking can pay: `verify` spells out what a terse step named. An answer never equals an earlier
+value of its problem, so that checks seldom leak it. PAPER §1.
 """
 
 from __future__ import annotations
 
-import re
+import operator
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from rftt.cli import cli
 from rftt.data import encode_chat, question_messages, write_jsonl
-from rftt.functions import (
-    ACTS,
-    Messages,
-    ask,
-    ask_refine,
-    ask_verify,
-    description_of,
-    successors,
-)
+from rftt.functions import ACTS, Messages, ask, ask_refine, ask_verify, description_of, successors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,45 +36,27 @@ class TinyConfig:
     """rftt.tiny: write the demo world (base model and problem files)."""
 
     output_dir: str
-    """Folder that receives base/, train.jsonl, test.jsonl and guard.jsonl."""
+    """Folder that receives the four."""
     seed: int = 0
     """Decides the problems, the initial weights and the order of the examples."""
-    train_steps: int = 1000
-    """Optimizer steps of the base model: about a tenth of a CPU second each."""
-    learning_rate: float = 4e-3
-    """Peak rate: linear rise over 5 % of the steps, then cosine to 0."""
-    batch_size: int = 64
-    """(prompt, reply) pairs per optimizer step."""
+    train_steps: int = 1500
+    """Optimizer steps of the base model: about 0.07 CPU seconds each."""
     n_train: int = 2000
     """Problems for search and RL."""
     n_test: int = 500
     """Held-out problems; none occurs in train.jsonl or in the base model's examples."""
     n_guard: int = 300
     """Problems of another family, to see what training on the first one makes it forget."""
-    hidden_size: int = 96
-    """Width of the model."""
-    num_hidden_layers: int = 4
-    """Depth of the model."""
 
 
 # ---- Problems ----
 
 NAMES = ("Eva", "Tom", "Mia", "Ben", "Zoe", "Sam")
 THINGS = ("pens", "nuts", "keys", "eggs", "cards", "coins")
-VERBS = {
-    "finds": "+",
-    "buys": "+",
-    "wins": "+",
-    "sells": "-",
-    "loses": "-",
-    "drops": "-",
-    "doubles them": "*2",
-    "triples them": "*3",
-    "halves them": "/2",
-}
-MAX_OPERATIONS = 5
-MAX_VALUE = 99
-MAX_AMOUNT = 9
+VERBS = {"finds ": "+", "buys ": "+", "wins ": "+", "sells ": "-", "loses ": "-", "drops ": "-"}
+VERBS |= {"doubles them": "*2", "triples them": "*3", "halves them": "/2"}
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+MAX_OPERATIONS, MAX_VALUE, MAX_AMOUNT = 4, 99, 9
 
 
 @dataclass(frozen=True)
@@ -94,15 +67,7 @@ class Change:
     sum: str
 
     def apply(self, value: int) -> int:
-        amount = int(self.sum[1:])
-        match self.sum[0]:
-            case "+":
-                return value + amount
-            case "-":
-                return value - amount
-            case "*":
-                return value * amount
-        return value // amount
+        return APPLY[self.sum[0]](value, int(self.sum[1:]))
 
 
 @dataclass(frozen=True)
@@ -128,45 +93,40 @@ class Tale:
         return values
 
 
-def make_tale(rng: Random) -> Tale:
-    """Each verb once, every value in 1 … MAX_VALUE, the answer unlike the values before it."""
+def make_tale(rng: Random, seen: set[str]) -> Tale:
+    """Each verb once, values in 1 … MAX_VALUE, the answer unlike them, the question not `seen`."""
     n = rng.randint(1, MAX_OPERATIONS)
     while True:
-        values, changes = [rng.randint(2, 40)], []
-        for verb in rng.sample(sorted(VERBS), n):
-            change = _change(verb, rng)
-            exact = change.sum[0] != "/" or values[-1] % 2 == 0
-            values.append(change.apply(values[-1]) if exact else 0)
-            changes.append(change)
-        if all(1 <= value <= MAX_VALUE for value in values) and values[-1] not in values[:-1]:
-            return Tale(rng.choice(NAMES), rng.choice(THINGS), values[0], tuple(changes))
+        verbs = rng.sample(list(VERBS), n)
+        amount = [str(rng.randint(2, MAX_AMOUNT)) if VERBS[v] in APPLY else "" for v in verbs]
+        changes = [Change(v + a, VERBS[v] + a) for v, a in zip(verbs, amount, strict=True)]
+        start, name, thing = rng.randint(2, 40), rng.choice(NAMES), rng.choice(THINGS)
+        tale = Tale(name, thing, start, tuple(changes))
+        *before, answer = values = tale.values
+        whole = all(v % 2 == 0 or c.sum != "/2" for v, c in zip(before, changes, strict=True))
+        in_range = min(values) >= 1 and max(values) <= MAX_VALUE
+        if whole and in_range and answer not in before and tale.question not in seen:
+            return tale
 
 
-def _change(verb: str, rng: Random) -> Change:
-    if VERBS[verb] in "+-":
-        amount = rng.randint(2, MAX_AMOUNT)
-        return Change(f"{verb} {amount}", f"{VERBS[verb]}{amount}")
-    return Change(verb, VERBS[verb])
-
-
-def make_guard(rng: Random) -> tuple[str, str]:
+def make_guard(rng: Random, seen: set[str]) -> tuple[str, str]:
     """Question and answer of the other family."""
-    a, b = rng.sample(range(1, MAX_VALUE + 1), 2)
-    larger = rng.random() < 0.5
-    word, answer = ("larger", max(a, b)) if larger else ("smaller", min(a, b))
-    return f"Which is {word}, {a} or {b}?", str(answer)
+    while True:
+        pair = rng.sample(range(1, MAX_VALUE + 1), 2)
+        word, choose = rng.choice([("larger", max), ("smaller", min)])
+        if (question := f"Which is {word}, {pair[0]} or {pair[1]}?") not in seen:
+            return question, str(choose(pair))
 
 
 # ---- Replies ----
 
-Point = tuple[int, int]
-"""How many changes are done, and the value then."""
-Slip = tuple[int, int]
-"""The change that is got wrong, and by how much."""
+Point = tuple[int, int]  # how many changes are done, and the value then
+SHARES = {"clarify": 1, "analysis": 3, "subquestion": 4, "next_step": 1, "direct_answer": 1}
+"""How often the model sees each act; terse ones seldom, so that it does them badly."""
+Slip = tuple[int, int]  # the change that is got wrong, and by how much
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One reply, and where in the tale it begins and ends."""
 
     act: str
@@ -177,101 +137,99 @@ class Line:
 
 def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> Line:
     """What a good solver replies to `act` at `begin`; `slip` makes one of its results wrong."""
-    done, value = begin
-    left = len(tale.changes) - done
-    n_changes = {
-        "clarify": 0,
-        "analysis": min(2, left - 1),
-        "subquestion": min(1, left),
-        "next_step": min(1, left),
-        "direct_answer": left,
-        "output": 0,
-    }[act]
+    (done, value), left = begin, len(tale.changes) - begin[0]
+    reach = {"analysis": min(2, left - 1), "direct_answer": left}
+    reach |= dict.fromkeys(("subquestion", "next_step"), min(1, left))
+    end = done + reach.get(act, 0)
     terse, spelled = [], []
-    for i in range(done, done + n_changes):
+    for i in range(done, end):
         change, before = tale.changes[i], value
         value = change.apply(value) + (slip[1] if slip and slip[0] == i else 0)
         terse.append(f"{change.verb}: {value}" if act == "next_step" else f"{value}")
-        spelled.append(f"{change.verb}? {before}{change.sum}={value}")
-    end = (done + n_changes, value)
+        link = " gives " if act == "analysis" else "? "
+        spelled.append(f"{change.verb}{link}{before}{change.sum}={value}")
     boxed = f"so \\boxed{{{value}}}."
     match act:
         case "clarify":
             text = f"Given: {value} {tale.thing}. Asked: how many now."
         case "analysis" if not spelled:
-            text = f"It takes {value}{tale.changes[done].sum}."
+            text = f"{tale.changes[done].verb} gives {value}{tale.changes[done].sum}."
         case "analysis" | "subquestion":
             text = ", ".join(spelled) + "."
-        case "next_step" if end[0] < len(tale.changes):
+        case "next_step" if end < len(tale.changes):
             text = ", ".join(terse) + "."
         case "output":
             text = f"The final answer is \\boxed{{{value}}}."
         case _:
             text = ", ".join([*terse, boxed])
-    return Line(act, text, begin, end)
+    return Line(act, text, begin, (end, value))
 
 
-def write_path(
-    tale: Tale, begin: Point, act: str | None, rng: Random, slip: Slip | None = None
-) -> list[Line]:
-    """A random walk through phase 1's grammar from `begin`, `act` being done, to a boxed answer."""
-    lines: list[Line] = []
+Lines = list[Line]
+
+
+def write_path(tale: Tale, at: Point, act: str | None, rng: Random, slip: Slip | None) -> Lines:
+    """A random walk through phase 1's grammar from `at`, where `act` is done, to a boxed answer."""
+    lines: Lines = []
     while not (lines and "\\boxed" in lines[-1].text):
-        act = rng.choice(successors(act, "prompted"))
-        lines.append(write_line(act, tale, lines[-1].end if lines else begin, slip))
+        (act,) = rng.choices(acts := successors(act, "prompted"), [SHARES[a] for a in acts])
+        lines.append(write_line(act, tale, at, slip))
+        at = lines[-1].end
     return lines
 
 
-def text_of(lines: list[Line]) -> str:
+def text_of(lines: Lines) -> str:
     return "\n".join(line.text for line in lines)
 
 
 def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
     """Spell the changes out from `begin` to the wrong one. The last result is not given."""
-    done, value = begin
-    parts = []
-    for change in tale.changes[done : slip[0] + 1]:
-        before, value = value, change.apply(value)
-        parts.append(f"{before}{change.sum}={value}")
-    claimed = value + slip[1]
-    if slip[0] == len(tale.changes) - 1:
-        parts[-1] = f"{before}{change.sum} is not {claimed}."
-        return ", ".join(parts)
-    return ", ".join(parts) + f", not {claimed}."
+    value, sums = begin[1], []
+    for change in tale.changes[begin[0] : slip[0] + 1]:
+        sums.append(f"{value}{change.sum}={(value := change.apply(value))}")
+    if slip[0] < len(tale.changes) - 1:
+        return ", ".join(sums) + f", not {value + slip[1]}."
+    return ", ".join(sums).rpartition("=")[0] + f" is not {value + slip[1]}."
 
 
 # ---- (prompt, reply) pairs ----
 
-PAIR_WEIGHTS = (60, 12, 12, 6, 4, 6)
-"""Of act, plain, verify, refine, output, guard."""
-SLIP_SHARE = 0.2
-"""Of the solutions so far that contain a mistake, which the reply then continues from."""
+PAIRS = {"act": 68, "plain": 6, "verify": 12, "refine": 4, "output": 3, "guard": 7}
+"""Shares of the kinds of training examples."""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
-IGNORED = -100
-"""Label of tokens that are not learnt."""
+SO_FAR = ask("output", "", "\0")[0]["content"].split("\0")[0]
+"""Heading of the solution so far."""
+IGNORED, BATCH = -100, 24  # label of tokens that are not learnt; pairs per optimizer step
 
 
-def make_pair(rng: Random, seen: set[str]) -> tuple[Messages, str]:
+class Pair(NamedTuple):
+    messages: Messages
+    reply: str
+    sound: bool = False
+    """The solution so far holds no mistake: it is learnt as well as the reply."""
+
+
+def make_pair(rng: Random, seen: set[str]) -> Pair:
     """One training example of the base model; questions in `seen` are not used."""
-    while (tale := make_tale(rng)).question in seen:
-        pass
+    tale = make_tale(rng, seen)
     question, root = tale.question, (0, tale.start)
-    kind = rng.choices(("act", "plain", "verify", "refine", "output", "guard"), PAIR_WEIGHTS)[0]
+    (kind,) = rng.choices(list(PAIRS), list(PAIRS.values()))
     if kind == "guard":
-        question, answer = make_guard(rng)
-        return question_messages(question), f"So \\boxed{{{answer}}}."
+        asked, answer = make_guard(rng, seen)
+        return Pair(question_messages(asked), f"So \\boxed{{{answer}}}.")
     if kind == "plain":
-        return question_messages(question), write_line("direct_answer", tale, root).text
+        return Pair(question_messages(question), write_line("direct_answer", tale, root).text)
     slip = (rng.randrange(len(tale.changes)), rng.choice(SLIPS))
-    path = write_path(tale, root, None, rng, slip if rng.random() < SLIP_SHARE else None)
-    cut = rng.randrange(len(path))
+    sound = rng.random() < 0.8  # else the reply continues from a mistake
+    path = write_path(tale, root, None, rng, None if sound else slip)
+    if kind == "output":
+        reply = write_line("output", tale, path[-1].end).text
+        return Pair(ask("output", question, text_of(path)), reply, sound)
+    (cut,) = rng.choices(range(len(path)), [SHARES[line.act] for line in path])
     done, line = path[:cut], path[cut]
     if kind == "act":
         line = write_line(line.act, tale, line.begin)
-        return ask(line.act, question, text_of(done)), line.text
-    if kind == "output":
-        line = path[-1]
-        return ask("output", question, text_of(path)), write_line("output", tale, line.end).text
+        return Pair(ask(line.act, question, text_of(done)), line.text, sound)
     if line.begin[0] == len(tale.changes):
         done, line = [], path[0]
     act = done[-1].act if done else None
@@ -279,13 +237,15 @@ def make_pair(rng: Random, seen: set[str]) -> tuple[Messages, str]:
     wrong = write_path(tale, line.begin, act, rng, slip)
     check = write_check(tale, line.begin, slip)
     if kind == "refine":
-        messages = ask_refine(question, text_of([*done, *wrong]), check)
-        return messages, f"Back to {line.begin[1]}, before {tale.changes[line.begin[0]].verb}."
-    right = write_path(tale, line.begin, act, rng)
-    return ask_verify(question, text_of(done), text_of(wrong), text_of(right)), check
+        reply = f"Back to {line.begin[1]}, before {tale.changes[line.begin[0]].verb}."
+        return Pair(ask_refine(question, text_of([*done, *wrong]), check), reply)
+    right = write_path(tale, line.begin, act, rng, None)
+    return Pair(ask_verify(question, text_of(done), text_of(wrong), text_of(right)), check)
 
 
 # ---- Tokenizer ----
+
+PAD, END = "<|pad|>", "<|end|>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:
@@ -294,24 +254,31 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     Phrases keep sequences short; digits are never merged; any other text falls back to bytes. It is
     Qwen2's own class because AutoTokenizer opens no other for a Qwen2 folder.
     """
-    from tokenizers import AddedToken, pre_tokenizers
-    from transformers import Qwen2Tokenizer
+    from tokenizers import pre_tokenizers
+    from transformers import AddedToken, Qwen2Tokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2Tokenizer(
-        vocab={character: index for index, character in enumerate(alphabet)},
-        unk_token=None,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
+        vocab={byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+        unk_token=PAD,
+        pad_token=PAD,
+        eos_token=END,
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
     )
-    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in sorted(_phrases())])
+    for phrase in sorted(_phrases()):
+        tokenizer.add_tokens(AddedToken(phrase, normalized=False))
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
         "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
     return tokenizer
+
+
+PHRASES = (
+    "Which is larger, |Which is smaller, | or |. How many now?|Given: |. Asked: how many now.|"
+    " gives |Back to |, before |, not | is not |The final answer is \\boxed{|so \\boxed{|"
+    "So \\boxed{|}.|, |: |? "
+)
 
 
 def _phrases() -> set[str]:
@@ -322,145 +289,110 @@ def _phrases() -> set[str]:
     phrases = {part for messages in prompts for part in messages[0]["content"].split(hole)}
     phrases |= {description_of(f"<{act}>") for act in ACTS} | {"end: "}
     phrases |= {f"{name} has " for name in NAMES} | {f" {thing}" for thing in THINGS}
-    phrases |= {verb if sum_[1:] else f"{verb} " for verb, sum_ in VERBS.items()}
-    phrases |= {"Which is larger, ", "Which is smaller, ", " or ", ". How many now?", "Given: "}
-    phrases |= {
-        ". Asked: how many now.",
-        "It takes ",
-        "Back to ",
-        ", before ",
-        ", not ",
-        " is not ",
-    }
-    phrases |= {
-        "The final answer is \\boxed{",
-        "so \\boxed{",
-        "So \\boxed{",
-        "}.",
-        ", ",
-        ": ",
-        "? ",
-    }
-    return phrases - {""}
+    return phrases.union(VERBS, PHRASES.split("|")) - {""}
 
 
 # ---- Model ----
 
 
 def train_model(
-    config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[tuple[Messages, str]]
+    config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
 ) -> Qwen2ForCausalLM:
     """A Qwen2 model trained from scratch on the replies."""
     import torch
+    from torch.nn.functional import cross_entropy
     from transformers import Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
     torch.manual_seed(config.seed)
+    ids = tokenizer.get_vocab()
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.hidden_size * 8 // 3,
-            num_hidden_layers=config.num_hidden_layers,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=4,
             num_attention_heads=4,
-            num_key_value_heads=2,
+            num_key_value_heads=4,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
+            initializer_range=0.1,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ids[END],
+            pad_token_id=ids[PAD],
         )
     )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, config.train_steps // 20, config.train_steps
-    )
-    for step, (ids, labels) in zip(
-        range(config.train_steps), _batches(config, tokenizer, pairs), strict=False
-    ):
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    n, rate = config.train_steps, 1e-2
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01)
+    optimizers = [muon, torch.optim.AdamW(others, lr=rate / 6, betas=(0.9, 0.98))]
+    schedules = [get_cosine_schedule_with_warmup(o, n // 20, n) for o in optimizers]
+    batches = _batches(config, tokenizer, pairs)
+    for step, (tokens, labels) in zip(range(n), batches, strict=False):
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
         counts = labels[:, 1:] != IGNORED
-        loss = torch.nn.functional.cross_entropy(
-            model.lm_head(hidden[counts]), labels[:, 1:][counts]
-        )
+        loss = cross_entropy(model.lm_head(hidden[counts]), labels[:, 1:][counts])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
+        model.zero_grad()
         if step % 100 == 99:
-            sys.stderr.write(f"tiny: step {step + 1}/{config.train_steps} loss {loss:.3f}\n")
+            sys.stderr.write(f"tiny: step {step + 1}/{n} loss {loss:.3f}\n")
     return model.eval()
 
 
 def _batches(
-    config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[tuple[Messages, str]]
+    config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, labels), both (batch_size, T), padded on the right; pairs of like length together."""
+    """(ids, labels), both (BATCH, T), padded on the right; pairs of like length together."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    rng = Random(config.seed)
+    rng, pad = Random(config.seed), tokenizer.get_vocab()[PAD]
     while True:
-        rows = [_encode(tokenizer, *next(pairs)) for _ in range(16 * config.batch_size)]
+        rows = [_encode(tokenizer, next(pairs)) for _ in range(16 * BATCH)]
         rows.sort(key=lambda row: len(row[0]))
-        starts = list(range(0, len(rows), config.batch_size))
-        rng.shuffle(starts)
-        for start in starts:
-            batch = rows[start : start + config.batch_size]
-            width = max(len(ids) for ids, _ in batch)
-            pad = tokenizer.pad_token_id
-            yield (
-                torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch]),
-                torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in batch]),
-            )
+        batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        rng.shuffle(batches)
+        for batch in batches:
+            ids, labels = ([torch.tensor(c) for c in column] for column in zip(*batch, strict=True))
+            yield pad_sequence(ids, True, pad), pad_sequence(labels, True, IGNORED)
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, reply: str
-) -> tuple[list[int], list[int]]:
-    prompt = encode_chat(tokenizer, messages)
-    response = [*tokenizer.encode(reply), tokenizer.eos_token_id]
-    return prompt + response, [IGNORED] * len(prompt) + response
+def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], list[int]]:
+    prompt = encode_chat(tokenizer, pair.messages)
+    labels = [IGNORED] * len(prompt)
+    if pair.sound:  # all between its heading and the instruction, which is one id
+        (heading,) = tokenizer.encode(SO_FAR)
+        begin = prompt.index(heading) + 1
+        labels[begin:-2] = prompt[begin:-2]
+    response = tokenizer.encode(pair.reply + END)
+    return prompt + response, labels + response
 
 
 # ---- Files ----
 
 
 def main(config: TinyConfig) -> None:
-    from transformers import GenerationConfig
-
     folder, rng = Path(config.output_dir), Random(config.seed)
     seen: set[str] = set()
     for name, n in (("test", config.n_test), ("train", config.n_train)):
-        tales = []
-        while len(tales) < n:
-            if (tale := make_tale(rng)).question not in seen:
-                seen.add(tale.question)
-                tales.append(tale)
-        write_jsonl(folder / f"{name}.jsonl", [_row(f"{name}-{i}", t) for i, t in enumerate(tales)])
-    guard = [make_guard(rng) for _ in range(config.n_guard)]
-    write_jsonl(
-        folder / "guard.jsonl",
-        [{"id": f"guard-{i}", "problem": q, "answer": a} for i, (q, a) in enumerate(guard)],
-    )
+        rows = []
+        for i in range(n):
+            tale = make_tale(rng, seen)
+            seen.add(tale.question)
+            gold = {"answer": str(tale.values[-1]), "level": len(tale.changes)}
+            rows.append({"id": f"{name}-{i}", "problem": tale.question} | gold)
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    guard = dict(make_guard(rng, seen) for _ in range(config.n_guard))
+    rows = [{"id": f"guard-{i}", "problem": q, "answer": guard[q]} for i, q in enumerate(guard)]
+    write_jsonl(folder / "guard.jsonl", rows)
+    held_out = seen | set(guard)
     tokenizer = build_tokenizer()
-    held_out = seen | {question for question, _ in guard}
     model = train_model(config, tokenizer, iter(lambda: make_pair(rng, held_out), None))
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-
-
-def _row(name: str, tale: Tale) -> dict[str, Any]:
-    return {
-        "id": name,
-        "problem": tale.question,
-        "answer": str(tale.values[-1]),
-        "level": len(tale.changes),
-    }
 
 
 if __name__ == "__main__":

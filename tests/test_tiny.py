@@ -25,7 +25,7 @@ from rftt.functions import (
 from rftt.rewards.grader import grade
 from rftt.search.filters import leaks
 
-TALES = [tiny.make_tale(Random(seed)) for seed in range(300)]
+TALES = [tiny.make_tale(Random(seed), set()) for seed in range(300)]
 
 
 def read(question: str) -> list[int]:
@@ -49,7 +49,7 @@ def read(question: str) -> list[int]:
 
 
 def test_oracle_values_follow_from_the_question_alone():
-    assert {len(tale.changes) for tale in TALES} == {1, 2, 3, 4, 5}
+    assert {len(tale.changes) for tale in TALES} == {1, 2, 3, 4}
     for tale in TALES:
         assert read(tale.question) == tale.values
 
@@ -64,7 +64,7 @@ def test_invariant_a_tale_stays_in_range_and_its_answer_is_new():
 
 def test_invariant_a_path_keeps_to_the_grammar_and_ends_in_the_gold_answer():
     for seed, tale in enumerate(TALES):
-        lines = tiny.write_path(tale, (0, tale.start), None, Random(seed))
+        lines = tiny.write_path(tale, (0, tale.start), None, Random(seed), None)
         for before, line in zip([None, *(line.act for line in lines)], lines, strict=False):
             assert line.act in successors(before, "prompted")
             assert clip_reply(line.act, line.text) == line.text
@@ -75,7 +75,7 @@ def test_invariant_a_path_keeps_to_the_grammar_and_ends_in_the_gold_answer():
 def test_oracle_spelled_sums_are_right():
     sums = 0
     for seed, tale in enumerate(TALES):
-        text = tiny.text_of(tiny.write_path(tale, (0, tale.start), None, Random(seed)))
+        text = tiny.text_of(tiny.write_path(tale, (0, tale.start), None, Random(seed), None))
         for a, sign, b, result in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", text):
             a, b = int(a), int(b)
             assert int(result) == {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
@@ -102,7 +102,7 @@ def test_terse_acts_name_results_and_the_others_spell_them_out():
     assert tale.question == "Eva has 19 pens, triples them, sells 3. How many now?"
     assert {act: tiny.write_line(act, tale, begin).text for act in ACTS[:5]} == {
         "clarify": "Given: 19 pens. Asked: how many now.",
-        "analysis": "triples them? 19*3=57.",
+        "analysis": "triples them gives 19*3=57.",
         "next_step": "triples them: 57.",
         "subquestion": "triples them? 19*3=57.",
         "direct_answer": "57, 54, so \\boxed{54}.",
@@ -122,7 +122,8 @@ def tokenizer():
 def test_invariant_any_text_round_trips(tokenizer):
     rng = Random(0)
     texts = ["Grüße, 漢字 \\frac{1}{2}\n\ttabs  and spaces ", "Eva has 7 dogs"]
-    texts += [m[0]["content"] + r for m, r in (tiny.make_pair(rng, set()) for _ in range(200))]
+    pairs = [tiny.make_pair(rng, set()) for _ in range(200)]
+    texts += [pair.messages[0]["content"] + pair.reply for pair in pairs]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -197,8 +198,9 @@ def test_base_opens_like_any_other_model(worlds):
 
 def test_held_out_questions_are_not_trained_on():
     seen = {
-        tiny.make_pair(Random(seed), set())[0][0]["content"].split("\n")[0] for seed in range(9)
+        tiny.make_pair(Random(seed), set()).messages[0]["content"].split("\n")[0]
+        for seed in range(9)
     }
     for seed in range(9):
-        message = tiny.make_pair(Random(seed), seen)[0][0]["content"]
+        message = tiny.make_pair(Random(seed), seen).messages[0]["content"]
         assert message.split("\n")[0] not in seen or message.startswith("Which")
