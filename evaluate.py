@@ -18,7 +18,7 @@ from typing import Any
 
 from rftt.cli import check_same_run, cli
 from rftt.config import EvalConfig
-from rftt.data import Journal, load_problems, load_tokenizer, write_json
+from rftt.data import Journal, decode, load_problems, load_tokenizer, write_json
 from rftt.functions import function_ids, has_function_tokens
 from rftt.rewards.grader import canonical, extract, grade
 from rftt.schema import Problem, Rollout
@@ -56,7 +56,7 @@ def main(cfg: EvalConfig) -> None:
         """The gold answer is looked at here, when every response is finished."""
         found = []
         for rollout in rollouts:
-            text = tokenizer.decode(rollout.response_ids)
+            text = decode(tokenizer, rollout.response_ids)
             gold = str(problem.answer)
             verdict = grade(text, gold, problem.question, answer_format=cfg.answer_format)
             answer = extract(text, answer_format=cfg.answer_format)
@@ -74,7 +74,7 @@ def main(cfg: EvalConfig) -> None:
             "id": problem.id,
             "level": problem.level,
             "gold": problem.answer,
-            "response": tokenizer.decode(best[0].response_ids),
+            "response": decode(tokenizer, best[0].response_ids),
             "greedy": verdicts(problem, best)[0],
             "samples": verdicts(problem, samples),
         }

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from rftt.cli import check_same_run, cli
 from rftt.config import SearchConfig
-from rftt.data import Journal, load_problems, load_tokenizer, write_json, write_jsonl
+from rftt.data import Journal, decode, load_problems, load_tokenizer, write_json, write_jsonl
 from rftt.functions import Messages
 from rftt.schema import Problem, Rollout
 
@@ -84,7 +84,7 @@ def main(cfg: SearchConfig) -> None:
     async def answer_and_grade(problem: Problem) -> dict[str, Any]:
         prompt = encode_question(plain, problem, cfg.system_prompt)
         rollouts = await sample(plain, problem, prompt, n=cfg.simulations, group=0)
-        texts = [tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        texts = [decode(tokenizer, r.response_ids, skip_special=True) for r in rollouts]
         right = [
             text
             for text, rollout in zip(texts, rollouts, strict=True)

@@ -21,12 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 from rftt.cli import cli
 from rftt.config import RLConfig
-from rftt.data import load_problems, load_tokenizer, shuffled_epochs, write_json, write_jsonl
+from rftt.data import (
+    decode,
+    load_problems,
+    load_tokenizer,
+    shuffled_epochs,
+    write_json,
+    write_jsonl,
+)
 from rftt.functions import function_ids, has_function_tokens
 from rftt.schema import Problem, Rollout, seed_for
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from rftt.learn.batch import Batch
     from rftt.learn.distributed import World
@@ -53,6 +60,7 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.learn.checkpoint import export_hf, latest, restore, save
     from rftt.learn.distributed import full_weights
     from rftt.learn.rl import AdaptiveKL
+    from rftt.learn.setup import build_models, rate_at
     from rftt.learn.step import Totals, deal, update
     from rftt.search.expand import Learned
     from rftt.watch.log import Clock, RunLog
@@ -90,6 +98,7 @@ def train(cfg: RLConfig, world: World) -> None:
 
     for step in range(first_step, cfg.max_steps):
         clock, scored, learned = Clock(), Totals(), Totals()
+        norms: dict[str, float] = {}
         due = bool(cfg.save_steps) and (step + 1) % cfg.save_steps == 0
 
         # 1. Explore: the newest weights search for solutions.
@@ -131,7 +140,7 @@ def train(cfg: RLConfig, world: World) -> None:
                 norms = update(
                     modules,
                     optimizers,
-                    {name: rate_at(cfg, rate, step) for name, rate in rates.items()},
+                    {name: rate_at(cfg, rate, step, cfg.max_steps) for name, rate in rates.items()},
                     part,
                     learn,
                     max(world.sum(float(part.n_actions)), 1.0),  # over all ranks
@@ -145,12 +154,12 @@ def train(cfg: RLConfig, world: World) -> None:
         # 4. Look: numbers, examples, a place to resume from.
         metrics |= rollout_metrics(rollouts)
         metrics |= {"grad_norm": norms["policy"], "kl_coef": kl.coef}
-        metrics["learning_rate"] = rate_at(cfg, cfg.learning_rate, step)
+        metrics["learning_rate"] = rate_at(cfg, cfg.learning_rate, step, cfg.max_steps)
         if cfg.kl_target:
             kl = kl.update(metrics["kl"], len(rollouts))
         log.step(step, metrics, LINE, total=cfg.max_steps)
         if due and world.is_main:
-            examples = [readable(rollout, tokenizer) for rollout in rollouts[:4]]
+            examples = [readable(rollout, tokenizer) for rollout in rollouts[:: len(rollouts) // 4]]
             write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", examples)
         if due or step + 1 == cfg.max_steps:
             save(
@@ -209,7 +218,7 @@ async def explore(
 
     found = await for_each(problems, one, in_flight=max(1, len(problems)))
     return [
-        score(rollout, policy.tokenizer.decode(rollout.response_ids), scheme)
+        score(rollout, decode(policy.tokenizer, rollout.response_ids), scheme)
         for rollouts in found
         for rollout in rollouts
     ]
@@ -217,12 +226,20 @@ async def explore(
 
 def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], world: World) -> float:
     """Share of the problems that greedy decoding solves, over all ranks."""
-    # One rollout per problem, which grpo would refuse to learn from.
-    one = {"num_generations": 1, "train_batch_size": 1, "advantage_estimator": "reinforce++"}
-    greedy = replace(cfg, sampling_method="normal", **one)
-    mine = list(enumerate(problems))[world.rank :: world.size]
-    found = asyncio.run(explore(greedy, replace(policy, temperature=0.0), mine, None))
-    return world.sum(sum(rollout.outcome for rollout in found)) / len(problems)
+    from rftt.rewards.grader import grade
+    from rftt.search.samplers import encode_question, for_each, sample
+
+    greedy = replace(policy, temperature=0.0)
+
+    async def solves(problem: Problem) -> bool:
+        prompt = encode_question(greedy, problem, cfg.system_prompt)
+        (rollout,) = await sample(greedy, problem, prompt, n=1, group=0)
+        text = decode(policy.tokenizer, rollout.response_ids)
+        return grade(text, str(problem.answer), problem.question).correct
+
+    mine = problems[world.rank :: world.size]
+    solved = asyncio.run(for_each(mine, solves, in_flight=max(1, len(mine))))
+    return world.sum(float(sum(solved))) / len(problems)
 
 
 # ---- 2. Score ----
@@ -277,11 +294,13 @@ def estimate_advantages(
     """(T,) advantages and, for the critic, returns. Three estimators side by side."""
     from rftt.learn.rl import discounted_returns, gae, group_advantages, token_rewards, whiten
 
-    mask, lengths = batch.action_mask, batch.lengths
-    rewards = token_rewards(batch.rewards, batch.old_logprobs, batch.ref_logprobs, mask, kl_coef)
+    mask, lengths, old, values = batch.action_mask, batch.lengths, batch.old_logprobs, batch.values
+    assert old is not None, "score_tokens comes first"
+    rewards = token_rewards(batch.rewards, old, batch.ref_logprobs, mask, kl_coef)
     match cfg.advantage_estimator:
         case "ppo":
-            advantages, returns = gae(rewards, batch.values, mask, lengths, cfg.gamma, cfg.lam)
+            assert values is not None, "ppo has a critic"
+            advantages, returns = gae(rewards, values, mask, lengths, cfg.gamma, cfg.lam)
             return whiten(advantages, mask, world.sum), returns
         case "reinforce++":
             returns = discounted_returns(rewards, mask, lengths, cfg.gamma)
@@ -308,17 +327,20 @@ def rl_loss(
     from rftt.learn.model import token_logprobs, token_values
     from rftt.learn.rl import importance_weights, kl_estimate, policy_loss, value_loss
 
-    mask = micro.action_mask
+    mask, old, advantages = micro.action_mask, micro.old_logprobs, micro.advantages
+    assert old is not None, "score_tokens comes first"
+    assert advantages is not None, "estimate_advantages comes first"
     logprobs, entropy = token_logprobs(
         models["policy"], micro, cfg.temperature, vocabulary, with_entropy=True
     )
+    assert entropy is not None, "it was asked for"
     weights, mismatch = importance_weights(
-        micro.old_logprobs, micro.sampling_logprobs, mask, cfg.importance_cap or math.inf
+        old, micro.sampling_logprobs, mask, cfg.importance_cap or math.inf
     )
     loss, clipping = policy_loss(
         logprobs,
-        micro.old_logprobs,
-        micro.advantages,
+        old,
+        advantages,
         mask,
         epsilon=cfg.epsilon,
         epsilon_high=cfg.epsilon_high,
@@ -331,7 +353,7 @@ def rl_loss(
         loss = loss + kl_coef * penalty.sum()
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * entropy.sum()
-    if "critic" in models:
+    if micro.values is not None and micro.returns is not None:
         values = token_values(models["critic"], micro)
         critic_loss, clipping = value_loss(
             values, micro.values, micro.returns, mask, cfg.value_clip
@@ -339,59 +361,6 @@ def rl_loss(
         totals.add(clipping | {"value_loss": critic_loss})
         loss = loss + critic_loss
     return loss
-
-
-def build_models(
-    cfg: RLConfig, world: World
-) -> tuple[dict[str, nn.Module], dict[str, nn.Module], dict[str, Any], dict[str, float]]:
-    """All models; and, of those that learn, modules, optimizers and peak learning rates."""
-    import torch
-
-    from rftt.learn.distributed import shard
-    from rftt.learn.model import load_critic, load_policy
-    from rftt.learn.optim import build_optimizer
-
-    names = ["policy"]
-    names += ["reference"] if cfg.kl_coef else []  # the frozen start of the policy
-    names += ["critic"] if cfg.advantage_estimator == "ppo" else []
-    compute = getattr(torch, cfg.dtype)
-    models: dict[str, nn.Module] = {}
-    for name in names:
-        load = load_critic if name == "critic" else load_policy
-        model = load(
-            cfg.model_name_or_path,
-            compute if name == "reference" else torch.float32,
-            gradient_checkpointing=cfg.gradient_checkpointing and name != "reference",
-            trust_remote_code=cfg.trust_remote_code,
-        ).requires_grad_(name != "reference")
-        models[name] = shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
-    modules = {name: models[name] for name in names if name != "reference"}
-    rates = {"policy": cfg.learning_rate, "critic": cfg.critic_learning_rate}
-    rates = {name: rates[name] for name in modules}
-    optimizers = {
-        name: build_optimizer(
-            module,
-            name=cfg.optim,
-            lr=rates[name],
-            betas=(cfg.adam_beta1, cfg.adam_beta2),
-            weight_decay=cfg.weight_decay,
-        )
-        for name, module in modules.items()
-    }
-    return models, modules, optimizers, rates
-
-
-def rate_at(cfg: RLConfig, peak: float, step: int) -> float:
-    from rftt.learn.optim import lr_at
-
-    return lr_at(
-        step,
-        cfg.max_steps,
-        base=peak,
-        kind=cfg.lr_scheduler_type,
-        warmup_steps=math.ceil(cfg.warmup_ratio * cfg.max_steps),
-        min_ratio=cfg.min_lr_ratio,
-    )
 
 
 if __name__ == "__main__":

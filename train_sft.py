@@ -36,8 +36,8 @@ def train(cfg: SFTConfig, world) -> None:
     from rftt.learn.checkpoint import export_hf, latest, restore, save
     from rftt.learn.distributed import shard
     from rftt.learn.model import add_function_rows, load_policy, token_logprobs
-    from rftt.learn.optim import build_optimizer, lr_at
     from rftt.learn.rl import sft_loss
+    from rftt.learn.setup import optimizer_for, rate_at
     from rftt.learn.step import Totals, per_token, update
     from rftt.watch.log import RunLog
 
@@ -55,14 +55,8 @@ def train(cfg: SFTConfig, world) -> None:
     )
     add_function_rows(model, tokenizer, new_tokens)
     compute = getattr(torch, cfg.dtype)
-    model = shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
-    optimizer = build_optimizer(
-        model,
-        name=cfg.optim,
-        lr=cfg.learning_rate,
-        betas=(cfg.adam_beta1, cfg.adam_beta2),
-        weight_decay=cfg.weight_decay,
-    )
+    shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
+    optimizer = optimizer_for(cfg, model, cfg.learning_rate)
     checkpoint = latest(out)
     first_step = 0
     if checkpoint:
@@ -101,14 +95,7 @@ def train(cfg: SFTConfig, world) -> None:
             totals.add({"loss": loss})
             return loss
 
-        rate = lr_at(
-            step,
-            total_steps,
-            base=cfg.learning_rate,
-            kind=cfg.lr_scheduler_type,
-            warmup_steps=math.ceil(cfg.warmup_ratio * total_steps),
-            min_ratio=cfg.min_lr_ratio,
-        )
+        rate = rate_at(cfg, cfg.learning_rate, step, total_steps)
         norms = update(
             {"policy": model},
             {"policy": optimizer},

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rftt.functions import ALIASES, FUNCTIONS, FunctionIds, Messages, function_ids, render
 from rftt.rewards.grader import parse_gold
@@ -176,7 +176,20 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
     bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
         raise UserError("prompt starts with two BOS tokens; the chat template already adds one.")
-    return list(ids)
+    return cast(list[int], list(ids))
+
+
+def decode(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False
+) -> str:
+    """The text of `ids`; functional tokens are not special and stay."""
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no single EOS token.")
+    return tokenizer.eos_token_id
 
 
 # ---- Training rows ----
@@ -216,7 +229,7 @@ def load_rows(
             mask = [True] * len(response)
         else:
             raise UserError(f"{path}:{number} has neither steps nor response.")
-        response.append(_eos(tokenizer))
+        response.append(eos_id(tokenizer))
         mask.append(True)
         if len(prompt) + len(response) > max_length:
             too_long += 1
@@ -249,12 +262,6 @@ def _encode_steps(
         response += segment
         mask += [not (mask_wrong and step.get("wrong", False))] * len(segment)
     return response, mask
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no single EOS token.")
-    return tokenizer.eos_token_id
 
 
 def shuffled_epochs(n: int, seed: int) -> Iterator[int]:

@@ -197,7 +197,7 @@ def add_function_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
     known = tokenizer.get_vocab()
     new = [token for token in OPENERS + CLOSERS if token not in known]
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in new])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in new])  # pyright: ignore[reportArgumentType]
     return new
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from rftt.data import encode_chat
+from rftt.data import decode, encode_chat, eos_id
 from rftt.functions import (
     ACTS,
     FUNCTIONS,
@@ -70,10 +70,10 @@ async def reply(ctx: Prompted, messages: Messages, act: str, *key: object) -> tu
         max_tokens=budget,
         temperature=ctx.temperature,
         seed=seed_for(ctx.seed, *key),
-        stop_ids=(ctx.tokenizer.eos_token_id,),
+        stop_ids=(eos_id(ctx.tokenizer),),
     )
     completion = await ctx.engine.generate(prompt, sampling)
-    text = ctx.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = decode(ctx.tokenizer, completion.token_ids, skip_special=True)
     return clip_reply(act, text), completion.finish == "stop"
 
 
@@ -139,7 +139,7 @@ class Learned:
     @property
     def stops(self) -> tuple[int, ...]:
         """A response ends with one of these."""
-        eos = self.tokenizer.eos_token_id
+        eos = eos_id(self.tokenizer)
         return (self.ids.end, eos) if self.ids else (eos,)
 
     def sampling(self, max_tokens: int, *key: object) -> Sampling:
@@ -171,7 +171,7 @@ async def expand_learned(
 
 def with_answer(ctx: Learned, before: list[int], steps: list[Step]) -> list[Step]:
     """The same steps; the last one knows the answer that the whole response states."""
-    text = ctx.tokenizer.decode([*before, *(t for step in steps for t in step.token_ids)])
+    text = decode(ctx.tokenizer, [*before, *(t for step in steps for t in step.token_ids)])
     return [*steps[:-1], replace(steps[-1], answer=extract(text))]
 
 
@@ -202,7 +202,7 @@ async def _stepwise(
 ) -> list[Step]:
     """One request per act; each later act is the most likely one that the grammar allows."""
     ids, act, steps, used = ctx.functions, choice.act, [], list(before)
-    stops = (*ids.closers, *ids.openers, ctx.tokenizer.eos_token_id)
+    stops = (*ids.closers, *ids.openers, eos_id(ctx.tokenizer))
     while (budget := ctx.room(len(prompt), len(used) + 1)) > 0:
         sampling = replace(ctx.sampling(budget, *key, len(steps)), stop_ids=stops)
         completion = await ctx.engine.generate([*prompt, *used, ids.open[act]], sampling)

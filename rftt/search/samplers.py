@@ -13,7 +13,7 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rftt.data import encode_chat, question_messages
+from rftt.data import decode, encode_chat, question_messages
 from rftt.functions import successors
 from rftt.rewards.grader import canonical, grade
 from rftt.schema import Problem, Rollout, Step, UserError, seed_for
@@ -136,7 +136,7 @@ async def learned_tree(
         return await expand_learned(ctx, problem, prompt, choice, opener_logprob)
 
     def text_of(steps: Sequence[Step]) -> str:
-        return ctx.tokenizer.decode([token for step in steps for token in step.token_ids])
+        return decode(ctx.tokenizer, [token for step in steps for token in step.token_ids])
 
     value = agreement() if problem.answer is None else graded(problem, text_of)
     await grow(tree, expand, value, simulations=simulations, in_flight=in_flight)
@@ -181,7 +181,7 @@ def tree_record(tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase
             "id": node.id,
             "parent": node.parent.id if node.parent else None,
             "act": node.act,
-            "text": (node.step.text or tokenizer.decode(node.step.token_ids)) if node.step else "",
+            "text": (node.step.text or decode(tokenizer, node.step.token_ids)) if node.step else "",
             "visits": node.visits,
             "q": node.q,
             "answer": node.step.answer if node.step else None,

@@ -1,0 +1,61 @@
+"""From a config to models, optimizers and learning rates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from rftt.config import RLConfig, Training
+from rftt.learn.distributed import World, shard
+from rftt.learn.model import load_critic, load_policy
+from rftt.learn.optim import build_optimizer, lr_at
+
+
+def build_models(
+    cfg: RLConfig, world: World
+) -> tuple[dict[str, Any], dict[str, nn.Module], dict[str, Any], dict[str, float]]:
+    """All models, sharded; of those that learn also modules, optimizers and peak learning rates."""
+    names = ["policy"]
+    names += ["reference"] if cfg.kl_coef else []  # the frozen start of the policy
+    names += ["critic"] if cfg.advantage_estimator == "ppo" else []
+    compute = getattr(torch, cfg.dtype)
+    models: dict[str, Any] = {}
+    for name in names:
+        load = load_critic if name == "critic" else load_policy
+        model = load(
+            cfg.model_name_or_path,
+            compute if name == "reference" else torch.float32,
+            gradient_checkpointing=cfg.gradient_checkpointing and name != "reference",
+            trust_remote_code=cfg.trust_remote_code,
+        ).requires_grad_(name != "reference")
+        models[name] = shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
+    modules = {name: models[name] for name in names if name != "reference"}
+    peaks = {"policy": cfg.learning_rate, "critic": cfg.critic_learning_rate}
+    peaks = {name: peaks[name] for name in modules}
+    optimizers = {name: optimizer_for(cfg, modules[name], peak) for name, peak in peaks.items()}
+    return models, modules, optimizers, peaks
+
+
+def optimizer_for(cfg: Training, module: nn.Module, peak: float) -> torch.optim.Optimizer:
+    return build_optimizer(
+        module,
+        name=cfg.optim,
+        lr=peak,
+        betas=(cfg.adam_beta1, cfg.adam_beta2),
+        weight_decay=cfg.weight_decay,
+    )
+
+
+def rate_at(cfg: Training, peak: float, step: int, total: int) -> float:
+    """Learning rate of `step` of `total` under the configured schedule."""
+    return lr_at(
+        step,
+        total,
+        base=peak,
+        kind=cfg.lr_scheduler_type,
+        warmup_steps=math.ceil(cfg.warmup_ratio * total),
+        min_ratio=cfg.min_lr_ratio,
+    )
