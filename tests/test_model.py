@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from rftt.functions import CLOSERS, OPENERS, add_function_tokens, description_of
 from rftt.learn import rl
-from rftt.learn.batch import Batch, empty_like
+from rftt.learn.batch import Batch, collate_rows, empty_like
 from rftt.learn.model import (
     Critic,
     add_function_rows,
@@ -20,6 +20,7 @@ from rftt.learn.model import (
     token_logprobs,
     token_values,
 )
+from rftt.learn.tree import forest_of
 from rftt.schema import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model
 
@@ -43,6 +44,30 @@ def unpacked_logprobs(
         logprobs.append(torch.cat([torch.zeros(1), picked]) * mask)
         entropies.append(torch.cat([torch.zeros(1), entropy]) * mask)
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def branching_batch() -> Batch:
+    """Two problems of a few paths each: shared prompts, shared beginnings, one path twice."""
+    generator = torch.Generator().manual_seed(5)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()
+
+    rows = []
+    for _ in range(2):
+        prompt, stem, branch = tokens(4), tokens(5), tokens(3)
+        for response in (
+            stem + tokens(3),
+            stem + branch + tokens(6),
+            stem + branch,
+            stem[:2],
+            stem,
+        ):
+            rows.append((prompt, response, [True] * len(response)))
+        rows.append(rows[-2])
+    batch = collate_rows(rows)
+    noise = torch.randn(len(batch.input_ids), generator=generator)
+    return batch.replace(advantages=noise)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,6 +132,53 @@ def test_one_microbatch_or_many_give_the_same_gradient_invariant() -> None:
             (loss / batch.n_actions).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tree_packing_equals_flat_packing_invariant(family: str) -> None:
+    """Log-probs, entropy, values and all gradients; a path still counts where it is shared."""
+    flat = branching_batch()
+    assert flat.replace(tree=True).saved_share() > 0.4
+    results = []
+    for batch in (flat, flat.replace(tree=True)):
+        model, critic = prepare(tiny_model(family)), Critic(prepare(tiny_model(family)).model)
+        torch.nn.init.ones_(critic.head.weight)
+        logprobs, entropy = token_logprobs(model, batch, 0.8, VOCABULARY, with_entropy=True)
+        values = token_values(critic, batch)
+        weights = batch.advantages * batch.action_mask
+        ((logprobs + 0.3 * entropy) * weights).sum().backward()
+        (values * weights).sum().backward()
+        gradients = [p.grad for m in (model, critic) for p in m.parameters() if p.grad is not None]
+        results.append([logprobs.detach(), entropy.detach(), values.detach(), *gradients])
+    for one, other in zip(*results, strict=True):
+        scale = max(1.0, one.abs().max().item())
+        torch.testing.assert_close(one, other, atol=1e-5 * scale, rtol=1e-5)
+
+
+def test_tree_microbatches_give_the_same_gradient_invariant() -> None:
+    batch, gradients = branching_batch(), []
+    for tree in (False, True):
+        model, whole = prepare(tiny_model()), batch.replace(tree=tree)
+        groups = whole.microbatches(30)
+        assert sorted(i for group in groups for i in group) == list(range(len(batch.lengths)))
+        assert len(groups) > 1
+        for group in groups:
+            part = whole.select(group)
+            logprobs, _ = token_logprobs(model, part, 1.0, VOCABULARY)
+            (logprobs * part.advantages).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_forest_holds_each_prefix_once_oracle() -> None:
+    batch = branching_batch()
+    documents = [tuple(ids.tolist()) for ids in batch.input_ids.split(batch.lengths)]
+    prefixes = {ids[: n + 1] for ids in documents for n in range(len(ids))}
+    forest = forest_of(batch.input_ids, batch.lengths, batch.starts)
+    assert len(forest.token) == sum(forest.new) == len(prefixes)
+    flat = [ids[: n + 1] for ids in documents for n in range(len(ids))]
+    for token, node in enumerate(forest.node.tolist()):
+        assert flat[token] == flat[int(forest.token[node])]
 
 
 def test_ids_beyond_the_tokenizer_get_no_probability() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rftt.learn.tree import prefix_order
 from rftt.schema import Rollout, UserError
 
 
@@ -40,6 +41,8 @@ class Batch:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    tree: bool = False
+    """Shared prefixes go through the model once (tree.py); results are the same."""
 
     @cached_property
     def starts(self) -> Tensor:
@@ -92,6 +95,8 @@ class Batch:
         Like lengths land together, so that padding inside the CPU's attention stays small; a
         document longer than the budget is a group of its own.
         """
+        if self.tree:
+            return self._tree_microbatches(max_tokens)
         groups: list[list[int]] = []
         room = 0
         for document in sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i)):
@@ -101,6 +106,22 @@ class Batch:
             groups[-1].append(document)
             room -= self.lengths[document]
         return groups
+
+    def _tree_microbatches(self, max_tokens: int) -> list[list[int]]:
+        """Neighbours in prefix order together; a shared token counts once."""
+        groups: list[list[int]] = []
+        room = 0
+        for document, shared in zip(*prefix_order(self.input_ids, self.lengths), strict=True):
+            if not groups or self.lengths[document] - shared > room:
+                groups.append([])
+                room, shared = max_tokens, 0
+            groups[-1].append(document)
+            room -= self.lengths[document] - shared
+        return groups
+
+    def saved_share(self) -> float:
+        """Share of the tokens that tree packing does not compute again."""
+        return sum(prefix_order(self.input_ids, self.lengths)[1]) / len(self.input_ids)
 
     def _map(self, function: Any) -> Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -1,10 +1,9 @@
 """Hugging Face causal language models on packed batches: loading, new rows, log-probs, values.
 
-Attention never crosses documents. On a GPU in half precision it is torch's varlen flash attention;
-elsewhere documents are padded inside the attention only, so every linear layer still sees nothing
-but real tokens. Log-probs come from hidden states in chunks over ACTION positions with a
-hand-written backward: [tokens, vocabulary] never exists whole. Temperature is divided here and
-nowhere else in the trainer (DESIGN §4.5; PAPER §1).
+Attention never crosses documents (attention.py), and no other layer sees a padding token. Log-probs
+come from hidden states in chunks over ACTION positions with a hand-written backward: [tokens,
+vocabulary] never exists whole. Temperature is divided here and nowhere else in the trainer
+(DESIGN §4.5; PAPER §1).
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
-    AttentionInterface,
     AutoModel,
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -26,132 +23,14 @@ from transformers import (
 )
 
 from rftt.functions import CLOSERS, OPENERS, description_of
+from rftt.learn.attention import ATTENTION, Layout, layout_of
 from rftt.learn.batch import Batch
+from rftt.learn.tree import forest_of
 from rftt.schema import UserError
 
-ATTENTION = "rftt_packed"
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Float32 logits that exist at one time: 64 MB, or 1 GB: on a GPU a chunk of a large vocabulary
 must hold 1,000 tokens, or adding up the head's gradient costs more than computing it."""
-
-
-# ---- Attention inside documents ----
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the documents lie: packed, and in padded blocks of documents of like length."""
-
-    cu_seqlens: Tensor
-    """(D + 1,) int32"""
-    longest: int
-    blocks: tuple[tuple[int, int], ...]
-    """(documents, width) of each block."""
-    pad: Tensor
-    """(slots,) packed index of every slot of all blocks; 0 in empty ones."""
-    unpad: Tensor
-    """(T,) slot of each packed token."""
-
-
-def layout_of(batch: Batch) -> Layout:
-    """The batch's layout on its device. A block's documents are at least ¾ as long as its first."""
-    device, lengths = batch.input_ids.device, batch.lengths
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    blocks: list[list[int]] = []
-    for document in order:
-        if not blocks or lengths[document] < 0.75 * lengths[blocks[-1][0]]:
-            blocks.append([])
-        blocks[-1].append(document)
-    pads, filled = [], []
-    for block in blocks:
-        column = torch.arange(lengths[block[0]])
-        inside = column < torch.tensor([lengths[i] for i in block])[:, None]
-        pads.append(torch.where(inside, batch.starts[block][:, None] + column, 0).flatten())
-        filled.append(inside.flatten())
-    pad, real = torch.cat(pads), torch.cat(filled).nonzero()[:, 0]
-    return Layout(
-        batch.starts.to(device, torch.int32),
-        lengths[order[0]],
-        tuple((len(block), lengths[block[0]]) for block in blocks),
-        pad.to(device),
-        torch.empty_like(real).index_copy_(0, pad[real], real).to(device),
-    )
-
-
-class _Gather(torch.autograd.Function):
-    """x[:, index] whose backward is a gather as well, not a scatter-add.
-
-    Right when `inverse` undoes `index` and no gradient reaches a slot that it does not name: causal
-    attention sends none to the padding behind a document.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(1, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(1, ctx.saved_tensors[0]), None, None
-
-
-def _padded_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None, window: int | None
-) -> Tensor:
-    """(H, T, d) -> (H, T, d), block by block as [documents, H, width, d]."""
-    sizes = [rows * width for rows, width in layout.blocks]
-    padded = [_Gather.apply(x, layout.pad, layout.unpad).split(sizes, 1) for x in (q, k, v)]
-    outs = []
-    for (rows, width), *qkv in zip(layout.blocks, *padded, strict=True):
-        mask = None
-        if window is not None and window < width:
-            distance = torch.arange(width, device=q.device)[:, None] - torch.arange(
-                width, device=q.device
-            )
-            mask = (distance >= 0) & (distance < window)
-        out = scaled_dot_product_attention(
-            *(x.unflatten(1, (rows, width)).transpose(0, 1) for x in qkv),
-            attn_mask=mask, scale=scale, is_causal=mask is None, enable_gqa=True,
-        )  # fmt: skip
-        outs.append(out.transpose(0, 1).flatten(1, 2))
-    return torch.cat(outs, 1).index_select(1, layout.unpad)
-
-
-def _packed_attention(
-    _module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    _mask: Tensor | None,
-    *,
-    layout: Layout,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of transformers' interface: (1, H, T, d) -> (1, T, H, d)."""
-    if not query.is_cuda or query.dtype == torch.float32:  # flash attention is for half precision
-        out = _padded_attention(query[0], key[0], value[0], layout, scaling, sliding_window)
-        return out.transpose(0, 1)[None], None
-    from torch.nn.attention.varlen import varlen_attn
-
-    cu_seqlens, longest = layout.cu_seqlens, layout.longest
-    out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cu_seqlens,
-        cu_seqlens,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=True,
-    )
-    return cast(Tensor, out)[None], None
-
-
-AttentionInterface.register(ATTENTION, _packed_attention)
 
 
 # ---- Loading ----
@@ -349,21 +228,17 @@ def token_logprobs(
     many tokens have logits at one time (default: CHUNK_LOGITS over the vocabulary).
     """
     chunk = chunk or max(1, CHUNK_LOGITS[batch.input_ids.device.type] // n_tokens)
-    actions = batch.action_mask.nonzero()[:, 0]
+    view = _view(batch)
     picked, entropy = model.packed_forward(  # pyright: ignore[reportCallIssue]
-        _inputs(batch), actions - 1, batch.input_ids[actions], temperature, n_tokens, chunk,
-        with_entropy,
-    )  # fmt: skip
-    zeros = picked.new_zeros(len(batch.input_ids))
-    logprobs = zeros.index_put((actions,), picked)
-    return logprobs, zeros.index_put((actions,), entropy) if with_entropy else None
+        view.inputs, view.states, view.targets, temperature, n_tokens, chunk, with_entropy
+    )
+    return view.place(picked), view.place(entropy) if with_entropy else None
 
 
 def token_values(critic: Critic, batch: Batch) -> Tensor:
     """(T,) value of the state before each action token; 0 at other tokens."""
-    actions = batch.action_mask.nonzero()[:, 0]
-    values = critic.packed_forward(_inputs(batch), actions - 1)[:, 0]
-    return values.new_zeros(len(batch.input_ids)).index_put((actions,), values)
+    view = _view(batch)
+    return view.place(critic.packed_forward(view.inputs, view.states)[:, 0])
 
 
 def _packed_logprobs(
@@ -386,9 +261,41 @@ def _hidden(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return backbone(**inputs, use_cache=False).last_hidden_state[0]
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids[None],
-        "position_ids": batch.position_ids[None],
-        "layout": layout_of(batch),
-    }
+@dataclass(frozen=True)
+class _View:
+    """What the model computes for a batch: N packed tokens, A wanted states."""
+
+    inputs: dict[str, Any]
+    states: Tensor
+    """(A,) packed index of the token before each wanted one."""
+    targets: Tensor
+    """(A,) ids of the wanted tokens."""
+    n_tokens: int
+    actions: Tensor
+    """Action tokens of the batch, and"""
+    which: Tensor | None
+    """which of the A speaks for each; None: each its own."""
+
+    def place(self, x: Tensor) -> Tensor:
+        """(A,) -> (T,), 0 at tokens that are no actions."""
+        x = x if self.which is None else x.index_select(0, self.which)
+        return x.new_zeros(self.n_tokens).index_put((self.actions,), x)
+
+
+def _view(batch: Batch) -> _View:
+    ids, device, n = batch.input_ids, batch.input_ids.device, len(batch.input_ids)
+    actions = batch.action_mask.nonzero()[:, 0]
+    if not batch.tree:
+        layout = layout_of(batch.lengths, [0] * len(batch.lengths), None, device)
+        inputs = _inputs(ids, batch.position_ids, layout)
+        return _View(inputs, actions - 1, ids[actions], n, actions, None)
+    forest = forest_of(ids, batch.lengths, batch.starts)
+    layout = layout_of(forest.new, forest.shared, forest.path, device)
+    inputs = _inputs(ids[forest.token], batch.position_ids[forest.token], layout)
+    nodes, which = forest.node[actions].unique(return_inverse=True)
+    wanted = forest.token[nodes]
+    return _View(inputs, forest.node[wanted - 1], ids[wanted], n, actions, which)
+
+
+def _inputs(input_ids: Tensor, position_ids: Tensor, layout: Layout) -> dict[str, Any]:
+    return {"input_ids": input_ids[None], "position_ids": position_ids[None], "layout": layout}

@@ -1,0 +1,185 @@
+"""Attention inside documents, for transformers' attention interface: flat packing and tree packing.
+
+Every document has `new` tokens of its own behind `shared` ones that an earlier document of the same
+batch also starts with (0 when packing is flat). Queries are the new tokens, keys the whole path. On
+a GPU in half precision this is torch's varlen flash attention, whose causal mask is aligned at the
+end of queries and keys; elsewhere documents are padded inside the attention only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+ATTENTION = "rftt_packed"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Documents of like length, padded to one width."""
+
+    rows: int
+    n_queries: int
+    n_keys: int
+    shared: Tensor | None
+    """(rows,) tokens before each document's first query; None where all are 0."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the documents' N queries and K keys lie. Indices are into the N packed tokens."""
+
+    cu_queries: Tensor
+    """(D + 1,) int32"""
+    cu_keys: Tensor
+    longest: tuple[int, int]
+    """Most queries and most keys of a document."""
+    path: Tensor | None
+    """(K,) packed index of each key; None: the keys are the packed tokens."""
+    blocks: tuple[Block, ...]
+    pad_queries: Tensor
+    """(slots,) packed index for every slot of all blocks; any index in empty ones."""
+    pad_keys: Tensor
+    unpad: Tensor
+    """(N,) slot of each packed token among the queries."""
+
+
+def layout_of(
+    new: Sequence[int], shared: Sequence[int], path: Tensor | None, device: torch.device
+) -> Layout:
+    """Layout of D documents. In a block each has at least ¾ as many queries as the first."""
+    keys = [a + b for a, b in zip(new, shared, strict=True)]
+    cu_queries, cu_keys = (torch.tensor([0, *accumulate(n)]) for n in (new, keys))
+    members: list[list[int]] = []
+    for document in sorted(range(len(new)), key=lambda i: -new[i]):
+        if not members or new[document] < 0.75 * new[members[-1][0]]:
+            members.append([])
+        members[-1].append(document)
+    blocks, pad_queries, pad_keys, filled = [], [], [], []
+    for block in members:
+        n_queries, n_keys = new[block[0]], max(keys[i] for i in block)
+        before = torch.tensor([shared[i] for i in block])
+        queries, real = _slots(cu_queries[block], [new[i] for i in block], n_queries)
+        pad_queries.append(queries)
+        filled.append(real)
+        pad_keys.append(_slots(cu_keys[block], [keys[i] for i in block], n_keys)[0])
+        prefix = before.to(device) if before.any() else None
+        blocks.append(Block(len(block), n_queries, n_keys, prefix))
+    slots, slot_keys = torch.cat(pad_queries).to(device), torch.cat(pad_keys).to(device)
+    real = torch.cat(filled).nonzero()[:, 0].to(device)
+    return Layout(
+        cu_queries.to(device, torch.int32),
+        cu_keys.to(device, torch.int32),
+        (max(new), max(keys)),
+        path,
+        tuple(blocks),
+        slots,
+        slot_keys if path is None else path[slot_keys],
+        torch.empty_like(real).index_copy_(0, slots[real], real),
+    )
+
+
+def _slots(starts: Tensor, lengths: list[int], width: int) -> tuple[Tensor, Tensor]:
+    """(rows · width,) index of every slot, 0 in empty ones; and which ones are not."""
+    column = torch.arange(width)
+    filled = column < torch.tensor(lengths)[:, None]
+    return torch.where(filled, starts[:, None] + column, 0).flatten(), filled.flatten()
+
+
+class _Gather(torch.autograd.Function):
+    """x[:, index] whose backward is a gather as well, not a scatter-add.
+
+    Right when `inverse` undoes `index` and no gradient reaches a slot that it does not name: causal
+    attention sends none to the padding behind a document.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(1, ctx.saved_tensors[0]), None, None
+
+
+def _padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None, window: int | None
+) -> Tensor:
+    """(H, N, d) -> (H, N, d), block by block as [documents, H, width, d]."""
+    queries = _Gather.apply(q, layout.pad_queries, layout.unpad)
+    if layout.path is None:
+        keys, values = (_Gather.apply(x, layout.pad_keys, layout.unpad) for x in (k, v))
+    else:  # a shared token is the key of several documents
+        keys, values = (x.index_select(1, layout.pad_keys) for x in (k, v))
+    n_queries = [block.rows * block.n_queries for block in layout.blocks]
+    n_keys = [block.rows * block.n_keys for block in layout.blocks]
+    outs = []
+    for block, *qkv in zip(
+        layout.blocks, queries.split(n_queries, 1), keys.split(n_keys, 1),
+        values.split(n_keys, 1), strict=True,
+    ):  # fmt: skip
+        mask = _mask(block, window, q.device)
+        out = scaled_dot_product_attention(
+            *(x.unflatten(1, (block.rows, -1)).transpose(0, 1) for x in qkv),
+            attn_mask=mask, scale=scale, is_causal=mask is None, enable_gqa=True,
+        )  # fmt: skip
+        outs.append(out.transpose(0, 1).flatten(1, 2))
+    return torch.cat(outs, 1).index_select(1, layout.unpad)
+
+
+def _mask(block: Block, window: int | None, device: torch.device) -> Tensor | None:
+    """(rows or 1, 1, queries, keys) True where a query may look; None: plain causal."""
+    if block.shared is None and (window is None or window >= block.n_keys):
+        return None
+    position = torch.arange(block.n_queries, device=device)[None, :, None]
+    if block.shared is not None:
+        position = position + block.shared[:, None, None]
+    distance = position - torch.arange(block.n_keys, device=device)
+    allowed = distance >= 0
+    return (allowed if window is None else allowed & (distance < window))[:, None]
+
+
+def _packed_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: (1, H, N, d) -> (1, N, H, d)."""
+    if not query.is_cuda or query.dtype == torch.float32:  # flash attention is for half precision
+        out = _padded_attention(query[0], key[0], value[0], layout, scaling, sliding_window)
+        return out.transpose(0, 1)[None], None
+    from torch.nn.attention.varlen import varlen_attn
+
+    if layout.path is not None:
+        key, value = key.index_select(2, layout.path), value.index_select(2, layout.path)
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        layout.cu_queries,
+        layout.cu_keys,
+        layout.longest[0],
+        layout.longest[1],
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=True,
+    )
+    return cast(Tensor, out)[None], None
+
+
+AttentionInterface.register(ATTENTION, _packed_attention)

@@ -1,0 +1,72 @@
+"""Tree packing: tokens that documents share as a prefix go through the model once.
+
+Documents in lexicographic order share most with their predecessor, so that each one adds a suffix
+of new tokens to those seen before: the nodes of a prefix tree. The log-prob of a token depends on
+its path only, so the loss still counts every document; only the work is shared (DESIGN §2; rollouts
+of one search share their prompt and the beginnings of their paths).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Forest:
+    """N nodes for the T tokens of a batch."""
+
+    node: Tensor
+    """(T,) node of each packed token."""
+    token: Tensor
+    """(N,) the first packed token that each node stands for."""
+    new: list[int]
+    """Nodes that each document adds; documents that add none are left out."""
+    shared: list[int]
+    """Nodes that its path begins with and others have added."""
+    path: Tensor
+    """Nodes of those documents' paths, end to end."""
+
+
+def prefix_order(input_ids: Tensor, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Documents in lexicographic order, and how many tokens each shares with the one before it."""
+    documents = [ids.numpy() for ids in input_ids.cpu().split(list(lengths))]
+    keys = [ids.astype(">u4").tobytes() for ids in documents]
+    order = sorted(range(len(documents)), key=keys.__getitem__)
+    shared = [0]
+    for before, here in pairwise(order):
+        n = min(lengths[before], lengths[here])
+        differs = documents[before][:n] != documents[here][:n]
+        shared.append(int(differs.argmax()) if differs.any() else n)
+    return order, shared
+
+
+def forest_of(input_ids: Tensor, lengths: Sequence[int], starts: Tensor) -> Forest:
+    """The prefix tree of the documents; `starts` (D + 1,) is where they begin."""
+    order, prefixes = prefix_order(input_ids, lengths)
+    node = torch.empty(len(input_ids), dtype=torch.int64)
+    tokens: list[Tensor] = []
+    new: list[int] = []
+    shared: list[int] = []
+    paths: list[Tensor] = []
+    n_nodes, previous = 0, node[:0]
+    for document, prefix in zip(order, prefixes, strict=True):
+        start, added = int(starts[document]), lengths[document] - prefix
+        here = node[start : start + lengths[document]]
+        here[:prefix] = previous[:prefix]
+        here[prefix:] = torch.arange(n_nodes, n_nodes + added)
+        previous = here
+        if added:
+            tokens.append(torch.arange(start + prefix, start + lengths[document]))
+            paths.append(here)
+            new.append(added)
+            shared.append(prefix)
+            n_nodes += added
+    device = input_ids.device
+    return Forest(
+        node.to(device), torch.cat(tokens).to(device), new, shared, torch.cat(paths).to(device)
+    )
