@@ -69,9 +69,9 @@ def test_an_absent_device_is_one_clear_line() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("options", [{}, {"reshard": False}, {"cpu_offload": True}])
 def test_sharding_changes_no_bit_at_world_size_one_invariant(
-    world: World, tied: bool, reshard: bool
+    world: World, tied: bool, options: dict[str, bool]
 ) -> None:
     batch = random_batch([9, 14, 4])
     results = []
@@ -79,7 +79,7 @@ def test_sharding_changes_no_bit_at_world_size_one_invariant(
         model = prepare(tiny_model(tied=tied))
         names = list(dict(model.named_parameters()))
         if sharded:
-            shard(model, world, reshard=reshard)
+            shard(model, world, **options)
         logprobs, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
         rl.sft_loss(logprobs, batch.action_mask).backward()
         norm = clip_gradients(model, 0.5)

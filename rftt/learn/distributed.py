@@ -122,7 +122,8 @@ def shard(
     dtype and float32. `reshard=False` keeps whole layers between forward and backward (ZeRO-2).
     """
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    on_gpu = world.device.type == "cuda"  # elsewhere the weights are on the CPU anyway
+    offload = CPUOffloadPolicy() if cpu_offload and on_gpu else OffloadPolicy()
     for unit in [*decoder_layers(model), model]:
         sharded = fully_shard(
             unit,
