@@ -12,6 +12,7 @@ chunked head is a Triton kernel that falls back on a CPU: never quote a CPU rati
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,20 @@ Step = Callable[[], tuple[float, float]]
 # ---- What is compared: each builder runs in its own process ----
 
 
-def documents(lengths: tuple[int, ...], vocabulary: int) -> list[list[int]]:
+def documents(
+    lengths: tuple[int, ...], vocabulary: int, branching: bool = False
+) -> list[list[int]]:
+    """Random ids; branching ones begin as the longest does, and share half of all tokens."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    ids = [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    return [ids[0][: 5 * len(d) // 8] + d[5 * len(d) // 8 :] for d in ids] if branching else ids
 
 
-def packed(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
+def packed(
+    folder: str, dtype: str, loss: str, lengths: tuple[int, ...], *, on_tree: bool = False
+) -> Step:
     """The trainer's own path: FSDP, packed, chunked log-probs."""
     import torch
 
@@ -67,10 +75,11 @@ def packed(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step
     vocabulary = policy.config.vocab_size
     modules = {"policy": shard(policy, world, param_dtype=compute)}
     optimizers = {"policy": build_optimizer(policy, lr=LEARNING_RATE)}
-    ids = documents(lengths, vocabulary)
+    ids = documents(lengths, vocabulary, branching=loss == "branching")
     rows = [(d[:PROMPT], d[PROMPT:], [True] * (len(d) - PROMPT)) for d in ids]
     batch = collate_rows(rows)
     batch = batch.replace(advantages=batch.spread(ADVANTAGES[: len(lengths)])).to(world.device)
+    batch = batch.replace(tree=on_tree)
     total = []
 
     def loss_of(part: Batch) -> torch.Tensor:
@@ -180,8 +189,19 @@ def trl(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
     return step
 
 
-VARIANTS = ("packed-rl-fp32", "packed-rl-bf16", "packed-sft-fp32", "padded-rl-fp32")
-BUILDERS = {"packed": packed, "padded": padded, "trl": trl}
+VARIANTS = {
+    "packed": (packed, "rl", "fp32"),
+    "packed_bf16": (packed, "rl", "bf16"),
+    "packed_sft": (packed, "sft", "fp32"),
+    "padded": (padded, "rl", "fp32"),
+    "packed_branching": (packed, "branching", "fp32"),
+    "tree": (partial(packed, on_tree=True), "branching", "fp32"),
+    "trl": (trl, "rl", "fp32"),
+    "trl_bf16": (trl, "rl", "bf16"),
+    "trl_sft": (trl, "sft", "fp32"),
+}
+RIVAL = {"packed": "trl", "padded": "trl", "packed_bf16": "trl_bf16", "packed_sft": "trl_sft",
+         "tree": "packed_branching"}  # fmt: skip
 
 
 # ---- One process per variant ----
@@ -202,8 +222,8 @@ def work(variant: str, folder: str, lengths: tuple[int, ...]) -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # libraries may print
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
-    name, loss, dtype = variant.split("-")
-    step = BUILDERS[name](folder, dtype, loss, lengths)
+    build, loss, dtype = VARIANTS[variant]
+    step = build(folder, dtype, loss, lengths)
     start = torch.cuda.memory_allocated() / 2**20 if on_gpu else memory_mib("VmRSS")
     for _ in sys.stdin:
         begin = time.perf_counter() if on_gpu else time.process_time()
@@ -213,6 +233,7 @@ def work(variant: str, folder: str, lengths: tuple[int, ...]) -> None:
         seconds = (time.perf_counter() if on_gpu else time.process_time()) - begin
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mib("VmHWM")
         figures = {"seconds": seconds, "loss": value, "grad_norm": norm, "extra_mib": peak - start}
+        ctypes.CDLL(None).malloc_trim(0)  # waiting workers must not hold what a step has freed
         out.write(json.dumps(figures) + "\n")
         out.flush()
 
@@ -279,7 +300,10 @@ def matmul_rate(dtype: str) -> float:
 
 
 def model_flops(size: dict[str, int], lengths: tuple[int, ...]) -> float:
-    """Forward and backward over real tokens, the head over response tokens, causal attention."""
+    """Forward and backward over real tokens, the head over response tokens, causal attention.
+
+    Work that a variant repeats or saves does not count: packing on a tree may exceed 1.
+    """
     width, head = size["hidden_size"], size["hidden_size"] // size["num_attention_heads"]
     attention = 2 * width * width + 2 * width * head * size["num_key_value_heads"]
     layers = size["num_hidden_layers"] * (attention + 3 * width * size["intermediate_size"])
@@ -298,17 +322,18 @@ def summary(
         result[variant] = {
             "tokens_per_cpu_s": n_tokens / seconds,
             "extra_mib": figures[0]["extra_mib"],
-            "mfu": flops / seconds / rates[variant.split("-")[2]],
+            "mfu": flops / seconds / rates[VARIANTS[variant][2]],
             "first_loss": figures[0]["loss"],
             "first_grad_norm": figures[0]["grad_norm"],
         }
-    for variant, figures in result.items():
-        other = result.get("trl-" + variant.partition("-")[2])
-        if other and not variant.startswith("trl"):
-            figures["tokens_vs_trl"] = figures["tokens_per_cpu_s"] / other["tokens_per_cpu_s"]
-            figures["memory_vs_trl"] = figures["extra_mib"] / other["extra_mib"]
-            figures["loss_minus_trl"] = figures["first_loss"] - other["first_loss"]
-            figures["grad_norm_vs_trl"] = figures["first_grad_norm"] / other["first_grad_norm"]
+    for variant, rival in RIVAL.items():
+        if variant in result and rival in result:
+            figures, other = result[variant], result[rival]
+            to = "vs_packed" if variant == "tree" else "vs_trl"
+            figures[f"tokens_{to}"] = figures["tokens_per_cpu_s"] / other["tokens_per_cpu_s"]
+            figures[f"memory_{to}"] = figures["extra_mib"] / other["extra_mib"]
+            figures[f"loss_{to}"] = figures["first_loss"] / other["first_loss"]
+            figures[f"grad_norm_{to}"] = figures["first_grad_norm"] / other["first_grad_norm"]
     return result
 
 
@@ -338,7 +363,7 @@ def main() -> None:
     if args.compare:
         if not Path(args.trl_python).exists():
             sys.exit(f"error: {args.trl_python} is missing; run: make bench-env")
-        variants += ["trl-rl-fp32", "trl-rl-bf16", "trl-sft-fp32"]
+        variants += [v for v in VARIANTS if v.startswith("trl")]
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, SIZES[args.size])
         workers = {
@@ -360,7 +385,7 @@ def main() -> None:
             worker.communicate()
     result = summary(steps, rates, model_flops(SIZES[args.size], lengths), sum(lengths))
     for variant, figures in result.items():
-        print(f"{variant:16}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+        print(f"{variant:18}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     print(json.dumps(result | {"matmul_gflops": {k: v / 1e9 for k, v in rates.items()}}))
 
 
