@@ -112,6 +112,20 @@ def test_two_ranks_equal_one_invariant(world: World, two_ranks: Path, tmp_path: 
 
 
 @pytest.mark.dist
+def test_two_ranks_resume_to_the_bit_and_one_rank_takes_over_invariant(
+    world: World,
+    two_ranks: Path,
+) -> None:
+    result = json.loads((two_ranks / "result.json").read_text())
+    unbroken, resumed = result["world"][3]
+    assert resumed == unbroken
+    taken_over = train(world, two_ranks / "broken", 5)
+    alone = train(world, two_ranks / "alone", 5)
+    assert len(taken_over.history) == 5
+    assert taken_over.history[4][:4] == pytest.approx(alone.history[4][:4], rel=1e-4)
+
+
+@pytest.mark.dist
 def test_bfloat16_compute_stays_near_float32(two_ranks: Path) -> None:
     result = json.loads((two_ranks / "result.json").read_text())
     for half, single in zip(result["half"], result["history"], strict=False):
