@@ -75,7 +75,7 @@ def train(cfg: RLConfig, world: World) -> None:
     vocabulary = len(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
     engine = build_engine(cfg, cfg.model_name_or_path, vocabulary)  # before FSDP takes the device
-    models, modules, optimizers, rates = build_models(cfg, world)
+    models, modules, optimizers, peaks = build_models(cfg, world)
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target or math.inf, cfg.kl_horizon)
     policy = Learned(
         engine=engine,
@@ -87,16 +87,19 @@ def train(cfg: RLConfig, world: World) -> None:
         seed=cfg.seed,
         stepwise=cfg.rollout_mode == "stepwise",
     )
-    first_step = 0
+    first_step, spent, budget = 0, 0.0, cfg.max_generated_tokens or math.inf  # in tokens sampled
     checkpoint = latest(out) if cfg.resume_from_checkpoint == "auto" else None
     if checkpoint:
         extra = restore(checkpoint, modules, optimizers, world)
-        first_step, kl = extra["step"], replace(kl, coef=extra["kl_coef"])
+        first_step, spent = extra["step"], extra["tokens_generated"]
+        kl = replace(kl, coef=extra["kl_coef"])
     log.rewind(first_step)
     stream = shuffled_epochs(len(problems), cfg.seed)
     order = list(islice(stream, cfg.max_steps * cfg.rollout_batch_size))
 
     for step in range(first_step, cfg.max_steps):
+        if spent >= budget:
+            break
         clock, scored, learned = Clock(), Totals(), Totals()
         norms: dict[str, float] = {}
         due = bool(cfg.save_steps) and (step + 1) % cfg.save_steps == 0
@@ -132,42 +135,34 @@ def train(cfg: RLConfig, world: World) -> None:
         metrics |= scored.reduce(world, per=n_tokens) | clock.lap("score_seconds")
 
         # 3. Learn: a few clipped passes over the same rollouts.
+        rates = {name: rate_at(cfg, peak, step, cfg.max_steps) for name, peak in peaks.items()}
         learn = partial(rl_loss, cfg, models, vocabulary, kl.coef, learned)
         for _ in range(cfg.num_ppo_epochs):
             place = 0
             for minibatch in minibatches:
                 part = batch.select(range(place, place := place + len(minibatch)))
-                norms = update(
-                    modules,
-                    optimizers,
-                    {name: rate_at(cfg, rate, step, cfg.max_steps) for name, rate in rates.items()},
-                    part,
-                    learn,
-                    max(world.sum(float(part.n_actions)), 1.0),  # over all ranks
-                    max_tokens=cfg.max_tokens_per_microbatch,
-                    max_grad_norm=cfg.max_grad_norm,
-                    world=world,
-                )
+                norms = update(modules, optimizers, rates, part, learn, cfg, world)
         metrics |= learned.reduce(world, per=n_tokens * cfg.num_ppo_epochs)
         metrics |= clock.lap("train_seconds")
 
         # 4. Look: numbers, examples, a place to resume from.
         metrics |= rollout_metrics(rollouts)
         metrics |= {"grad_norm": norms["policy"], "kl_coef": kl.coef}
-        metrics["learning_rate"] = rate_at(cfg, cfg.learning_rate, step, cfg.max_steps)
+        metrics["learning_rate"] = rates["policy"]
         if cfg.kl_target:
             kl = kl.update(metrics["kl"], len(rollouts))
+        spent += metrics["tokens_generated"]
         log.step(step, metrics, LINE, total=cfg.max_steps)
         if due and world.is_main:
             examples = [readable(rollout, tokenizer) for rollout in rollouts[:: len(rollouts) // 4]]
             write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", examples)
-        if due or step + 1 == cfg.max_steps:
+        if due or step + 1 == cfg.max_steps or spent >= budget:
             save(
                 out,
                 step + 1,
                 modules=modules,
                 optimizers=optimizers,
-                extra={"kl_coef": kl.coef},
+                extra={"kl_coef": kl.coef, "tokens_generated": spent},
                 world=world,
                 tokenizer=tokenizer,
                 keep=cfg.save_total_limit,

@@ -95,20 +95,14 @@ def train(cfg: SFTConfig, world) -> None:
             totals.add({"loss": loss})
             return loss
 
-        rate = rate_at(cfg, cfg.learning_rate, step, total_steps)
-        norms = update(
-            {"policy": model},
-            {"policy": optimizer},
-            {"policy": rate},
-            batch,
-            loss_of,
-            n_tokens,
-            max_tokens=cfg.max_tokens_per_microbatch,
-            max_grad_norm=cfg.max_grad_norm,
-            world=world,
-        )
+        rates = {"policy": rate_at(cfg, cfg.learning_rate, step, total_steps)}
+        norms = update({"policy": model}, {"policy": optimizer}, rates, batch, loss_of, cfg, world)
         metrics = totals.reduce(world, per=n_tokens)
-        metrics |= {"grad_norm": norms["policy"], "learning_rate": rate, "tokens": n_tokens}
+        metrics |= {
+            "grad_norm": norms["policy"],
+            "learning_rate": rates["policy"],
+            "tokens": n_tokens,
+        }
         done = step + 1
         if eval_rows and (done == total_steps or (cfg.eval_steps and done % cfg.eval_steps == 0)):
             metrics["eval_loss"] = evaluation_loss()

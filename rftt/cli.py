@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import os
 import sys
 import types
 import typing
@@ -49,6 +50,7 @@ def load_config(schema: type[C], argv: Sequence[str]) -> C:
 
 def cli(main: Callable[[C], None], schema: type[C]) -> None:
     """Run a script: `--help` lists the fields; a UserError becomes one line and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before transformers is imported
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(describe(schema))

@@ -150,6 +150,8 @@ class RLConfig(Common, Engine, Training):
     """Steps between two greedy evaluations; 0 never."""
     max_steps: int = 250
     """Exploration-and-learning rounds (PAPER §1)."""
+    max_generated_tokens: int | None = None
+    """End after the round in which so many tokens have been sampled: equal budgets to compare."""
     # -- explore
     sampling_method: Literal["mcts", "normal"] = "mcts"
     """mcts: tree over functional tokens; normal: independent responses (the official name)."""

@@ -9,6 +9,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from rftt.config import Training
 from rftt.learn.batch import Batch, empty_like
 from rftt.learn.distributed import World, clip_gradients, set_gradient_sync
 from rftt.learn.optim import set_lr
@@ -40,17 +41,15 @@ def update(
     learning_rates: Mapping[str, float],
     batch: Batch,
     loss_of: Callable[[Batch], Tensor],
-    n_tokens: float,
-    *,
-    max_tokens: int,
-    max_grad_norm: float,
+    cfg: Training,
     world: World,
 ) -> dict[str, float]:
     """One optimizer step of every module; returns the gradient norms before clipping.
 
-    `loss_of` sums over tokens; `n_tokens` is the one denominator for all microbatches and ranks.
+    `loss_of` sums over tokens; the batch's action tokens on all ranks are the one denominator.
     """
-    groups = equal_count(batch, max_tokens, world)
+    n_tokens = max(world.sum(float(batch.n_actions)), 1.0)
+    groups = equal_count(batch, cfg.max_tokens_per_microbatch, world)
     for i, group in enumerate(groups):
         for module in modules.values():
             set_gradient_sync(module, i == len(groups) - 1)
@@ -58,7 +57,7 @@ def update(
         (loss / n_tokens).backward()
     norms = {}
     for name, optimizer in optimizers.items():
-        norms[name] = clip_gradients(modules[name], max_grad_norm)
+        norms[name] = clip_gradients(modules[name], cfg.max_grad_norm)
         set_lr(optimizer, learning_rates[name])
         optimizer.step()
         optimizer.zero_grad()
