@@ -349,6 +349,18 @@ def test_counters_count_every_token_and_shared_prompts(engine: Engine) -> None:
     assert 6 <= spent["steps"] <= 20
 
 
+def test_oracle_continuations_reuse_what_was_sampled(engine: Engine) -> None:
+    model, prompt = make_model(tied=False), list(range(16, 56))
+    roots = sample(engine, *((prompt, Sampling(max_tokens=30, seed=i)) for i in range(6)))
+    paths = [[*prompt, *c.token_ids[: 5 * i]] for i, c in enumerate(roots)]
+    how = [Sampling(max_tokens=20, seed=i) for i in range(6)]
+    for path, got in zip(paths, sample(engine, *zip(paths, how, strict=True)), strict=True):
+        assert 32 <= got.n_cached < len(path)  # vLLM reuses whole blocks of 32
+        assert agrees_with_model(model, path, got, 1.0) < 1e-4
+    engine.load_weights(model.named_parameters())
+    assert sample(engine, (paths[0], how[0]))[0].n_cached == 0
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ENGINES)
 def test_oracle_synced_engine_samples_as_the_learner(

@@ -63,7 +63,8 @@ class HFEngine:
             raise
 
     def _reset(self) -> None:
-        self._waiting, self._running, self._slots.n = [], [], 0
+        self._waiting, self._running = [], []
+        self._slots.forget()
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -121,6 +122,7 @@ class HFEngine:
         """See base.Engine. A tied parameter may come under either name or both."""
         if self._loop.pending:
             raise UserError("load_weights while requests run: await them first.")
+        self._slots.forget()
         own = dict(self.model.named_parameters(remove_duplicate=False))
         missing = {id(parameter): name for name, parameter in own.items()}
         for name, tensor in weights:

@@ -23,8 +23,11 @@ class StepLoop:
         loop = asyncio.get_running_loop()
         if self._task is not None and self._task.done():
             self._release(self._task)
-        if self._task is None or self._task.get_loop() is not loop:
-            self._forget()
+        if self._task is not None and self._task.get_loop() is not loop:
+            self.pending.clear()  # that loop died without cancelling its tasks
+            self._task = None
+            self._reset()
+        if self._task is None:
             self._task = loop.create_task(self._run())
             self._task.add_done_callback(self._release)
         future: asyncio.Future[Completion] = loop.create_future()
@@ -42,14 +45,13 @@ class StepLoop:
         if task is not self._task:  # `submit` was here before this callback
             return
         error = None if task.cancelled() else task.exception()
-        for future in list(self.pending):
-            if error and not future.done():
+        waiting = [future for future in self.pending if not future.done()]
+        for future in waiting:
+            if error:
                 future.set_exception(error)
             else:
                 future.cancel()
-        self._forget()
-
-    def _forget(self) -> None:
         self.pending.clear()
         self._task = None
-        self._reset()
+        if error or waiting:
+            self._reset()

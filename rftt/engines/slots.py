@@ -6,7 +6,9 @@ Departures from `model.generate`:
 2. The query heads of a group share one attention call instead of copies of their keys.
 3. A prompt is prefilled without its last token, which is decoded like any other, so that sampling
    happens in one place; equal prompts that arrive together are prefilled once.
-4. Randomness is one uniform per (seed, position) through the inverse CDF: what a request samples
+4. Finished rows stay in the free slots until these are needed. A new prompt takes the longest
+   beginning that it shares with any slot, token by token, and prefills the rest.
+5. Randomness is one uniform per (seed, position) through the inverse CDF: what a request samples
    does not depend on its neighbours.
 """
 
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rftt.schema import Sampling, UserError
 
@@ -69,10 +71,10 @@ def grouped_attention(
 
 
 class Slots:
-    """Everything the running rows need on the device; slots 0 … n-1 are running.
+    """Everything the rows need on the device; slots 0 … n-1 are running, later ones hold what was.
 
-    Shapes: S slots, M = max_len, C columns, K kinds, V = n_tokens. While decoding, it stands in for
-    a transformers cache (`update`).
+    Shapes: S slots, M = max_len, C columns, K kinds, V = n_tokens. It stands in for a transformers
+    cache (`update`).
     """
 
     def __init__(self, model: PreTrainedModel, n_tokens: int, n_slots: int, max_len: int) -> None:
@@ -81,22 +83,28 @@ class Slots:
         def empty(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=model.device)
 
-        self.n = 0
+        self.every = torch.arange(n_slots, device=model.device)
+        self.length = empty(n_slots)  # columns filled: those of `tokens[:length]`
+        self.tokens = empty(
+            n_slots, max_len
+        )  # prompt and response; `tokens[length]` is decoded next
         self.drop()
-        self.length = empty(n_slots)  # columns filled; the position of `token`
-        self.token = empty(n_slots)  # decoded next: the prompt's last or the last sampled
         self.count, self.limit = empty(n_slots), empty(n_slots)  # tokens sampled; max_tokens
         self.kind = empty(n_slots)  # row of the tables below
         self.begins = empty(n_slots, dtype=torch.bool)  # a segment may begin with the next token
         self.temperature = empty(n_slots, dtype=torch.float)
         self.top_p = empty(n_slots, dtype=torch.float)
         self.uniforms = empty(n_slots, max_len, dtype=torch.float)
-        self.ids = empty(n_slots, max_len)
         self.logprobs = empty(n_slots, max_len, dtype=torch.float)
         self.kinds: dict[tuple[tuple[int, ...], ...], int] = {}  # (stop, watch, after) -> row
         self.stops = empty(0, n_tokens, dtype=torch.bool)  # (K, V)
         self.closers = empty(0, n_tokens, dtype=torch.bool)  # (K, V)
         self.generator = torch.Generator()
+
+    def forget(self) -> None:
+        """No row runs, and what the slots hold is void."""
+        self.n = 0
+        self.length.zero_()
 
     def drop(self) -> None:
         """Free the keys and values; (≤ S, layers, 2, H_kv, C, D), `_reserve` grows them again."""
@@ -104,20 +112,22 @@ class Slots:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (0, config.num_hidden_layers, 2, config.num_key_value_heads, 0, dim)
         self.kv = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        self.forget()
 
     # ---- Rows come ----
 
     def admit(self, prompts: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]) -> list[int]:
-        """Run `prompts` in the next slots. Returns how many tokens of each another one shared."""
+        """Run `prompts` in the next slots. Returns how many tokens of each were there already."""
         new = slice(self.n, self.n + len(prompts))
         prefixes = [prompt[:-1] for prompt in prompts]
-        self._prefill(new.start, prefixes)
+        shared = self._prefill(new.start, prefixes)
+        for slot, prompt in enumerate(prompts, new.start):
+            self.tokens[slot, : len(prompt)] = torch.tensor(prompt)
         for slot, sampling in enumerate(samplings, new.start):
             self.generator.manual_seed(sampling.seed)
             draws = torch.rand(sampling.max_tokens, generator=self.generator)
             self.uniforms[slot, : sampling.max_tokens] = draws
         self.length[new] = torch.tensor([len(prefix) for prefix in prefixes])
-        self.token[new] = torch.tensor([prompt[-1] for prompt in prompts])
         self.count[new] = 0
         self.limit[new] = torch.tensor([s.max_tokens for s in samplings])
         self.kind[new] = torch.tensor([self._kind(s) for s in samplings])
@@ -125,42 +135,73 @@ class Slots:
         self.temperature[new] = torch.tensor([float(s.temperature) for s in samplings])
         self.top_p[new] = torch.tensor([float(s.top_p) for s in samplings])
         self.n = new.stop
-        first = {prefix: i for i, prefix in reversed(list(enumerate(prefixes)))}
-        return [len(prefix) if first[prefix] != i else 0 for i, prefix in enumerate(prefixes)]
+        return shared
 
-    def _prefill(self, first: int, prefixes: Sequence[tuple[int, ...]]) -> None:
-        """One forward over the distinct `prefixes`, right-padded: no real token sees padding."""
-        rank = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefixes))}
-        width = max(map(len, rank))
-        if width == 0:
-            return
-        ids = [[*prefix, *[0] * (width - len(prefix))] for prefix in rank]
+    def _prefill(self, first: int, prefixes: Sequence[tuple[int, ...]]) -> list[int]:
+        """Fill slots `first` … with `prefixes`, each distinct one once. Returns what was known."""
+        slot_of = {prefix: first + i for i, prefix in reversed(list(enumerate(prefixes)))}
+        last, longest = first + len(prefixes), max(map(len, prefixes))
+        self._reserve(last, longest)
+        found = {prefix: self._find(prefix) for prefix in slot_of}
+        width = max(n for _, n in found.values())
+        targets, sources = list(slot_of.values()), [source for source, _ in found.values()]
+        self.kv[targets, :, :, :, :width] = self.kv[sources, :, :, :, :width]
+        if rest := {p: p[n:] for p, (_, n) in found.items() if n < len(p)}:
+            self._extend(
+                [slot_of[p] for p in rest], [found[p][1] for p in rest], list(rest.values())
+            )
+        copies = [slot_of[prefix] for prefix in prefixes]
+        self.kv[first:last, :, :, :, :longest] = self.kv[copies, :, :, :, :longest]
+        return [
+            found[prefix][1] if slot_of[prefix] == slot else len(prefix)
+            for slot, prefix in enumerate(prefixes, first)
+        ]
+
+    def _find(self, prefix: tuple[int, ...]) -> tuple[int, int]:
+        """(slot, columns) of the longest beginning of `prefix` that any slot holds."""
+        known = self.kv.shape[0]
+        wanted = torch.tensor(prefix, dtype=torch.long, device=self.tokens.device)
+        same = (self.tokens[:known, : len(prefix)] == wanted).cumprod(1).sum(1)
+        shared, slot = torch.minimum(same, self.length[:known]).max(0)
+        return int(slot), int(shared)
+
+    def _extend(self, slots: list[int], starts: list[int], rest: list[tuple[int, ...]]) -> None:
+        """One forward over `rest`, right-padded, behind the `starts` columns that `slots` have.
+
+        Padding lands behind a row's last token, where decoding overwrites it before it is seen.
+        """
+        width = max(map(len, rest))
+        ids = [[*tokens, *[0] * (width - len(tokens))] for tokens in rest]
         device = self.model.device
-        cache = DynamicCache()
-        self.model(
-            torch.tensor(ids, device=device),
-            attention_mask=torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril(),
-            position_ids=torch.arange(width, device=device)[None],
-            past_key_values=cache,
+        columns = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+        self._forward(torch.tensor(ids, device=device), torch.tensor(slots, device=device), columns)
+
+    def _forward(self, ids: Tensor, slots: Tensor | slice, columns: Tensor) -> Tensor:
+        """Put `ids` (B, T) into `columns` (B, T) of B slots; logits (B, V) behind the last.
+
+        A slice of slots saves the attention a copy of their keys and values.
+        """
+        width = int(columns.max()) + 1
+        self._reserve(self.n, width)
+        self.write = (slots, columns, width)
+        seen = torch.arange(width, device=ids.device) <= columns[:, :, None]
+        return self.model(
+            ids,
+            attention_mask=seen[:, None],
+            position_ids=columns,
+            past_key_values=self,
             use_cache=True,
             logits_to_keep=1,
-        )
-        sources = torch.tensor([rank[prefix] for prefix in prefixes], device=device)
-        slots = slice(first, first + len(prefixes))
-        self._reserve(slots.stop, width)
-        for i, (keys, values, _) in enumerate(cache):
-            assert keys is not None, "the prefill has filled every layer"
-            assert values is not None, "the prefill has filled every layer"
-            self.kv[slots, i, 0, :, :width] = keys[sources]
-            self.kv[slots, i, 1, :, :width] = values[sources]
+        ).logits[:, -1, : self.n_tokens]
 
     def _reserve(self, slots: int, columns: int) -> None:
         """Double the key/value slots or columns where `slots` or `columns` would not fit."""
         old = self.kv
         shape = list(old.shape)
-        for axis, need, most in ((0, slots, len(self.length)), (4, columns, self.ids.shape[1])):
-            if need > shape[axis]:
-                shape[axis] = min(most, max(need, 2 * shape[axis]))
+        if slots > shape[0]:
+            shape[0] = min(len(self.length), 2 * slots)  # room for what will have been
+        if columns > shape[4]:
+            shape[4] = max(columns, 2 * shape[4])
         if shape != list(old.shape):
             self.kv = old.new_zeros(shape)  # zeros: what a mask hides must be finite
             self.kv[: old.shape[0], :, :, :, : old.shape[4]] = old
@@ -181,28 +222,16 @@ class Slots:
 
     def decode(self) -> tuple[list[int], Watched]:
         """Sample one token in every running slot. Returns who finished and what was watched."""
-        run, device = slice(self.n), self.model.device
-        slots, length, count = (
-            torch.arange(self.n, device=device),
-            self.length[run],
-            self.count[run],
-        )
-        width = int(length.max()) + 1
-        self._reserve(self.n, width)
-        self.write = (slots, length, width)
-        logits = self.model(
-            self.token[run, None],
-            attention_mask=(torch.arange(width, device=device) <= length[:, None])[:, None, None],
-            position_ids=length[:, None],
-            past_key_values=self,
-            use_cache=True,
-        ).logits[:, -1, : self.n_tokens]
+        run = slice(self.n)
+        slots = self.every[run]
+        length, count = self.length[run], self.count[run]
+        logits = self._forward(self.tokens[slots, length][:, None], run, length[:, None])
         greedy = self.temperature[run] == 0
         temperature = self.temperature[run].masked_fill(greedy, 1.0)
         logprobs = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
         token = pick(logprobs, self.uniforms[slots, count], self.top_p[run], greedy)
         watched = self._watch(logprobs) if self.begins[run].any() else []
-        self.ids[slots, count] = self.token[run] = token
+        self.tokens[slots, length + 1] = token
         self.logprobs[slots, count] = logprobs[slots, token]
         self.begins[run] = self.closers[self.kind[run], token]
         self.length[run] += 1
@@ -211,11 +240,12 @@ class Slots:
         return done.nonzero()[:, 0].tolist(), watched
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Called by each attention layer: keep the new token, return all (n, H_kv, W, D)."""
+        """Called by each attention layer: keep the new tokens, return all (B, H_kv, W, D)."""
         slots, columns, width = self.write
-        kv = self.kv[: self.n, layer]
-        kv[slots, 0, :, columns], kv[slots, 1, :, columns] = key[:, :, 0], value[:, :, 0]
-        return kv[:, 0, :, :width], kv[:, 1, :, :width]
+        kv, rows = self.kv[:, layer], self.every[slots][:, None]
+        kv[rows, 0, :, columns] = key.transpose(1, 2)
+        kv[rows, 1, :, columns] = value.transpose(1, 2)
+        return kv[slots, 0, :, :width], kv[slots, 1, :, :width]
 
     def _watch(self, logprobs: Tensor) -> Watched:
         """Log-probs of each row's watched ids, where a segment may begin with this token."""
@@ -231,26 +261,26 @@ class Slots:
 
     def outputs(self, slots: list[int]) -> list[tuple[list[int], list[float]]]:
         """(ids, log-probs) that each of `slots` has sampled."""
-        counts = self.count[slots].tolist()
+        ends, counts = (self.length[slots] + 1).tolist(), self.count[slots].tolist()
         return [
-            (self.ids[slot, :count].tolist(), self.logprobs[slot, :count].tolist())
-            for slot, count in zip(slots, counts, strict=True)
+            (self.tokens[slot, end - count : end].tolist(), self.logprobs[slot, :count].tolist())
+            for slot, end, count in zip(slots, ends, counts, strict=True)
         ]
 
     def retire(self, slots: list[int]) -> list[int]:
-        """Free `slots`, close the gaps with the last rows. Returns where each slot came from."""
+        """Swap `slots` with the last running ones. Returns where each slot now comes from."""
         gone, n = set(slots), self.n - len(set(slots))
         movers = [slot for slot in range(n, self.n) if slot not in gone]
-        origin = [movers.pop() if slot in gone else slot for slot in range(n)]
-        to = [slot for slot in range(n) if slot in gone]
+        origin = [movers.pop() if slot in gone else slot for slot in range(n)] + slots
+        to = [slot for slot, source in enumerate(origin) if slot != source]
         source = [origin[slot] for slot in to]
         for tensor in (
-            self.kv, self.length, self.token, self.count, self.limit, self.kind, self.begins,
-            self.temperature, self.top_p, self.uniforms, self.ids, self.logprobs,
+            self.kv, self.length, self.tokens, self.count, self.limit, self.kind, self.begins,
+            self.temperature, self.top_p, self.uniforms, self.logprobs,
         ):  # fmt: skip
             tensor[to] = tensor[source]
         self.n = n
-        return origin
+        return origin[:n]
 
 
 def pick(logprobs: Tensor, uniform: Tensor, top_p: Tensor, greedy: Tensor) -> Tensor:
