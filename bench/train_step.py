@@ -64,43 +64,41 @@ def packed(
 
     from rftt.learn import rl
     from rftt.learn.batch import Batch, collate_rows
-    from rftt.learn.distributed import open_world, shard
+    from rftt.learn.distributed import clip_gradients, open_world, set_gradient_sync, shard
     from rftt.learn.model import load_policy, token_logprobs
     from rftt.learn.optim import build_optimizer
-    from rftt.learn.step import update
 
     world = open_world()
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     policy = load_policy(folder, torch.float32, gradient_checkpointing=world.device.type == "cuda")
     vocabulary = policy.config.vocab_size
-    modules = {"policy": shard(policy, world, param_dtype=compute)}
-    optimizers = {"policy": build_optimizer(policy, lr=LEARNING_RATE)}
+    shard(policy, world, param_dtype=compute)
+    optimizer = build_optimizer(policy, lr=LEARNING_RATE)
     ids = documents(lengths, vocabulary, branching=loss == "branching")
     rows = [(d[:PROMPT], d[PROMPT:], [True] * (len(d) - PROMPT)) for d in ids]
     batch = collate_rows(rows)
     batch = batch.replace(advantages=batch.spread(ADVANTAGES[: len(lengths)])).to(world.device)
     batch = batch.replace(tree=on_tree)
-    total = []
+    groups = batch.microbatches(sum(lengths) if world.device.type == "cpu" else 16384)
 
     def loss_of(part: Batch) -> torch.Tensor:
         logprobs, _ = token_logprobs(policy, part, 1.0, vocabulary)
-        mask, advantages = part.action_mask, part.advantages
         if loss == "sft":
-            summed = rl.sft_loss(logprobs, mask)
-        else:
-            old = logprobs.detach()
-            summed, _ = rl.policy_loss(logprobs, old, advantages, mask, epsilon=0.2)
-        total.append(summed.detach())
-        return summed
+            return rl.sft_loss(logprobs, part.action_mask)
+        old, mask = logprobs.detach(), part.action_mask
+        return rl.policy_loss(logprobs, old, part.advantages, mask, epsilon=0.2)[0]
 
     def step() -> tuple[float, float]:
-        total.clear()
-        norms = update(
-            modules, optimizers, {"policy": LEARNING_RATE}, batch, loss_of, batch.n_actions,
-            max_tokens=sum(lengths) if world.device.type == "cpu" else 16384,
-            max_grad_norm=1.0, world=world,
-        )  # fmt: skip
-        return float(sum(total)) / batch.n_actions, norms["policy"]
+        total = 0.0
+        for number, group in enumerate(groups):
+            set_gradient_sync(policy, number == len(groups) - 1)
+            value = loss_of(batch.select(group)) / batch.n_actions
+            value.backward()
+            total += value.item()
+        norm = clip_gradients(policy, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total, norm
 
     return step
 
