@@ -90,6 +90,7 @@ def test_the_exported_folder_is_the_model_oracle(world: World, tmp_path: Path, t
     )  # fmt: skip
     loaded = AutoModelForCausalLM.from_pretrained(path / "hf")
     assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config.use_cache
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, plain[name])
     read = PreTrainedTokenizerFast.from_pretrained(path / "hf")

@@ -59,7 +59,6 @@ def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> 
     ):
         raise UserError(f"{config.model_type}: logit soft-capping (Gemma 2) is not supported.")
     model.set_attn_implementation(ATTENTION)
-    model.config.use_cache = False
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # FSDP gathers the root's weights around `forward` or a method that distributed.shard registers.
@@ -94,7 +93,6 @@ def load_critic(
     """A critic whose backbone starts from a causal language model's."""
     backbone = _pretrained(AutoModel, path, dtype, trust_remote_code)
     backbone.set_attn_implementation(ATTENTION)
-    backbone.config.use_cache = False
     if gradient_checkpointing:
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return Critic(backbone).train()
