@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -27,7 +28,9 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rftt.schema import Problem
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from rftt.schema import Problem  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,7 +199,7 @@ def samplers(
 def measure(engine: Engine, work: Work, problems: list[Problem], seed: int) -> dict[str, float]:
     """Totals of one run."""
     before, cpu, wall = vars(engine.counters).copy(), time.process_time(), time.perf_counter()
-    rollouts = asyncio.run(work(problems, seed))  # type: ignore[arg-type]
+    rollouts = asyncio.run(work(problems, seed))
     spent = {name: value - before[name] for name, value in vars(engine.counters).items()}
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return {**spent, "rollouts": rollouts, "cpu_s": cpu, "wall_s": wall}
