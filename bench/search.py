@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rftt.schema import Problem  # noqa: E402
+from rftt.schema import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
