@@ -168,6 +168,7 @@ def train(cfg: RLConfig, world: World) -> None:
                 keep=cfg.save_total_limit,
             )
     export_hf(models["policy"], tokenizer, out / "hf", world)
+    world.barrier()
     engine.close()
     log.info(f"model in {out / 'hf'}")
 
@@ -190,7 +191,11 @@ async def explore(
     )
 
     scheme = RewardScheme(
-        cfg.correct_reward, cfg.wrong_reward, cfg.no_answer_reward, cfg.reward_scheme == "blend"
+        correct=cfg.correct_reward,
+        wrong=cfg.wrong_reward,
+        no_answer=cfg.no_answer_reward,
+        blend=cfg.reward_scheme == "blend",
+        whole_segments=cfg.malformed_responses == "reject" and policy.ids is not None,
     )
 
     async def one(item: tuple[int, Problem]) -> list[Rollout]:
@@ -319,6 +324,8 @@ def rl_loss(
     micro: Batch,
 ) -> Tensor:
     """Clipped policy loss and what the estimator adds: KL, entropy, value. Summed over tokens."""
+    import torch
+
     from rftt.learn.model import token_logprobs, token_values
     from rftt.learn.rl import importance_weights, kl_estimate, policy_loss, value_loss
 
@@ -332,6 +339,11 @@ def rl_loss(
     weights, mismatch = importance_weights(
         old, micro.sampling_logprobs, mask, cfg.importance_cap or math.inf
     )
+    weights = weights if cfg.importance_cap else mask.float()
+    if cfg.forced_actions == "weigh" and micro.forced is not None:
+        # The tree takes an act with certainty, the policy with probability π: with this weight,
+        # trying every act once is the policy gradient summed over the acts.
+        weights = torch.where(micro.forced, weights * old.exp(), weights)
     loss, clipping = policy_loss(
         logprobs,
         old,
@@ -340,7 +352,7 @@ def rl_loss(
         epsilon=cfg.epsilon,
         epsilon_high=cfg.epsilon_high,
         dual_clip=cfg.dual_clip,
-        weights=weights if cfg.importance_cap else None,
+        weights=weights,
     )
     totals.add(mismatch | clipping | {"policy_loss": loss, "entropy": entropy.sum()})
     if cfg.advantage_estimator == "grpo" and micro.ref_logprobs is not None:

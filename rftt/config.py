@@ -215,8 +215,10 @@ class RLConfig(Common, Engine, Training):
     """Weight of the entropy bonus."""
     importance_cap: float | None = 2.0
     """Truncate π_trainer/π_engine here and weight the loss with it; None is off."""
-    forced_actions: Literal["keep", "mask"] = "keep"
-    """Whether openers that the tree chose count as the policy's actions."""
+    forced_actions: Literal["keep", "weigh", "mask"] = "keep"
+    """Openers that the tree chose: the policy's actions, weighted by π(opener), or no actions."""
+    malformed_responses: Literal["grade", "reject"] = "grade"
+    """Text outside whole segments: graded like any other, or as no answer at all."""
     num_ppo_epochs: int = 1
     """Passes over the rollouts (PAPER §1)."""
     train_batch_size: int = 16

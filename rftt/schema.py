@@ -112,6 +112,8 @@ class Rollout:
     """Rollouts of one problem in one batch share it."""
     n_generated: int
     """Tokens this rollout cost; a prefix it shares with an earlier rollout is free."""
+    forced: tuple[bool, ...] = ()
+    """(R,) openers that the tree chose; empty where nobody forced any."""
     answer: str | None = None
     outcome: float = 0.0
     """1 if the grader accepts the answer, else 0."""

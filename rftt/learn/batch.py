@@ -41,6 +41,8 @@ class Batch:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    forced: Tensor | None = None
+    """(T,) bool: openers that the tree chose, not the policy."""
     tree: bool = False
     """Shared prefixes go through the model once (tree.py); results are the same."""
 
@@ -139,6 +141,7 @@ def collate(rollouts: Sequence[Rollout], *, mask_truncated: bool = False) -> Bat
     mask: list[bool] = []
     rewards: list[float] = []
     logprobs: list[float] = []
+    forced: list[bool] = []
     for rollout in rollouts:
         n_prompt, n_response = len(rollout.prompt_ids), len(rollout.response_ids)
         _check(n_prompt, n_response, len(rollout.action_mask), rollout.problem.id)
@@ -155,6 +158,7 @@ def collate(rollouts: Sequence[Rollout], *, mask_truncated: bool = False) -> Bat
         mask += [False] * n_prompt + [m and not dropped for m in rollout.action_mask]
         rewards += [0.0] * n_prompt + reward
         logprobs += [0.0] * n_prompt + [*rollout.sampling_logprobs]
+        forced += [False] * n_prompt + [*(rollout.forced or (False,) * n_response)]
     lengths = tuple(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
     return Batch(
         torch.tensor(ids, dtype=torch.int64),
@@ -162,6 +166,7 @@ def collate(rollouts: Sequence[Rollout], *, mask_truncated: bool = False) -> Bat
         torch.tensor(mask, dtype=torch.bool),
         torch.tensor(rewards, dtype=torch.float32),
         torch.tensor(logprobs, dtype=torch.float32),
+        forced=torch.tensor(forced, dtype=torch.bool),
     )
 
 

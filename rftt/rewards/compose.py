@@ -23,6 +23,8 @@ class RewardScheme:
     """The response ended without one."""
     blend: bool = False
     """Last step = 0.6 x correct + 0.4 x process score, as found in the official code."""
+    whole_segments: bool = False
+    """A response with text outside its segments has no answer, whatever it says."""
 
 
 def score(
@@ -37,11 +39,11 @@ def score(
         raise UserError(f"problem {rollout.problem.id} has no gold answer to reward against.")
     correct = grade(text, gold, rollout.problem.question).correct
     process = process or [0.0] * len(rollout.acts)
-    return replace(
-        rollout,
-        outcome=float(correct),
-        step_rewards=(*process[:-1], finish_reward(correct, rollout.answer, process[-1], scheme)),
-    )
+    answer = rollout.answer
+    if scheme.whole_segments and "" in rollout.acts:
+        correct, answer = False, None
+    finish = finish_reward(correct, answer, process[-1], scheme)
+    return replace(rollout, outcome=float(correct), step_rewards=(*process[:-1], finish))
 
 
 def finish_reward(correct: bool, answer: str | None, process: float, scheme: RewardScheme) -> float:

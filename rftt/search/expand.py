@@ -175,6 +175,11 @@ def with_answer(ctx: Learned, before: list[int], steps: list[Step]) -> list[Step
     return [*steps[:-1], replace(steps[-1], answer=extract(text))]
 
 
+def whole(step: Step, ids: FunctionIds | None) -> bool:
+    """Whether the step is a segment from its opener to its own closer."""
+    return ids is not None and step.act != "" and step.token_ids[-1] == ids.close[step.act]
+
+
 async def _free(
     ctx: Learned,
     key: tuple[object, ...],

@@ -25,6 +25,7 @@ from rftt.search.expand import (
     expand_prompted,
     root_act_logprobs,
     visible,
+    whole,
     with_answer,
 )
 from rftt.search.mcts import Choice, Tree, Value, grow
@@ -202,18 +203,16 @@ def _rollout(
     mask_forced: bool,
 ) -> Rollout:
     tokens = [token for step in steps for token in step.token_ids]
+    forced = tuple(step.forced and i == 0 for step in steps for i in range(len(step.token_ids)))
     return Rollout(
         problem=problem,
         prompt_ids=tuple(prompt),
         response_ids=tuple(tokens),
         sampling_logprobs=tuple(logprob for step in steps for logprob in step.logprobs),
-        action_mask=tuple(
-            not (mask_forced and step.forced and i == 0)
-            for step in steps
-            for i in range(len(step.token_ids))
-        ),
+        action_mask=tuple(not (mask_forced and opener) for opener in forced),
+        forced=forced,
         step_ends=tuple(end - 1 for end in accumulate(len(step.token_ids) for step in steps)),
-        acts=tuple(step.act for step in steps),
+        acts=tuple(step.act if whole(step, ctx.ids) else "" for step in steps),
         finish="stop" if tokens[-1] in ctx.stops else "length",
         group=group,
         n_generated=len(tokens),
