@@ -50,7 +50,9 @@ def load_config(schema: type[C], argv: Sequence[str]) -> C:
 
 def cli(main: Callable[[C], None], schema: type[C]) -> None:
     """Run a script: `--help` lists the fields; a UserError becomes one line and exit code 2."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before transformers is imported
+    # Before torch and transformers are imported: no bars for files, no notes on NUMA.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(describe(schema))

@@ -100,7 +100,8 @@ def close_world(world: World) -> None:
     joins its threads, but only once nobody holds it: sharded models do, in reference cycles, and
     the mesh does, which torch's own caches never let go.
     """
-    world.barrier()
+    if dist.is_initialized():  # an in-process vLLM that was closed has taken the group with it
+        world.barrier()
     world.mesh._pg_registry.clear()
     gc.collect()
     if dist.is_initialized():
