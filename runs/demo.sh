@@ -9,9 +9,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ -n "$FAST" ]; then  # smaller, the same code
   TINY=(train_steps=500 n_train=400 n_test=100)
-  SEARCH=(max_problems=150)
+  SEARCH=(max_problems=200)
   SFT=(num_train_epochs=4)
-  RL=(max_steps=6 rollout_batch_size=16 save_steps=3)
+  RL=(max_steps=6 rollout_batch_size=16 train_batch_size=128 save_steps=3)
   EVAL=(max_problems=60 num_samples=4)
 else
   TINY=() SEARCH=() SFT=() RL=() EVAL=()
