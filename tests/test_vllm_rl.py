@@ -1,0 +1,92 @@
+"""train_rl.py with vLLM inside: the engine follows the learner, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rftt.data import write_jsonl
+from rftt.functions import add_function_tokens
+from rftt.tiny import build_tokenizer
+from tests.conftest import run
+
+SETTINGS = {
+    "engine": "vllm",
+    "max_steps": 3,
+    "rollout_batch_size": 4,
+    "num_generations": 4,
+    "train_batch_size": 8,
+    "max_completion_length": 24,
+    "max_model_len": 128,
+    "max_num_seqs": 16,
+    "max_eval_problems": 4,
+    "eval_steps": 2,
+    "save_steps": 0,
+    "kl_coef": 0,
+    "entropy_coef": -1,  # a random model earns nothing: this moves its weights all the same
+    "learning_rate": 1e-3,
+    "warmup_ratio": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that knows functional tokens, with heads of a width vLLM takes; problems."""
+    path = tmp_path_factory.mktemp("world")
+    tokenizer = build_tokenizer()
+    add_function_tokens(tokenizer)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            initializer_range=0.1,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    model.save_pretrained(path / "model")
+    tokenizer.save_pretrained(path / "model")
+    problems = [{"id": str(i), "question": f"Eva has {i} pens.", "answer": i} for i in range(8)]
+    write_jsonl(path / "problems.jsonl", problems)
+    return path
+
+
+LAUNCHERS = {
+    "one rank": [],
+    "two ranks": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.dist
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_invariant_engine_follows_the_learner(launcher: str, world: Path, tmp_path: Path) -> None:
+    paths = {
+        "model_name_or_path": world / "model",
+        "train_file": world / "problems.jsonl",
+        "eval_file": world / "problems.jsonl",
+        "output_dir": tmp_path,
+    }
+    settings = [f"{key}={value}" for key, value in (SETTINGS | paths).items()]
+    script = [*LAUNCHERS[launcher], "train_rl.py", "configs/tiny/rl.yaml", *settings]
+    done = run(sys.executable, *script, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 3
+    for step in steps:
+        assert step["rollouts"] == 16
+        assert step["grad_norm"] > 0
+        assert 0 <= step["mismatch_kl"] < 1e-3
+        assert step["reward"] >= 0
