@@ -20,7 +20,7 @@ from rftt.cli import check_same_run, cli
 from rftt.config import EvalConfig
 from rftt.data import Journal, decode, load_problems, load_tokenizer, write_json
 from rftt.functions import function_ids, has_function_tokens
-from rftt.rewards.grader import canonical, extract, grade
+from rftt.rewards.grader import audit, canonical, extract, grade
 from rftt.schema import Problem, Rollout
 from rftt.watch.metrics import majority, mean_ci, pass_at_k
 
@@ -35,6 +35,9 @@ def main(cfg: EvalConfig) -> None:
     from rftt.watch.log import RunLog
 
     out, name = Path(cfg.output_dir), Path(cfg.eval_file).stem
+    if cfg.audit:
+        audit_grader(cfg, out / "eval" / "audit.json")
+        return
     check_same_run(out / "config.yaml", asdict(cfg), FREE_TO_CHANGE)
     problems = load_problems(cfg.eval_file, limit=cfg.max_problems)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
@@ -113,6 +116,23 @@ def main(cfg: EvalConfig) -> None:
     summary = {"set": name, **summarise(rows, cfg.num_samples, cfg.simulations, cfg.seed)}
     write_json(out / "eval" / "summary.json", summary)
     log.info(table(summary))
+
+
+def audit_grader(cfg: EvalConfig, file: Path) -> None:
+    """How far the rewards of a data set can be trusted, before a run is spent on it."""
+    from rftt.watch.log import say
+
+    problems = load_problems(cfg.eval_file, limit=cfg.max_problems, graded=False)
+    found = audit([problem.answer or "" for problem in problems])
+    write_json(file, found)
+    unread, words = len(found["unusable"]), len(found["words"])
+    lines = [f"{len(problems)} gold answers, {unread} unusable, {words} compared as words"]
+    for kind in ("false_negatives", "false_positives"):
+        lines.append(kind.replace("_", " "))
+        lines += [
+            f"  {change:24} {wrong:5} of {tried}" for change, (wrong, tried) in found[kind].items()
+        ]
+    say("\n".join(lines))
 
 
 def summarise(

@@ -269,6 +269,9 @@ class EvalConfig(Common, Engine):
     """Problems evaluated at once."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
+    audit: bool = False
+    """Instead of a model, judge the grader: which gold answers of eval_file it reads, and whether
+    respelled answers are paid and near misses refused."""
 
 
 def _require(condition: bool, message: str) -> None:

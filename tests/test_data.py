@@ -1,4 +1,4 @@
-"""Reading and writing rows: the shared benchmark files as they are, and errors that name the line."""
+"""Reading and writing rows: the benchmark files as they are, and errors that name the line."""
 
 import json
 from pathlib import Path
@@ -107,3 +107,17 @@ def test_invariant_epochs_visit_everything_once_and_repeat_per_seed():
 
 def test_seeds_are_stable_across_processes():
     assert seed_for(0, "train-1", ("a.1",)) == 454885490974252064
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="benchmark files are not here")
+def test_evaluate_audits_the_grader_on_a_data_set(tmp_path, capsys):
+    import evaluate
+    from rftt.cli import load_config
+    from rftt.config import EvalConfig
+
+    arguments = ["model_name_or_path=none", f"eval_file={SHARED / 'amc23.jsonl'}", "audit=true"]
+    evaluate.main(load_config(EvalConfig, [*arguments, f"output_dir={tmp_path}"]))
+    found = json.loads((tmp_path / "eval" / "audit.json").read_text())
+    assert found["n"] == 40
+    assert found["unusable"] == []
+    assert "40 gold answers, 0 unusable" in capsys.readouterr().out

@@ -128,6 +128,19 @@ def rl(out, name, *arguments, torchrun=0):
     ]
 
 
+def test_rl_refuses_a_model_that_speaks_no_functional_tokens(demo):
+    out, _ = demo
+    done = run(
+        "python", "train_rl.py", "configs/tiny/rl.yaml", f"model_name_or_path={out / 'base'}",
+        f"train_file={out / 'train.jsonl'}", f"eval_file={out / 'test.jsonl'}",
+        f"output_dir={out / 'refused'}", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "functional token '<clarify>' encodes to" in done.stderr
+    assert "train_sft.py first" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def digest(folder):
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
