@@ -30,7 +30,7 @@ from rftt.data import (
     write_jsonl,
 )
 from rftt.functions import function_ids, has_function_tokens
-from rftt.schema import Problem, Rollout, seed_for
+from rftt.schema import Problem, Rollout, UserError, seed_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,8 +106,9 @@ def train(cfg: RLConfig, world: World) -> None:
 
         # 1. Explore: the newest weights search for solutions.
         engine.wake()
-        engine.load_weights(full_weights(models["policy"]))
+        held = engine.load_weights(full_weights(models["policy"]))
         metrics = clock.lap("sync_seconds")
+        metrics |= {"weights_checksum": agreed(world.gather(held))}
         if cfg.eval_steps and step % cfg.eval_steps == 0:
             metrics["eval/greedy"] = greedy_accuracy(cfg, policy, eval_problems, world)
             metrics |= clock.lap("eval_seconds")
@@ -174,6 +175,13 @@ def train(cfg: RLConfig, world: World) -> None:
 
 
 # ---- 1. Explore ----
+
+
+def agreed(checksums: list[float]) -> float:
+    """Checksum of the weights in every rank's engine, which must be one."""
+    if max(checksums) - min(checksums) > 1e-9 * max(checksums):
+        raise UserError(f"the ranks' engines hold different weights: checksums {checksums}.")
+    return checksums[0]
 
 
 async def explore(

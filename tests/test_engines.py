@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rftt.config import SearchConfig
 from rftt.engines import build_engine
-from rftt.engines.base import Engine
+from rftt.engines.base import Engine, checksum
 from rftt.engines.loop import StepLoop
 from rftt.engines.slots import pick
 from rftt.schema import Completion, Sampling, UserError
@@ -372,7 +372,8 @@ def test_oracle_synced_engine_samples_as_the_learner(
         stale, learner = sample(engine, *greedy), make_model(MODELS[model], seed)
         engine.sleep()
         engine.wake()
-        engine.load_weights(learner.named_parameters())
+        held = engine.load_weights(learner.named_parameters())
+        assert held == pytest.approx(sum(map(checksum, learner.parameters())), rel=1e-9)
         for prompt, old, got in zip(prompts, stale, sample(engine, *greedy), strict=True):
             table = reference_logprobs(learner, prompt, got.token_ids)
             assert got.token_ids == tuple(table.argmax(-1).tolist()) != old.token_ids

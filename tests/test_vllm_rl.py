@@ -12,8 +12,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rftt.data import write_jsonl
 from rftt.functions import add_function_tokens
+from rftt.schema import UserError
 from rftt.tiny import build_tokenizer
 from tests.conftest import run
+from train_rl import agreed
 
 SETTINGS = {
     "engine": "vllm",
@@ -90,3 +92,10 @@ def test_invariant_engine_follows_the_learner(launcher: str, world: Path, tmp_pa
         assert step["grad_norm"] > 0
         assert 0 <= step["mismatch_kl"] < 1e-3
         assert step["reward"] >= 0
+    assert len({step["weights_checksum"] for step in steps}) == 3
+
+
+def test_ranks_that_hold_different_weights_stop_the_run() -> None:
+    assert agreed([5.0, 5.0 + 1e-12]) == 5.0
+    with pytest.raises(UserError, match="hold different weights"):
+        agreed([5.0, 5.001])

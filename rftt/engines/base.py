@@ -45,10 +45,11 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> float:
         """Replace every weight by the learner's, streamed as (Hugging Face name, full tensor).
 
-        Drops cached prefixes and verifies a checksum; must not be called while requests run.
+        Drops cached prefixes, verifies a checksum of the whole and returns it; must not be called
+        while requests run.
         """
         ...
 

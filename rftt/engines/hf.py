@@ -118,7 +118,7 @@ class HFEngine:
                 )
         self._running = [self._running[origin] for origin in self._slots.retire(slots)]
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> float:
         """See base.Engine. A tied parameter may come under either name or both."""
         if self._loop.pending:
             raise UserError("load_weights while requests run: await them first.")
@@ -140,6 +140,7 @@ class HFEngine:
             missing.pop(id(parameter), None)
         if missing:
             raise UserError(f"load_weights: {', '.join(sorted(missing.values()))} never came.")
+        return sum(map(checksum, self.model.parameters()))
 
     def sleep(self) -> None:
         """Drop the key/value slots; they come back with the next request."""

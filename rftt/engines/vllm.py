@@ -128,7 +128,7 @@ class VLLMEngine:
         return self._llm.apply_model(function)[0]
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> float:
         """See base.Engine. vLLM fuses tensors, so the checksums compared are those of the whole."""
         if self._loop.pending:
             raise UserError("load_weights while requests run: await them first.")
@@ -157,6 +157,7 @@ class VLLMEngine:
             self._asleep = False
         if not self._engine.reset_prefix_cache():
             raise UserError("load_weights: vLLM did not drop its cached prefixes.")
+        return stored
 
     def sleep(self) -> None:
         """Free weights and cache on a GPU; the CPU build has nothing to free."""
