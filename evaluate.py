@@ -30,7 +30,7 @@ FREE_TO_CHANGE = ("problems_in_flight", "max_num_seqs", "gpu_memory_utilization"
 def main(cfg: EvalConfig) -> None:
     # Heavy imports wait until the config is known to be good.
     from rftt.engines import build_engine
-    from rftt.search.expand import Learned
+    from rftt.search.expand import speaker
     from rftt.search.samplers import encode_question, for_each, learned_tree, sample, tree_rollouts
     from rftt.watch.log import RunLog
 
@@ -44,15 +44,8 @@ def main(cfg: EvalConfig) -> None:
     speaks = bool(cfg.simulations) or has_function_tokens(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=True)
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
-    policy = Learned(
-        engine=engine,
-        tokenizer=tokenizer,
-        ids=function_ids(tokenizer) if speaks else None,
-        temperature=cfg.temperature,
-        max_tokens=cfg.max_completion_length,
-        max_depth=cfg.search_depth,
-        seed=cfg.seed,
-    )
+    ids = function_ids(tokenizer) if speaks else None
+    policy = speaker(cfg, engine, tokenizer, ids)
     greedy = replace(policy, temperature=0.0)
 
     def verdicts(problem: Problem, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:

@@ -61,8 +61,8 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.learn.distributed import full_weights
     from rftt.learn.rl import AdaptiveKL
     from rftt.learn.setup import build_models, rate_at
-    from rftt.learn.step import Totals, deal, update
-    from rftt.search.expand import Learned
+    from rftt.learn.step import Totals, count_skipped, deal, update
+    from rftt.search.expand import speaker
     from rftt.watch.log import Clock, RunLog
     from rftt.watch.metrics import readable, rollout_metrics
 
@@ -77,16 +77,7 @@ def train(cfg: RLConfig, world: World) -> None:
     engine = build_engine(cfg, cfg.model_name_or_path, vocabulary)  # before FSDP takes the device
     models, modules, optimizers, peaks = build_models(cfg, world)
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target or math.inf, cfg.kl_horizon)
-    policy = Learned(
-        engine=engine,
-        tokenizer=tokenizer,
-        ids=ids,
-        temperature=cfg.temperature,
-        max_tokens=cfg.max_completion_length,
-        max_depth=cfg.search_depth,
-        seed=cfg.seed,
-        stepwise=cfg.rollout_mode == "stepwise",
-    )
+    policy = speaker(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
     first_step, spent, budget = 0, 0.0, cfg.max_generated_tokens or math.inf  # in tokens sampled
     checkpoint = latest(out) if cfg.resume_from_checkpoint == "auto" else None
     if checkpoint:
@@ -94,6 +85,7 @@ def train(cfg: RLConfig, world: World) -> None:
         first_step, spent = extra["step"], extra["tokens_generated"]
         kl = replace(kl, coef=extra["kl_coef"])
     log.rewind(first_step)
+    skipped = 0  # updates in a row whose gradient was not finite
     stream = shuffled_epochs(len(problems), cfg.seed)
     order = list(islice(stream, cfg.max_steps * cfg.rollout_batch_size))
 
@@ -143,6 +135,7 @@ def train(cfg: RLConfig, world: World) -> None:
             for minibatch in minibatches:
                 part = batch.select(range(place, place := place + len(minibatch)))
                 norms = update(modules, optimizers, rates, part, learn, cfg, world)
+                skipped = count_skipped(norms, skipped, step)
         metrics |= learned.reduce(world, per=n_tokens * cfg.num_ppo_epochs)
         metrics |= clock.lap("train_seconds")
 
@@ -167,8 +160,9 @@ def train(cfg: RLConfig, world: World) -> None:
                 world=world,
                 tokenizer=tokenizer,
                 keep=cfg.save_total_limit,
+                dtype=cfg.dtype,
             )
-    export_hf(models["policy"], tokenizer, out / "hf", world)
+    export_hf(models["policy"], tokenizer, out / "hf", world, cfg.dtype)
     world.barrier()
     engine.close()
     log.info(f"model in {out / 'hf'}")

@@ -38,7 +38,7 @@ def train(cfg: SFTConfig, world) -> None:
     from rftt.learn.model import add_function_rows, load_policy, token_logprobs
     from rftt.learn.rl import sft_loss
     from rftt.learn.setup import optimizer_for, rate_at
-    from rftt.learn.step import Totals, per_token, update
+    from rftt.learn.step import Totals, count_skipped, per_token, update
     from rftt.watch.log import RunLog
 
     out = Path(cfg.output_dir)
@@ -54,8 +54,7 @@ def train(cfg: SFTConfig, world) -> None:
         trust_remote_code=cfg.trust_remote_code,
     )
     add_function_rows(model, tokenizer, new_tokens)
-    compute = getattr(torch, cfg.dtype)
-    shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
+    shard(model, world, param_dtype=getattr(torch, cfg.dtype), cpu_offload=cfg.fsdp_cpu_offload)
     optimizer = optimizer_for(cfg, model, cfg.learning_rate)
     checkpoint = latest(out)
     first_step = 0
@@ -84,6 +83,7 @@ def train(cfg: SFTConfig, world) -> None:
         loss = world.sum(float(sft_loss(token_losses, batch.action_mask)))
         return loss / world.sum(float(batch.n_actions))
 
+    skipped = 0
     for step in range(first_step, total_steps):
         picked = order[step * cfg.train_batch_size : (step + 1) * cfg.train_batch_size]
         batch = my_share([train_rows[i] for i in picked])
@@ -97,6 +97,7 @@ def train(cfg: SFTConfig, world) -> None:
 
         rates = {"policy": rate_at(cfg, cfg.learning_rate, step, total_steps)}
         norms = update({"policy": model}, {"policy": optimizer}, rates, batch, loss_of, cfg, world)
+        skipped = count_skipped(norms, skipped, step)
         metrics = totals.reduce(world, per=n_tokens)
         metrics |= {
             "grad_norm": norms["policy"],
@@ -118,8 +119,9 @@ def train(cfg: SFTConfig, world) -> None:
                 world=world,
                 tokenizer=tokenizer,
                 keep=cfg.save_total_limit,
+                dtype=cfg.dtype,
             )
-    export_hf(model, tokenizer, out / "hf", world)
+    export_hf(model, tokenizer, out / "hf", world, cfg.dtype)
     log.info(f"model in {out / 'hf'}")
 
 

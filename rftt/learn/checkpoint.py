@@ -40,13 +40,17 @@ Generators = Mapping[str, torch.Generator]
 
 
 def export_hf(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, world: World
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    world: World,
+    dtype: str = "float32",
 ) -> None:
-    """Write a normal Hugging Face folder. Collective; rank 0 writes."""
+    """Write a normal Hugging Face folder in `dtype`. Collective; rank 0 writes."""
     weights = {}
     for name, tensor in full_weights(model):
         if world.is_main:
-            weights[name] = tensor.cpu()
+            weights[name] = tensor.to("cpu", getattr(torch, dtype))
     if world.is_main:
         model.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
@@ -64,12 +68,13 @@ def save(
     tokenizer: PreTrainedTokenizerBase | None = None,
     generators: Generators | None = None,
     keep: int = 0,
+    dtype: str = "float32",
 ) -> Path:
     """Write the checkpoint of `step`, then drop all but the newest `keep` (0: none). Collective.
 
     An optimizer carries the name of the module it trains. With a tokenizer, modules["policy"] is
-    exported to hf/. `extra` is any JSON: data position, KL controller, counters. `generators` are
-    this rank's.
+    exported to hf/ in `dtype`. `extra` is any JSON: data position, KL controller, counters.
+    `generators` are this rank's.
     """
     final = run_dir / "checkpoints" / f"step_{step:06d}"
     temp = final.with_name(f".{final.name}.tmp")
@@ -83,7 +88,7 @@ def save(
     if rng:
         save_file(rng, temp / f"rng_{world.rank}.safetensors")
     if tokenizer is not None:
-        export_hf(cast(PreTrainedModel, modules["policy"]), tokenizer, temp / "hf", world)
+        export_hf(cast(PreTrainedModel, modules["policy"]), tokenizer, temp / "hf", world, dtype)
     world.barrier()
     if world.is_main:
         (temp / "extra.json").write_text(json.dumps({"step": step, **extra}, indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -13,6 +14,7 @@ from rftt.config import Training
 from rftt.learn.batch import Batch, empty_like
 from rftt.learn.distributed import World, clip_gradients, set_gradient_sync
 from rftt.learn.optim import set_lr
+from rftt.schema import UserError
 
 
 def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
@@ -46,6 +48,8 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step of every module; returns the gradient norms before clipping.
 
+    The step is skipped, on all ranks, where a norm is not finite.
+
     `loss_of` sums over tokens; the batch's action tokens on all ranks are the one denominator.
     """
     n_tokens = max(world.sum(float(batch.n_actions)), 1.0)
@@ -55,13 +59,25 @@ def update(
             set_gradient_sync(module, i == len(groups) - 1)
         loss = loss_of(batch.select(group) if group else empty_like(batch))
         (loss / n_tokens).backward()
-    norms = {}
+    norms = {name: clip_gradients(modules[name], cfg.max_grad_norm) for name in optimizers}
+    finite = all(map(math.isfinite, norms.values()))  # norms are global: all ranks agree
     for name, optimizer in optimizers.items():
-        norms[name] = clip_gradients(modules[name], cfg.max_grad_norm)
         set_lr(optimizer, learning_rates[name])
-        optimizer.step()
+        if finite:
+            optimizer.step()
         optimizer.zero_grad()
     return norms
+
+
+def count_skipped(norms: Mapping[str, float], before: int, step: int, limit: int = 3) -> int:
+    """How many updates in a row had no finite gradient. Raises UserError at `limit`."""
+    skipped = 0 if all(map(math.isfinite, norms.values())) else before + 1
+    if skipped == limit:
+        raise UserError(
+            f"step {step}: no finite gradient in {limit} updates in a row; lower learning_rate, or "
+            "look at the last samples for what is wrong with them."
+        )
+    return skipped
 
 
 def deal(sizes: Sequence[int], n_minibatches: int, seed: int, world: World) -> list[list[int]]:

@@ -35,6 +35,7 @@ from rftt.search.mcts import Choice
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rftt.config import EvalConfig, RLConfig
     from rftt.engines.base import Engine
 
 
@@ -151,6 +152,27 @@ class Learned:
             watch_ids=self.ids.openers if self.ids else (),
             watch_after=self.ids.closers if self.ids else (),
         )
+
+
+def speaker(
+    cfg: RLConfig | EvalConfig,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: FunctionIds | None,
+    *,
+    stepwise: bool = False,
+) -> Learned:
+    """The policy of a run, as its config wants it sampled."""
+    return Learned(
+        engine=engine,
+        tokenizer=tokenizer,
+        ids=ids,
+        temperature=cfg.temperature,
+        max_tokens=cfg.max_completion_length,
+        max_depth=cfg.search_depth,
+        seed=cfg.seed,
+        stepwise=stepwise,
+    )
 
 
 async def root_act_logprobs(ctx: Learned, problem: Problem, prompt: list[int]) -> dict[str, float]:
