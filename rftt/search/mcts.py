@@ -92,13 +92,16 @@ class Tree:
 
         None: nothing is left to try, at least until a simulation in flight lands.
         """
-        if not self._open(self.root):
+        if not self.is_open(self.root):
             return None
         node = self.root
         while not node.untried:
-            node = max(filter(self._open, node.children), key=self.uct)
+            node = max(filter(self.is_open, node.children), key=self.uct)
         priors = self.priors(node)
-        act = max(node.untried, key=lambda act: priors.get(act, -math.inf))
+        return self.claim(node, max(node.untried, key=lambda act: priors.get(act, -math.inf)))
+
+    def claim(self, node: Node, act: str) -> Choice:
+        """Reserve an unexplored act for one simulation, which must land."""
         choice = Choice(node, act, self._child_key(node, act))
         node.untried.remove(act)
         for passed in (self.root, *node.path()):
@@ -142,6 +145,10 @@ class Tree:
             node.visits += 1
             node.value_sum += value
 
+    def is_open(self, node: Node) -> bool:
+        """Whether anything below is left to try."""
+        return not node.terminal and (bool(node.untried) or any(map(self.is_open, node.children)))
+
     def leaves(self) -> list[Node]:
         return [node for node in self.nodes if node.terminal]
 
@@ -158,9 +165,6 @@ class Tree:
     def _child_key(self, parent: Node, act: str) -> tuple[str, ...]:
         """Key of the next child by `act`, numbered by how often the act is still untried."""
         return (*parent.key, f"{act}.{parent.untried.count(act)}")
-
-    def _open(self, node: Node) -> bool:
-        return not node.terminal and (bool(node.untried) or any(map(self._open, node.children)))
 
 
 Expand = Callable[[Choice], Coroutine[Any, Any, list[Step]]]
@@ -186,8 +190,13 @@ async def grow(
             choice, task = flying[0]
             steps = await task
             flying.popleft()
-            whole_path = [node.step for node in choice.node.path() if node.step] + steps
-            tree.land(choice, steps, await value(whole_path))
+            await settle(tree, choice, steps, value)
     finally:
         for _, task in flying:
             task.cancel()
+
+
+async def settle(tree: Tree, choice: Choice, steps: Sequence[Step], value: Value) -> None:
+    """Value the whole path of a simulation, then land it."""
+    before = [node.step for node in choice.node.path() if node.step]
+    tree.land(choice, steps, await value([*before, *steps]))

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+Explore = Callable[..., Awaitable[None]]
+"""How a tree grows: `grow` (mcts.py), or beam.py's with its width bound; same arguments."""
 
 
 async def for_each(
@@ -97,6 +99,7 @@ async def prompted_tree(
     simulations: int,
     exploration_weight: float,
     in_flight: int,
+    explore: Explore = grow,
 ) -> Tree:
     """Functional tree search with prompts; leaf value = the grader's verdict (PAPER §1)."""
     tree = Tree(
@@ -107,7 +110,7 @@ async def prompted_tree(
     )
     expand = partial(expand_prompted, ctx, problem)
     value = graded(problem, visible)
-    await grow(tree, expand, value, simulations=simulations, in_flight=in_flight)
+    await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
     return tree
 
 
@@ -122,6 +125,7 @@ async def learned_tree(
     simulations: int,
     exploration_weight: float,
     in_flight: int,
+    explore: Explore = grow,
 ) -> Tree:
     """Tree over functional tokens. Without a gold answer, paths are valued by agreement."""
     tree = Tree(
@@ -140,7 +144,7 @@ async def learned_tree(
         return decode(ctx.tokenizer, [token for step in steps for token in step.token_ids])
 
     value = agreement() if problem.answer is None else graded(problem, text_of)
-    await grow(tree, expand, value, simulations=simulations, in_flight=in_flight)
+    await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
     return tree
 
 
