@@ -1,6 +1,6 @@
 """Phase 1: problems -> trees -> curated training rows (PAPER §1).
 
-    python search.py configs/tiny/search.yaml [key=value …]
+    python search.py configs/tiny/search.yaml [method=mcts|beam|dvts|sample] [key=value …]
 
 An ordinary instruct model is asked, act by act, to extend unfinished solutions; a tree per problem
 collects right and wrong ways; curation turns each tree into rows for train_sft.py. Writes trees/,
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -27,9 +28,12 @@ FREE_TO_CHANGE = ("problems_in_flight", "max_num_seqs", "gpu_memory_utilization"
 """Keys that a continued search may change: they touch its speed, not its rows."""
 
 
+    from rftt.engines.base import Counters
 def main(cfg: SearchConfig) -> None:
+    from rftt.search.beam import beam_search
     # Heavy imports wait until the config is known to be good.
     from rftt.engines import build_engine
+    from rftt.search.mcts import grow
     from rftt.rewards.grader import grade
     from rftt.search.curate import Rules, curate
     from rftt.search.expand import Learned, Prompted, reply
@@ -53,14 +57,24 @@ def main(cfg: SearchConfig) -> None:
     )
     rules = Rules(cfg.max_plain_paths, cfg.min_shared_steps, cfg.max_repeats)
 
-    async def ask(messages: Messages, act: str, problem_id: str) -> str | None:
-        text, whole = await reply(prompted, messages, act, problem_id, "curate", act)
-        return text if whole else None
+    beam = partial(beam_search, branching=cfg.beam_branching)
+    ways = {
+        "mcts": grow,
+        "beam": partial(beam, width=cfg.beam_width),
+        "dvts": partial(beam, width=1, subtrees=cfg.beam_width),
+        ctx = replace(prompted, spent=Counters())
+
+        async def ask(messages: Messages, act: str, problem_id: str) -> str | None:
+            text, whole = await reply(ctx, messages, act, problem_id, "curate", act)
+            return text if whole else None
+
+    }
 
     async def grow_and_curate(problem: Problem) -> dict[str, Any]:
         tree = await prompted_tree(
-            prompted,
+            ctx,
             problem,
+            explore=ways[cfg.method],
             simulations=cfg.simulations,
             exploration_weight=cfg.exploration_weight,
             in_flight=cfg.leaves_in_flight,
@@ -69,7 +83,12 @@ def main(cfg: SearchConfig) -> None:
         name = f"trees/{quote(problem.id, safe='')}.json"
         write_json(out / name, tree_record(tree, problem, tokenizer))
         solved = sum(leaf.value_sum for leaf in tree.leaves()) / tree.root.visits
-        return {"rows": [row | {"tree": name} for row in rows], "counts": counts, "solved": solved}
+        return {
+            "rows": [row | {"tree": name} for row in rows],
+            "counts": counts,
+            "solved": solved,
+            "generated_tokens": ctx.spent.generated_tokens,
+        }
 
     plain = Learned(
         engine=engine,
@@ -93,7 +112,7 @@ def main(cfg: SearchConfig) -> None:
         ]
         return sample_record(problem, rollouts, right, cfg.max_plain_paths)
 
-    work = grow_and_curate if cfg.method == "mcts" else answer_and_grade
+    work = grow_and_curate if cfg.method in ways else answer_and_grade
     journal = Journal(out / "data" / "raw.jsonl")
     done = {row["id"] for row in journal.rows}
     todo = [problem for problem in problems if problem.id not in done]
@@ -112,7 +131,10 @@ def main(cfg: SearchConfig) -> None:
     asyncio.run(run())
     engine.close()
     stats = finish_data(out, journal, problems, tokenizer, cfg.max_row_tokens)
-    log.info(f"{stats['rows']} rows from {len(problems)} problems: {stats['counts']}")
+    log.info(
+        f"{cfg.method}: {stats['rows']} rows from {len(problems)} problems, "
+        f"{stats['tokens_per_row']:,.0f} generated tokens per row: {stats['counts']}"
+    )
 
 
 def sample_record(
@@ -131,7 +153,12 @@ def sample_record(
         for response in kept
     ]
     counts = {"kept_sample": len(kept), "wrong_or_repeated": len(rollouts) - len(kept)}
-    return {"rows": rows, "counts": counts, "solved": len(right) / len(rollouts)}
+    return {
+        "rows": rows,
+        "counts": counts,
+        "solved": len(right) / len(rollouts),
+        "generated_tokens": sum(rollout.n_generated for rollout in rollouts),
+    }
 
 
 def finish_data(
@@ -153,7 +180,15 @@ def finish_data(
                 rows.append(row)
     write_jsonl(out / "data" / "sft.jsonl", rows)
     solved = sum(by_id[problem.id]["solved"] for problem in problems) / len(problems)
-    stats = {"problems": len(problems), "rows": len(rows), "solved": solved, "counts": dict(counts)}
+    generated = sum(by_id[problem.id]["generated_tokens"] for problem in problems)
+    stats = {
+        "problems": len(problems),
+        "rows": len(rows),
+        "solved": solved,
+        "generated_tokens": generated,
+        "tokens_per_row": generated / max(1, len(rows)),
+        "counts": dict(counts),
+    }
     write_json(out / "stats.json", stats)
     return stats
 

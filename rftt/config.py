@@ -84,15 +84,19 @@ class SearchConfig(Common, Engine):
     """JSONL of problems with gold answers."""
     max_problems: int | None = None
     """Only the first so many."""
-    method: Literal["mcts", "sample"] = "mcts"
-    """mcts: prompted functional tree search. sample: plain answers to the bare question."""
+    method: Literal["mcts", "beam", "dvts", "sample"] = "mcts"
+    """mcts, beam, dvts: search over prompted acts. sample: plain answers to the bare question."""
     simulations: int = 16
-    """Tree search passes per problem (PAPER §1), or answers per problem with method=sample."""
+    """Tree search passes per problem (PAPER §1); lookaheads (beam, dvts); answers (sample)."""
     search_depth: int = 15
     """Steps on a path at most (PAPER §1)."""
     exploration_weight: float = 2.0
     """c of UCT (PAPER §1)."""
     leaves_in_flight: int = 4
+    beam_width: int = 2
+    """Nodes that beam keeps per level; dvts: independent subtrees (search-and-learn: N / M)."""
+    beam_branching: int = 2
+    """Acts explored below each of them (search-and-learn: M, its beam_width)."""
     """Simulations of one tree that run at once, kept apart by virtual loss; 1 is textbook MCTS."""
     problems_in_flight: int = 64
     """Trees grown at once; with leaves_in_flight it fills the engine's batch."""

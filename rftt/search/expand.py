@@ -12,11 +12,12 @@ Departures from the paper (PAPER §1):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING
 
 from rftt.data import decode, encode_chat, eos_id
+from rftt.engines.base import Counters
 from rftt.functions import (
     ACTS,
     FUNCTIONS,
@@ -53,6 +54,8 @@ class Prompted:
     max_depth: int
     max_direct_sentences: int
     seed: int
+    spent: Counters = field(default_factory=Counters)
+    """Only generated tokens: those of the problem that a copy of this works on."""
 
 
 def visible(steps: Sequence[Step]) -> str:
@@ -74,6 +77,7 @@ async def reply(ctx: Prompted, messages: Messages, act: str, *key: object) -> tu
         stop_ids=(eos_id(ctx.tokenizer),),
     )
     completion = await ctx.engine.generate(prompt, sampling)
+    ctx.spent.generated_tokens += len(completion.token_ids)
     text = decode(ctx.tokenizer, completion.token_ids, skip_special=True)
     return clip_reply(act, text), completion.finish == "stop"
 
