@@ -20,11 +20,9 @@ from rftt.cli import check_same_run, cli
 from rftt.config import EvalConfig
 from rftt.data import Journal, decode, load_problems, load_tokenizer, write_json
 from rftt.functions import function_ids, has_function_tokens
-from rftt.rewards.grader import audit, canonical, extract, grade
+from rftt.rewards.grader import audit, canonical, grade
 from rftt.schema import Problem, Rollout
 from rftt.watch.metrics import majority, mean_ci, pass_at_k
-
-FREE_TO_CHANGE = ("problems_in_flight", "max_num_seqs", "gpu_memory_utilization", "device")
 
 
 def main(cfg: EvalConfig) -> None:
@@ -38,14 +36,14 @@ def main(cfg: EvalConfig) -> None:
     if cfg.audit:
         audit_grader(cfg, out / "eval" / "audit.json")
         return
-    check_same_run(out / "config.yaml", asdict(cfg), FREE_TO_CHANGE)
+    check_same_run(out / "config.yaml", asdict(cfg))
     problems = load_problems(cfg.eval_file, limit=cfg.max_problems)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     speaks = bool(cfg.simulations) or has_function_tokens(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=True)
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
     ids = function_ids(tokenizer) if speaks else None
-    policy = speaker(cfg, engine, tokenizer, ids)
+    policy = speaker(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
     greedy = replace(policy, temperature=0.0)
 
     def verdicts(problem: Problem, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
@@ -55,9 +53,12 @@ def main(cfg: EvalConfig) -> None:
             text = decode(tokenizer, rollout.response_ids)
             gold = str(problem.answer)
             verdict = grade(text, gold, problem.question, answer_format=cfg.answer_format)
-            answer = extract(text, answer_format=cfg.answer_format)
             found.append(
-                {"answer": answer, "correct": verdict.correct, "tokens": rollout.n_generated}
+                {
+                    "answer": rollout.answer,
+                    "correct": verdict.correct,
+                    "tokens": rollout.n_generated,
+                }
             )
         return found
 

@@ -24,24 +24,21 @@ from rftt.data import Journal, decode, load_problems, load_tokenizer, write_json
 from rftt.functions import Messages
 from rftt.schema import Problem, Rollout
 
-FREE_TO_CHANGE = ("problems_in_flight", "max_num_seqs", "gpu_memory_utilization", "device")
-"""Keys that a continued search may change: they touch its speed, not its rows."""
 
-
-    from rftt.engines.base import Counters
 def main(cfg: SearchConfig) -> None:
-    from rftt.search.beam import beam_search
     # Heavy imports wait until the config is known to be good.
     from rftt.engines import build_engine
-    from rftt.search.mcts import grow
+    from rftt.engines.base import Counters
     from rftt.rewards.grader import grade
+    from rftt.search.beam import beam_search
     from rftt.search.curate import Rules, curate
     from rftt.search.expand import Learned, Prompted, reply
+    from rftt.search.mcts import grow
     from rftt.search.samplers import encode_question, for_each, prompted_tree, sample, tree_record
     from rftt.watch.log import RunLog
 
     out = Path(cfg.output_dir)
-    check_same_run(out / "config.yaml", asdict(cfg), FREE_TO_CHANGE)
+    check_same_run(out / "config.yaml", asdict(cfg))
     problems = load_problems(cfg.train_file, limit=cfg.max_problems)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     log = RunLog(out, asdict(cfg), enabled=True)
@@ -62,22 +59,22 @@ def main(cfg: SearchConfig) -> None:
         "mcts": grow,
         "beam": partial(beam, width=cfg.beam_width),
         "dvts": partial(beam, width=1, subtrees=cfg.beam_width),
+    }
+
+    async def grow_and_curate(problem: Problem) -> dict[str, Any]:
         ctx = replace(prompted, spent=Counters())
 
         async def ask(messages: Messages, act: str, problem_id: str) -> str | None:
             text, whole = await reply(ctx, messages, act, problem_id, "curate", act)
             return text if whole else None
 
-    }
-
-    async def grow_and_curate(problem: Problem) -> dict[str, Any]:
         tree = await prompted_tree(
             ctx,
             problem,
-            explore=ways[cfg.method],
             simulations=cfg.simulations,
             exploration_weight=cfg.exploration_weight,
             in_flight=cfg.leaves_in_flight,
+            explore=ways[cfg.method],
         )
         rows, counts = await curate(tree, problem, ask, rules)
         name = f"trees/{quote(problem.id, safe='')}.json"

@@ -57,16 +57,17 @@ def main(cfg: RLConfig) -> None:
 def train(cfg: RLConfig, world: World) -> None:
     from rftt.engines import build_engine
     from rftt.learn.batch import collate
-    from rftt.learn.checkpoint import export_hf, latest, restore, save
+    from rftt.learn.checkpoint import export_hf, restore, save
     from rftt.learn.distributed import full_weights
     from rftt.learn.rl import AdaptiveKL
-    from rftt.learn.setup import build_models, rate_at
+    from rftt.learn.setup import build_models, checkpoint_to_resume, rate_at
     from rftt.learn.step import Totals, count_skipped, deal, update
     from rftt.search.expand import speaker
     from rftt.watch.log import Clock, RunLog
     from rftt.watch.metrics import readable, rollout_metrics
 
     out = Path(cfg.output_dir)
+    checkpoint = checkpoint_to_resume(cfg, cfg.resume_from_checkpoint)
     problems = load_problems(cfg.train_file)
     eval_problems = load_problems(cfg.eval_file or cfg.train_file, limit=cfg.max_eval_problems)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
@@ -79,7 +80,6 @@ def train(cfg: RLConfig, world: World) -> None:
     kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target or math.inf, cfg.kl_horizon)
     policy = speaker(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
     first_step, spent, budget = 0, 0.0, cfg.max_generated_tokens or math.inf  # in tokens sampled
-    checkpoint = latest(out) if cfg.resume_from_checkpoint == "auto" else None
     if checkpoint:
         extra = restore(checkpoint, modules, optimizers, world)
         first_step, spent = extra["step"], extra["tokens_generated"]
@@ -148,7 +148,8 @@ def train(cfg: RLConfig, world: World) -> None:
         spent += metrics["tokens_generated"]
         log.step(step, metrics, LINE, total=cfg.max_steps)
         if due and world.is_main:
-            examples = [readable(rollout, tokenizer) for rollout in rollouts[:: len(rollouts) // 4]]
+            one_per_group = {rollout.group: rollout for rollout in rollouts}.values()
+            examples = [readable(rollout, tokenizer) for rollout in list(one_per_group)[:4]]
             write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", examples)
         if due or step + 1 == cfg.max_steps or spent >= budget:
             save(
@@ -173,7 +174,7 @@ def train(cfg: RLConfig, world: World) -> None:
 
 def agreed(checksums: list[float]) -> float:
     """Checksum of the weights in every rank's engine, which must be one."""
-    if max(checksums) - min(checksums) > 1e-9 * max(checksums):
+    if not max(checksums) - min(checksums) <= 1e-9 * max(checksums):  # NaN differs, too
         raise UserError(f"the ranks' engines hold different weights: checksums {checksums}.")
     return checksums[0]
 
@@ -202,11 +203,12 @@ async def explore(
 
     async def one(item: tuple[int, Problem]) -> list[Rollout]:
         group, problem = item
-        prompt = encode_question(policy, problem, cfg.system_prompt)
+        own = replace(policy, seed=seed_for(policy.seed, group))  # a problem may come twice
+        prompt = encode_question(own, problem, cfg.system_prompt)
         if cfg.sampling_method == "normal":
-            return await sample(policy, problem, prompt, n=cfg.num_generations, group=group)
+            return await sample(own, problem, prompt, n=cfg.num_generations, group=group)
         tree = await learned_tree(
-            policy,
+            own,
             problem,
             prompt,
             simulations=cfg.num_generations,

@@ -33,15 +33,16 @@ def train(cfg: SFTConfig, world) -> None:
     import torch
 
     from rftt.learn.batch import Batch, collate_rows
-    from rftt.learn.checkpoint import export_hf, latest, restore, save
+    from rftt.learn.checkpoint import export_hf, restore, save
     from rftt.learn.distributed import shard
     from rftt.learn.model import add_function_rows, load_policy, token_logprobs
     from rftt.learn.rl import sft_loss
-    from rftt.learn.setup import optimizer_for, rate_at
+    from rftt.learn.setup import checkpoint_to_resume, optimizer_for, rate_at
     from rftt.learn.step import Totals, count_skipped, per_token, update
     from rftt.watch.log import RunLog
 
     out = Path(cfg.output_dir)
+    checkpoint = checkpoint_to_resume(cfg)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     new_tokens = add_function_tokens(tokenizer) if cfg.functional_tokens else []
     train_rows, eval_rows, too_long = read_rows(cfg, tokenizer)
@@ -56,7 +57,6 @@ def train(cfg: SFTConfig, world) -> None:
     add_function_rows(model, tokenizer, new_tokens)
     shard(model, world, param_dtype=getattr(torch, cfg.dtype), cpu_offload=cfg.fsdp_cpu_offload)
     optimizer = optimizer_for(cfg, model, cfg.learning_rate)
-    checkpoint = latest(out)
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, {"policy": model}, {"policy": optimizer}, world)["step"]

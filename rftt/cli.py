@@ -22,6 +22,14 @@ from rftt.schema import UserError
 
 C = TypeVar("C")
 
+FREE_TO_CHANGE = (
+    *("device", "problems_in_flight", "max_num_seqs", "gpu_memory_utilization"),
+    *("max_tokens_per_microbatch", "gradient_checkpointing", "fsdp_cpu_offload", "report_to"),
+    *("save_steps", "save_total_limit", "eval_steps", "max_eval_problems"),
+    *("max_steps", "max_generated_tokens", "resume_from_checkpoint"),
+)
+"""Keys that a continued run may change: its length, speed and what it shows, not its results."""
+
 
 def load_config(schema: type[C], argv: Sequence[str]) -> C:
     """`[file.yaml] key=value …` -> a checked `schema`. Raises UserError on anything unexpected."""
@@ -64,9 +72,7 @@ def cli(main: Callable[[C], None], schema: type[C]) -> None:
         raise SystemExit(2) from None
 
 
-def check_same_run(
-    config_file: Path, config: dict[str, Any], free_to_change: Sequence[str]
-) -> None:
+def check_same_run(config_file: Path, config: dict[str, Any]) -> None:
     """Refuse to continue a run directory with settings that would mix two experiments in it."""
     import yaml
 
@@ -74,7 +80,7 @@ def check_same_run(
         return
     before = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     for key, value in config.items():
-        if key not in free_to_change and key in before and before[key] != value:
+        if key not in FREE_TO_CHANGE and key in before and before[key] != value:
             raise UserError(
                 f"{config_file.parent} was begun with {key}={before[key]!r}, now it is {value!r}; "
                 "use a new output_dir."

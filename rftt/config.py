@@ -25,7 +25,8 @@ class Common:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when there is one."""
     system_prompt: str | None = None
-    """Goes before every question; the same for search, SFT, RL and evaluation."""
+    """Goes before every question in SFT, RL, evaluation and plain sampling; phase 1's tree search
+    asks with instructions of its own."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model folder."""
 
@@ -49,7 +50,7 @@ class Training:
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
     """Shape after the warm-up."""
     warmup_ratio: float = 0.0
-    """Share of all optimizer steps over which the rate rises from 0."""
+    """Share of all steps (SFT: optimizer steps, RL: rounds) over which the rate rises from 0."""
     min_lr_ratio: float = 0.0
     """The schedule ends at this share of the peak."""
     adam_beta1: float = 0.9
@@ -92,11 +93,11 @@ class SearchConfig(Common, Engine):
     """Steps on a path at most (PAPER §1)."""
     exploration_weight: float = 2.0
     """c of UCT (PAPER §1)."""
-    leaves_in_flight: int = 4
     beam_width: int = 2
     """Nodes that beam keeps per level; dvts: independent subtrees (search-and-learn: N / M)."""
     beam_branching: int = 2
     """Acts explored below each of them (search-and-learn: M, its beam_width)."""
+    leaves_in_flight: int = 4
     """Simulations of one tree that run at once, kept apart by virtual loss; 1 is textbook MCTS."""
     problems_in_flight: int = 64
     """Trees grown at once; with leaves_in_flight it fills the engine's batch."""
@@ -113,7 +114,7 @@ class SearchConfig(Common, Engine):
     max_repeats: int = 2
     """A path with a sentence occurring more often than this is left out."""
     max_row_tokens: int = 8192
-    """Longer rows are left out (PAPER §1: cutoff)."""
+    """Rows whose response has more text than this are left out (PAPER §1: cutoff)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ class RLConfig(Common, Engine, Training):
     num_generations: int = 16
     """Rollouts per problem (PAPER §1)."""
     search_depth: int = 18
-    """Steps on a path at most (PAPER §1)."""
+    """Depth at which the tree still chooses (PAPER §1); free rollouts may run deeper."""
     exploration_weight: float = 2.0
     """c of UCT (PAPER §1)."""
     leaves_in_flight: int = 4
@@ -198,7 +199,7 @@ class RLConfig(Common, Engine, Training):
     kl_target: float | None = None
     """Adapt kl_coef towards this KL per token; None keeps it fixed."""
     kl_horizon: int = 10000
-    """Rollouts over which the adaptive coefficient may double."""
+    """Rollouts over which a KL 20 % off its target moves the coefficient by 20 %."""
     gamma: float = 1.0
     """Discount (PAPER §1)."""
     lam: float = 0.95
@@ -243,6 +244,10 @@ class RLConfig(Common, Engine, Training):
             self.num_generations > 1 or self.advantage_estimator != "grpo",
             "num_generations=1 gives zero advantages with grpo; use at least 2.",
         )
+        _require(
+            self.kl_target is None or self.kl_coef > 0,
+            "kl_target needs a kl_coef above 0 to adapt.",
+        )
         _require(self.top_p == 1, f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
         _require(self.temperature > 0, "temperature=0 explores nothing; use a positive one.")
 
@@ -264,7 +269,7 @@ class EvalConfig(Common, Engine):
     simulations: list[int] = field(default_factory=list)
     """Accuracy of search at inference after each of these numbers of simulations."""
     search_depth: int = 18
-    """Steps on a path at most (PAPER §1)."""
+    """Depth at which the tree still chooses (PAPER §1); free rollouts may run deeper."""
     exploration_weight: float = 2.0
     """c of UCT (PAPER §1)."""
     leaves_in_flight: int = 4

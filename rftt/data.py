@@ -103,8 +103,8 @@ class Journal:
 def load_problems(path: str, *, limit: int | None = None, graded: bool = True) -> list[Problem]:
     """Read any of the usual data sets as it is (GSM8K, MATH-500, AIME, AMC, OlympiadBench, …).
 
-    Raises UserError on a row without a question, on repeated ids, and, where `graded`, on a gold
-    answer that does not parse.
+    Raises UserError on a row without a question and, where `graded`, on a gold answer that does not
+    parse. Where ids repeat, rows are numbered instead.
     """
     problems: list[Problem] = []
     for number, row in read_jsonl(path)[:limit]:

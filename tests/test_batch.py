@@ -86,7 +86,8 @@ def test_spread_puts_a_documents_number_on_its_tokens() -> None:
     assert batch.spread([0.5, -1.0]).tolist() == [0.5, 0.5, -1.0, -1.0, -1.0]
 
 
-def test_empty_like_has_no_actions() -> None:
-    empty = empty_like(random_batch([7, 3, 5]))
-    assert empty.lengths == (3,)
+@pytest.mark.parametrize("documents", [[0, 1, 2], []], ids=["of three", "of none"])
+def test_empty_like_has_no_actions(documents: list[int]) -> None:
+    empty = empty_like(random_batch([7, 3, 5]).select(documents))
+    assert empty.lengths == (2,)
     assert empty.n_actions == 0

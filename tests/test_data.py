@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from rftt.data import Journal, load_problems, read_jsonl, shuffled_epochs, write_jsonl
+from rftt.data import (
+    Journal,
+    load_problems,
+    load_rows,
+    read_jsonl,
+    shuffled_epochs,
+    write_jsonl,
+)
+from rftt.functions import CLOSERS, OPENERS
 from rftt.schema import UserError, seed_for
 
 SHARED = Path("../shared/data")
@@ -121,3 +129,66 @@ def test_evaluate_audits_the_grader_on_a_data_set(tmp_path, capsys):
     assert found["n"] == 40
     assert found["unusable"] == []
     assert "40 gold answers, 0 unusable" in capsys.readouterr().out
+
+
+class Letters:
+    """Characters as ids from 100 and the sixteen delimiters below; enough of a tokenizer."""
+
+    name_or_path, bos_token_id, eos_token_id, chat_template = "letters", None, 2, "yes"
+
+    def encode(self, text, add_special_tokens=False):
+        if text in OPENERS + CLOSERS:
+            return [10 + (OPENERS + CLOSERS).index(text)]
+        return [100 + ord(letter) for letter in text]
+
+    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
+        return self.encode("".join(message["content"] for message in messages))
+
+
+STEPS = [
+    {"act": "analyze", "text": "a"},
+    {"act": "next_step", "text": "b", "wrong": True},
+    {"act": "output", "text": "c"},
+]
+
+
+def rows_of(tmp_path, *, mask_wrong=True, functional=True, system_prompt=None, max_length=99):
+    path = write(
+        tmp_path, {"question": "q", "steps": STEPS}, {"question": "q", "response": "x" * 40}
+    )
+    return load_rows(
+        path,
+        Letters(),
+        system_prompt=system_prompt,
+        mask_wrong=mask_wrong,
+        functional=functional,
+        max_length=max_length,
+    )
+
+
+def test_rows_are_prompt_segments_and_eos_with_the_wrong_branch_masked(tmp_path):
+    (steps, _), too_long = rows_of(tmp_path)
+    prompt, response, mask = steps
+    letter = {name: 100 + ord(name) for name in "abcq"}
+    assert prompt == [letter["q"]]
+    assert response == [11, letter["a"], 19, 12, letter["b"], 20, 17, letter["c"], 25, 2]
+    assert mask == [True] * 3 + [False] * 3 + [True] * 4
+    assert too_long == 0
+
+
+def test_rows_unmasked_plain_prompted_and_bounded(tmp_path):
+    (steps, _), _ = rows_of(tmp_path, mask_wrong=False)
+    assert all(steps[2])
+    (plain, _), _ = rows_of(tmp_path, functional=False)
+    assert plain[1] == [*Letters().encode("a"), *Letters().encode("\nb\nc"), 2]
+    (prompted, _), _ = rows_of(tmp_path, system_prompt="s")
+    assert prompted[0] == Letters().encode("sq")
+    kept, too_long = rows_of(tmp_path, max_length=20)
+    assert (len(kept), too_long) == (1, 1)
+
+
+def test_rows_with_an_unknown_act_are_named(tmp_path):
+    path = write(tmp_path, {"question": "q", "steps": [{"act": "ponder", "text": "a"}]})
+    arguments = {"system_prompt": None, "mask_wrong": True, "functional": True, "max_length": 99}
+    with pytest.raises(UserError, match=r"rows.jsonl:1 has the unknown act 'ponder'"):
+        load_rows(path, Letters(), **arguments)

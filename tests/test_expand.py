@@ -178,7 +178,7 @@ def test_stepwise_takes_the_most_likely_act_that_the_grammar_allows():
     ctx = learned(replies, stepwise=True, max_depth=3)
     steps = asyncio.run(expand_learned(ctx, PROBLEM, [7], choose("analysis"), -1.0))
     assert [step.act for step in steps] == ["analysis", "next_step", "next_step"]
-    assert [step.forced for step in steps] == [True, False, False]
+    assert all(step.forced for step in steps)
     assert steps[1].logprobs[0] == -float(1 + ACTS.index("next_step"))
 
 

@@ -52,7 +52,7 @@ def inside(name: str, *rooms: str) -> bool:
     return any(name == room or name.startswith(f"{room}.") for room in rooms)
 
 
-# ---- Imports go one way (DESIGN §1) ----
+# ---- Imports go one way ----
 
 BASE = ("schema", "config", "cli", "functions", "data", "rewards.grader")
 GRADER = ("rewards.grader", "rewards.latex", "rewards.shapes", "rewards.values")

@@ -80,9 +80,10 @@ class Batch:
 
     def token_index(self, documents: Sequence[int]) -> Tensor:
         """Positions in this batch of the tokens of these documents, in this order."""
-        lengths = [self.lengths[document] for document in documents]
-        shift = self.starts[:-1][documents] - torch.tensor([0, *accumulate(lengths)])[:-1]
-        index = torch.arange(sum(lengths)) + shift.repeat_interleave(torch.tensor(lengths))
+        chosen = torch.tensor(documents, dtype=torch.int64)
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)[chosen]
+        shift = self.starts[chosen] - (lengths.cumsum(0) - lengths)
+        index = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
         return index.to(self.input_ids.device)
 
     def select(self, documents: Sequence[int]) -> Batch:
@@ -193,9 +194,8 @@ def collate_rows(rows: Sequence[Row]) -> Batch:
 
 
 def empty_like(batch: Batch) -> Batch:
-    """A fully masked document: a rank with less work still runs as many forwards as the others."""
-    document = batch.select([min(range(len(batch.lengths)), key=batch.lengths.__getitem__)])
-    return document.replace(action_mask=torch.zeros_like(document.action_mask))
+    """A masked document of two tokens: a rank with less work, or none, still runs its forwards."""
+    return batch._map(lambda tensor: tensor.new_zeros(2)).replace(lengths=(2,))
 
 
 def _check(n_prompt: int, n_response: int, n_mask: int, name: str) -> None:

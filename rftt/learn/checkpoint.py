@@ -4,7 +4,7 @@
 Weights and optimizer state go through torch's distributed checkpoint in its safetensors format:
 every rank writes its shards, a reader with another world size reads the slices it needs, and no
 pickle is involved (DCP's default format keeps its metadata in one). Hyper-parameters of the
-optimizer are not saved: they come from the config and the step (DESIGN §4.11–12).
+optimizer are not saved: they come from the config and the step.
 """
 
 from __future__ import annotations

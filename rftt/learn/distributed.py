@@ -2,7 +2,7 @@
 
 There is always a process group and every model is always sharded, so world size 1 tests what a
 cluster runs. Gradients are SUMMED over ranks, not averaged: losses are divided by one global count
-before `backward` (DESIGN §4.6). Gloo lacks PREMUL_SUM, hence the forced plain SUM below.
+before `backward`. Gloo lacks PREMUL_SUM, hence the forced plain SUM below.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Attention never crosses documents (attention.py), and no other layer sees a padding token. Log-probs
 come from hidden states in chunks over ACTION positions with a hand-written backward: [tokens,
 vocabulary] never exists whole. Temperature is divided here and nowhere else in the trainer
-(DESIGN §4.5; PAPER §1).
+(PAPER §1).
 """
 
 from __future__ import annotations

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rftt.config import RLConfig, Training
+from rftt.cli import check_same_run
+from rftt.config import RLConfig, SFTConfig, Training
+from rftt.learn.checkpoint import latest
 from rftt.learn.distributed import World, shard
 from rftt.learn.model import load_critic, load_policy
 from rftt.learn.optim import build_optimizer, lr_at
+from rftt.schema import UserError
 
 
 def build_models(
@@ -37,6 +42,19 @@ def build_models(
     peaks = {name: peaks[name] for name in modules}
     optimizers = {name: optimizer_for(cfg, modules[name], peak) for name, peak in peaks.items()}
     return models, modules, optimizers, peaks
+
+
+def checkpoint_to_resume(cfg: SFTConfig | RLConfig, resume: str = "auto") -> Path | None:
+    """The newest whole checkpoint of this run. Raises UserError if it is not to be continued."""
+    out = Path(cfg.output_dir)
+    checkpoint = latest(out)
+    if checkpoint and resume == "never":
+        raise UserError(
+            f"{out} has checkpoints; set resume_from_checkpoint: auto or use a new output_dir."
+        )
+    if checkpoint:
+        check_same_run(out / "config.yaml", asdict(cfg))
+    return checkpoint
 
 
 def optimizer_for(cfg: Training, module: nn.Module, peak: float) -> torch.optim.Optimizer:

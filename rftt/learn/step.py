@@ -1,4 +1,4 @@
-"""Going over a batch in microbatches, the same number on every rank (DESIGN §4.6)."""
+"""Going over a batch in microbatches, the same number on every rank."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ class Totals:
             self._values[key] = max(old, value) if key.endswith("_max") else old + value
 
     def reduce(self, world: World, per: float) -> dict[str, float]:
-        """Over all ranks; sums are divided by `per`, the global count of action tokens."""
+        """Over all ranks; sums are divided by `per`, the global count of action tokens (or 1)."""
         return {
             key: float(world.max(float(value)))
             if key.endswith("_max")
-            else float(world.sum(float(value))) / per
+            else float(world.sum(float(value))) / max(per, 1.0)
             for key, value in sorted(self._values.items())
         }

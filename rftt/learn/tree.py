@@ -2,7 +2,7 @@
 
 Documents in lexicographic order share most with their predecessor, so that each one adds a suffix
 of new tokens to those seen before: the nodes of a prefix tree. The log-prob of a token depends on
-its path only, so the loss still counts every document; only the work is shared (DESIGN §2; rollouts
+its path only, so the loss still counts every document; only the work is shared (rollouts
 of one search share their prompt and the beginnings of their paths).
 """
 

@@ -30,7 +30,7 @@ class RewardScheme:
 def score(
     rollout: Rollout, text: str, scheme: RewardScheme, process: Sequence[float] | None = None
 ) -> Rollout:
-    """Grade a rollout and give every step its reward.
+    """Grade a rollout and give every step its reward; one cut off by its budget has no answer.
 
     `text` is the decoded response; `process` holds (S,) scores in [0, 1], or None without a PRM.
     """
@@ -40,7 +40,7 @@ def score(
     correct = grade(text, gold, rollout.problem.question).correct
     process = process or [0.0] * len(rollout.acts)
     answer = rollout.answer
-    if scheme.whole_segments and "" in rollout.acts:
+    if rollout.finish == "length" or (scheme.whole_segments and "" in rollout.acts):
         correct, answer = False, None
     finish = finish_reward(correct, answer, process[-1], scheme)
     return replace(rollout, outcome=float(correct), step_rewards=(*process[:-1], finish))

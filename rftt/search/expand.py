@@ -131,6 +131,7 @@ class Learned:
     max_depth: int
     seed: int
     stepwise: bool = False
+    answer_format: str = "boxed"
 
     @property
     def functions(self) -> FunctionIds:
@@ -165,6 +166,7 @@ def speaker(
     ids: FunctionIds | None,
     *,
     stepwise: bool = False,
+    answer_format: str = "boxed",
 ) -> Learned:
     """The policy of a run, as its config wants it sampled."""
     return Learned(
@@ -176,6 +178,7 @@ def speaker(
         max_depth=cfg.search_depth,
         seed=cfg.seed,
         stepwise=stepwise,
+        answer_format=answer_format,
     )
 
 
@@ -198,7 +201,7 @@ async def expand_learned(
 def with_answer(ctx: Learned, before: list[int], steps: list[Step]) -> list[Step]:
     """The same steps; the last one knows the answer that the whole response states."""
     text = decode(ctx.tokenizer, [*before, *(t for step in steps for t in step.token_ids)])
-    return [*steps[:-1], replace(steps[-1], answer=extract(text))]
+    return [*steps[:-1], replace(steps[-1], answer=extract(text, ctx.answer_format))]
 
 
 def whole(step: Step, ids: FunctionIds | None) -> bool:
@@ -231,14 +234,17 @@ async def _stepwise(
     choice: Choice,
     opener_logprob: float,
 ) -> list[Step]:
-    """One request per act; each later act is the most likely one that the grammar allows."""
+    """One request per act; each later act is the most likely one that the grammar allows.
+
+    No opener is the policy's own draw then, so all of them count as forced.
+    """
     ids, act, steps, used = ctx.functions, choice.act, [], list(before)
     stops = (*ids.closers, *ids.openers, eos_id(ctx.tokenizer))
     while (budget := ctx.room(len(prompt), len(used) + 1)) > 0:
         sampling = replace(ctx.sampling(budget, *key, len(steps)), stop_ids=stops)
         completion = await ctx.engine.generate([*prompt, *used, ids.open[act]], sampling)
         (step,) = cut(completion, ids, ids.open[act], opener_logprob)
-        steps.append(replace(step, forced=not steps))
+        steps.append(step)
         used += step.token_ids
         depth = choice.node.depth + len(steps)
         if step.token_ids[-1] != ids.close[act] or act == "output" or depth >= ctx.max_depth:
