@@ -1,6 +1,6 @@
 """The embedded demo world: word problems, a tokenizer, and a Qwen2 model trained on the spot.
 
-    python -m rftt.tiny output_dir=outputs/tiny [seed=0] [train_steps=1500]
+    python -m rftt.tiny output_dir=outputs/tiny [seed=0] [train_steps=2500]
 
 writes `base/` (an ordinary Hugging Face folder), `train.jsonl`, `test.jsonl` and `guard.jsonl`. The
 model learns to reply to the prompts of rftt/functions.py until it is an imperfect instruct model:
@@ -39,7 +39,7 @@ class TinyConfig:
     """Folder that receives the four."""
     seed: int = 0
     """Decides the problems, the initial weights and the order of the examples."""
-    train_steps: int = 1500
+    train_steps: int = 2500
     """Optimizer steps of the base model: about 0.07 CPU seconds each."""
     n_train: int = 2000
     """Problems for search and RL."""
