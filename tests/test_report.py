@@ -139,6 +139,7 @@ def test_plots_oracle_draw_the_numbers_of_the_files(tmp_path: Path) -> None:
     rows = [{"step": 3, "reward": 0.1}, {"step": 4, "reward": None}, {"step": 5, "reward": 0.3}]
     summary = {"search": {"16": {"accuracy": 0.9, "low": 0.8, "high": 1.0, "tokens": 5}}}
     summary["search"]["2"] = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "tokens": 1}
+    summary["maj@k"] = {"1": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "tokens": 2}}
     run = Run("r", rows, summary, {}, [])
     figure = draw_curves([run], [("Reward", "", ("reward",)), ("KL", "", ("kl",))])
     assert figure is not None
@@ -147,7 +148,10 @@ def test_plots_oracle_draw_the_numbers_of_the_files(tmp_path: Path) -> None:
     assert line.get_xydata().tolist() == [[3, 0.1], [5, 0.3]]
     searched = draw_search([run])
     assert searched is not None
-    assert searched.axes[0].get_lines()[0].get_xydata().tolist() == [[2, 0.7], [16, 0.9]]
+    over_simulations, over_tokens = searched.axes
+    assert over_simulations.get_lines()[0].get_xydata().tolist() == [[2, 0.7], [16, 0.9]]
+    found = [line.get_xydata().tolist() for line in over_tokens.get_lines()]
+    assert found == [[[1, 0.7], [5, 0.9]], [[2, 0.5]]]
 
 
 def test_the_command_names_runs_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

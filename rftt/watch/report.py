@@ -240,26 +240,36 @@ def draw_acts(runs: Sequence[Run]) -> Figure | None:
 
 
 def draw_search(runs: Sequence[Run]) -> Figure | None:
-    """Accuracy over simulations at inference, with its interval; the dotted line is greedy."""
+    """Accuracy of search over simulations and, beside maj@k, over tokens, with intervals.
+
+    The dotted line is greedy.
+    """
     drawn = [(f"C{i}", run) for i, run in enumerate(runs) if run.summary.get("search")]
     if not drawn:
         return None
-    figure, (ax,) = new_figure(1)
+    figure, (left, right) = new_figure(2)
     for color, run in drawn:
-        points = sorted((int(n), value) for n, value in run.summary["search"].items())
-        n, (mean, low, high) = (
-            [n for n, _ in points],
-            ([value[key] for _, value in points] for key in ("accuracy", "low", "high")),
-        )
-        ax.plot(n, mean, "o-", color=color, label=run.name)
-        ax.fill_between(n, low, high, color=color, alpha=0.15, lw=0)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(n, [str(x) for x in n])
+        for ax, kind, style in (
+            (left, "search", "o-"), (right, "search", "o-"), (right, "maj@k", "s--")
+        ):  # fmt: skip
+            points = sorted((int(n), value) for n, value in run.summary.get(kind, {}).items())
+            mean, low, high, tokens = (
+                [value[key] for _, value in points] for key in ("accuracy", "low", "high", "tokens")
+            )
+            x = tokens if ax is right else [n for n, _ in points]
+            label = run.name if kind == "search" else f"{run.name}, {kind}"
+            ax.plot(x, mean, style, color=color, label=label)
+            ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
         if run.summary.get("greedy"):
             greedy = run.summary["greedy"]["mean"]
-            ax.axhline(greedy, color=color, ls=":", label=f"{run.name}, greedy")
-    ax.set(title="Search at inference", xlabel="simulations", ylabel="accuracy")
-    ax.legend(frameon=False, fontsize=8)
+            left.axhline(greedy, color=color, ls=":", label=f"{run.name}, greedy")
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:.0f}")
+    left.set(title="Search at inference", xlabel="simulations", ylabel="accuracy")
+    right.set_xscale("log")
+    right.set(title="Search and plain majority", xlabel="generated tokens per problem")
+    for ax in (left, right):
+        ax.legend(frameon=False, fontsize=8)
     return figure
 
 
