@@ -89,6 +89,27 @@ def test_no_gold_answer_in_the_search_at_inference(demo):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("method", ["beam", "dvts", "sample"])
+def test_every_search_method_ends_in_rows_with_a_price(demo, method):
+    out, _ = demo
+    done = run(
+        "python", "search.py", "configs/tiny/search.yaml", f"model_name_or_path={out / 'base'}",
+        f"train_file={out / 'train.jsonl'}", "max_problems=16", f"method={method}",
+        f"output_dir={out / method}",
+    )  # fmt: skip
+    stats = json.loads((out / method / "stats.json").read_text())
+    kept = (out / method / "data" / "sft.jsonl").read_text().count("\n")
+    assert stats["rows"] == kept
+    assert kept > 0 or method == "sample"  # without acts, this model is seldom right
+    assert stats["tokens_per_row"] == stats["generated_tokens"] / max(1, kept) > 0
+    assert f"{method}: {kept} rows from 16 problems" in done.stdout
+    trees = list((out / method).glob("trees/*.json"))
+    assert len(trees) == (0 if method == "sample" else 16)
+    for tree in trees:
+        nodes = json.loads(tree.read_text())["nodes"]
+        assert 0 < sum(node["terminal"] for node in nodes) == nodes[0]["visits"] <= 8
+
+
 def test_search_killed_and_started_again_ends_with_the_same_rows(demo):
     out, _ = demo
     command = [

@@ -263,12 +263,11 @@ def draw_search(runs: Sequence[Run]) -> Figure | None:
         if run.summary.get("greedy"):
             greedy = run.summary["greedy"]["mean"]
             left.axhline(greedy, color=color, ls=":", label=f"{run.name}, greedy")
-    left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter("{x:.0f}")
     left.set(title="Search at inference", xlabel="simulations", ylabel="accuracy")
-    right.set_xscale("log")
     right.set(title="Search and plain majority", xlabel="generated tokens per problem")
     for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
         ax.legend(frameon=False, fontsize=8)
     return figure
 
