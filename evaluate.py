@@ -1,4 +1,4 @@
-"""How good is a model? Greedy, avg@k, pass@k, maj@k, per level, and search at inference.
+"""How good is a model? Greedy, avg@k, pass@k, maj@k, best@k, per level, search at inference.
 
     python evaluate.py configs/tiny/evaluate.yaml model_name_or_path=… eval_file=… [key=value …]
 
@@ -11,9 +11,10 @@ per problem, and eval/summary.json below output_dir; started again, it does only
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rftt.cli import check_same_run, cli
@@ -58,6 +59,7 @@ def main(cfg: EvalConfig) -> None:
                     "answer": rollout.answer,
                     "correct": verdict.correct,
                     "tokens": rollout.n_generated,
+                    "logprob": fmean(rollout.sampling_logprobs),
                 }
             )
         return found
@@ -148,27 +150,39 @@ def summarise(
         summary["pass@k"] = {
             k: interval([pass_at_k(num_samples, c, k) for c in right]) for k in powers
         }
-        summary["maj@k"] = {k: voted(rows, "samples", k, seed) for k in powers}
+        summary["maj@k"] = {k: accuracy_at(rows, "samples", k, seed) for k in powers}
+        summary["best@k"] = {k: accuracy_at(rows, "samples", k, seed, likeliest) for k in powers}
     levels = sorted({str(row["level"]) for row in rows})
     summary["levels"] = {
         level: {"n": len(group), "greedy": sum(r["greedy"]["correct"] for r in group) / len(group)}
         for level in levels
         if (group := [row for row in rows if str(row["level"]) == level])
     }
-    summary["search"] = {k: voted(rows, "search", k, seed) for k in simulations}
+    summary["search"] = {k: accuracy_at(rows, "search", k, seed) for k in simulations}
     return summary
 
 
-def voted(rows: list[dict[str, Any]], kind: str, k: int, seed: int) -> dict[str, float]:
-    """Accuracy of the majority over each problem's first k responses, and what they cost."""
-    values = []
-    for row in rows:
-        first = row[kind][:k]
-        winner = majority([response["answer"] for response in first], canonical)
-        values.append(
-            any(r["correct"] for r in first if r["answer"] == winner and winner is not None)
-        )
-    accuracy, low, high = mean_ci([float(value) for value in values], seed=seed)
+def vote(responses: list[dict[str, Any]]) -> bool:
+    """Whether the most frequent answer is right."""
+    winner = majority([response["answer"] for response in responses], canonical)
+    return any(r["correct"] for r in responses if r["answer"] == winner and winner is not None)
+
+
+def likeliest(responses: list[dict[str, Any]]) -> bool:
+    """Whether best-of-n is right: without a PRM, the response of highest mean log-prob."""
+    return max(responses, key=lambda response: response["logprob"])["correct"]
+
+
+def accuracy_at(
+    rows: list[dict[str, Any]],
+    kind: str,
+    k: int,
+    seed: int,
+    choose: Callable[[list[dict[str, Any]]], bool] = vote,
+) -> dict[str, float]:
+    """Accuracy of the choice among each problem's first k responses, and what they cost."""
+    right = [float(choose(row[kind][:k])) for row in rows]
+    accuracy, low, high = mean_ci(right, seed=seed)
     tokens = sum(r["tokens"] for row in rows for r in row[kind][:k]) / len(rows)
     return {"accuracy": accuracy, "low": low, "high": high, "tokens": tokens}
 
@@ -187,7 +201,7 @@ def table(summary: dict[str, Any]) -> str:
     if "sampled" in summary:
         lines.append(f"avg@k       {percent(summary['sampled'])}")
         lines += [f"pass@{k:<6} {percent(figure)}" for k, figure in summary["pass@k"].items()]
-    for label, key in (("maj@", "maj@k"), ("search ", "search")):
+    for label, key in (("maj@", "maj@k"), ("best@", "best@k"), ("search ", "search")):
         lines += [
             f"{label + str(k):11} {percent(figure)}  {figure['tokens']:.0f} tokens"
             for k, figure in summary.get(key, {}).items()

@@ -135,7 +135,7 @@ def training_cells(run: Run) -> dict[str, str]:
 def evaluation_cells(run: Run) -> dict[str, str]:
     cells = {key: str(run.summary[key]) for key in ("set", "n") if key in run.summary}
     cells |= {k: interval(run.summary[k]) for k in ("greedy", "sampled") if run.summary.get(k)}
-    for kind in ("pass@", "maj@"):
+    for kind in ("pass@", "maj@", "best@"):
         cells |= {f"{kind}{k}": interval(x) for k, x in run.summary.get(f"{kind}k", {}).items()}
     return cells
 
