@@ -40,7 +40,7 @@ def cells(values: list[float]) -> str:
 def main(runs: list[Path]) -> None:
     result: dict[str, dict] = {}
     print(
-        f"| model ({len(runs)} seeds) | greedy % | sampled % | maj@16 % | million tokens sampled |"
+        f"| model ({len(runs)} seeds) | greedy % | sampled % | maj@8 % | million tokens sampled |"
     )
     print("|---|---|---|---|---|")
     for model, label in MODELS.items():
@@ -50,23 +50,22 @@ def main(runs: list[Path]) -> None:
         spent = [t / 1e6 for run in runs if (t := tokens(run, model)) is not None]
         greedy = [s["greedy"]["mean"] for s in found]
         sampled = [s["sampled"]["mean"] for s in found]
-        majority = [s["maj@k"]["16"]["accuracy"] for s in found]
+        majority = [s["maj@k"]["8"]["accuracy"] for s in found]
         cost = f"{mean(spent):.2f}" if spent else ""
         print(f"| {label} | {cells(greedy)} | {cells(sampled)} | {cells(majority)} | {cost} |")
-        result[model] = {"greedy": greedy, "sampled": sampled, "maj@16": majority, "tokens": spent}
+        result[model] = {"greedy": greedy, "sampled": sampled, "maj@8": majority, "tokens": spent}
     print(
-        "\n| majority over | "
-        + " | ".join(("1", "2", "4", "8", "16"))
-        + " |\n|---|---|---|---|---|---|"
+        "\n| majority over | 1 | 2 | 4 | 8 | 16 | tokens at the last |\n|---|---|---|---|---|---|---|"
     )
     for model in ("sft", "rl"):
         for kind, label in (("search", "searched paths"), ("maj@k", "independent samples")):
             found = [s[kind] for run in runs if (s := summary(run, model))]
-            row = [mean([s[k]["accuracy"] for s in found]) for k in ("1", "2", "4", "8", "16")]
-            cost = mean([s["16"]["tokens"] for s in found])
-            shown = " | ".join(f"{100 * value:.1f}" for value in row)
-            print(f"| {MODELS[model]}, {label} ({cost:.0f} tokens at 16) | {shown} |")
-            result[f"{model} {kind}"] = {"accuracy": row, "tokens at 16": cost}
+            ks = sorted(found[0], key=int)
+            row = [mean([s[k]["accuracy"] for s in found]) for k in ks]
+            cost = mean([s[ks[-1]]["tokens"] for s in found])
+            shown = " | ".join(f"{100 * value:.1f}" for value in row) + " |" * (5 - len(ks))
+            print(f"| {MODELS[model]}, {label} | {shown} | {cost:.0f} |")
+            result[f"{model} {kind}"] = {"accuracy": row, "tokens": cost}
     print(json.dumps(result))
 
 

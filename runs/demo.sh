@@ -53,7 +53,7 @@ def read(name):
         return json.load(file)
 
 runs = {name: read(name) for name in ("base", "sft", "rl")}
-print(f"{'held-out accuracy, %':24}{'greedy':>8}{'sampled':>9}{'maj@16':>8}{'search@16':>11}")
+print(f"{'held-out accuracy, %':24}{'greedy':>8}{'sampled':>9}{'maj@k':>8}{'search@k':>11}")
 for name, run in runs.items():
     figures = [run["greedy"]["mean"], run["sampled"]["mean"]]
     figures += [max(run[key].items(), key=lambda kv: int(kv[0]))[1]["accuracy"] if run[key] else None
