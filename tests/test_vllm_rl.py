@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def arguments(world: Path, out: Path, **changes: object) -> list[str]:
+    """Of train_rl.py, on the small world."""
+    paths = {
+        "model_name_or_path": world / "model",
+        "train_file": world / "problems.jsonl",
+        "eval_file": world / "problems.jsonl",
+        "output_dir": out,
+    }
+    settings = [f"{key}={value}" for key, value in (SETTINGS | paths | changes).items()]
+    return ["train_rl.py", "configs/tiny/rl.yaml", *settings]
+
+
 LAUNCHERS = {
     "one rank": [],
     "two ranks": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
@@ -74,14 +87,7 @@ LAUNCHERS = {
 @pytest.mark.dist
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_invariant_engine_follows_the_learner(launcher: str, world: Path, tmp_path: Path) -> None:
-    paths = {
-        "model_name_or_path": world / "model",
-        "train_file": world / "problems.jsonl",
-        "eval_file": world / "problems.jsonl",
-        "output_dir": tmp_path,
-    }
-    settings = [f"{key}={value}" for key, value in (SETTINGS | paths).items()]
-    script = [*LAUNCHERS[launcher], "train_rl.py", "configs/tiny/rl.yaml", *settings]
+    script = [*LAUNCHERS[launcher], *arguments(world, tmp_path)]
     done = run(sys.executable, *script, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr
@@ -93,6 +99,22 @@ def test_invariant_engine_follows_the_learner(launcher: str, world: Path, tmp_pa
         assert 0 <= step["mismatch_kl"] < 1e-3
         assert step["reward"] >= 0
     assert len({step["weights_checksum"] for step in steps}) == 3
+
+
+@pytest.mark.vllm
+def test_vllm_refuses_in_one_line_what_it_cannot_run(world: Path, tmp_path: Path) -> None:
+    config = json.loads((world / "model/config.json").read_text())
+    shutil.copytree(world / "model", tmp_path / "narrow")
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    (tmp_path / "narrow/config.json").write_text(json.dumps(config))
+    for change, message in (
+        ({"model_name_or_path": tmp_path / "narrow"}, "attention heads of 24"),
+        ({"max_model_len": 4096}, "max_model_len (4096) is greater than"),
+    ):
+        done = run(sys.executable, *arguments(world, tmp_path / "x", **change), check=False)
+        assert done.returncode == 2
+        assert message in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
 
 
 def test_ranks_that_hold_different_weights_stop_the_run() -> None:

@@ -43,6 +43,7 @@ from vllm.logprobs import FlatLogprobs  # noqa: E402
 from vllm.model_executor.layers import utils as vllm_layers  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # noqa: E402
 
 if TYPE_CHECKING:
     from rftt.engines.base import EngineConfig
@@ -59,21 +60,32 @@ class VLLMEngine:
         self.counters = Counters()
         self._gpu = not current_platform.is_cpu()
         self._asleep = False
-        with _undone_on_exit():
-            self._llm = LLM(
-                model_path,
-                dtype=cfg.dtype,
-                max_model_len=cfg.max_model_len,
-                max_num_seqs=cfg.max_num_seqs,
-                trust_remote_code=cfg.trust_remote_code,
-                skip_tokenizer_init=True,
-                enable_prefix_caching=True,
-                logprobs_mode="processed_logprobs",
-                use_tqdm_on_load=False,
-                distributed_executor_backend=(
-                    "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "uni"
-                ),
-                **self._platform_arguments(cfg),
+        try:
+            with _undone_on_exit():
+                self._llm = LLM(
+                    model_path,
+                    dtype=cfg.dtype,
+                    max_model_len=cfg.max_model_len,
+                    max_num_seqs=cfg.max_num_seqs,
+                    trust_remote_code=cfg.trust_remote_code,
+                    skip_tokenizer_init=True,
+                    enable_prefix_caching=True,
+                    logprobs_mode="processed_logprobs",
+                    use_tqdm_on_load=False,
+                    distributed_executor_backend=(
+                        "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "uni"
+                    ),
+                    **self._platform_arguments(cfg),
+                )
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"vLLM cannot open {model_path}: {reason}") from error
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        size = self._llm.model_config.get_head_size()
+        if not self._gpu and size not in sizes:  # vLLM would notice at the first request
+            raise UserError(
+                f"{model_path} has attention heads of {size}, vLLM's CPU build takes {sizes} only; "
+                "set engine=hf."
             )
         self._engine = self._llm.llm_engine
         self._apply(lambda model: setattr(model.logits_processor, "org_vocab_size", n_tokens))
