@@ -8,6 +8,7 @@ serial         the textbook: one problem, one node, one call at a time (a few of
 mcts           functional tree search, one request per rollout
 mcts_stepwise  the same with one request per act, as in the paper
 mcts_prompted  phase 1: one prompt per act
+beam, dvts     functional beam search and its diverse form: width and subtrees 2, branching 2
 
 Every measurement starts from an empty prefix cache. Without --model, a Qwen2 of 2.4M parameters is
 made whose layers work but add nothing: its tokens follow a Markov chain that speaks the grammar of
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -148,12 +150,22 @@ def samplers(
 ) -> dict[str, tuple[str, Work]]:
     """Name -> (phase, work)."""
     from rftt.functions import function_ids
+    from rftt.search.beam import beam_search
     from rftt.search.expand import Learned, Prompted
-    from rftt.search.samplers import encode_question, for_each, learned_tree, prompted_tree, sample
+    from rftt.search.mcts import grow
+    from rftt.search.samplers import (
+        Explore,
+        encode_question,
+        for_each,
+        learned_tree,
+        prompted_tree,
+        sample,
+    )
 
     ids = function_ids(tokenizer)
     policy = Learned(engine, tokenizer, ids, 1.0, MAX_TOKENS, DEPTH, 0)
     instruct = Prompted(engine, tokenizer, 1.0, MAX_TOKENS, DEPTH, 4, 0)
+    beam = partial(beam_search, branching=2)
     how: dict[str, Any] = {"simulations": simulations, "exploration_weight": 2.0}
 
     async def flat(problems: list[Problem], seed: int) -> int:
@@ -165,15 +177,16 @@ def samplers(
 
         return sum(await for_each(problems, one, in_flight=len(problems)))
 
-    def functional(stepwise: bool, trees: int | None, leaves: int) -> Work:
+    def functional(stepwise: bool, trees: int | None, leaves: int, explore: Explore = grow) -> Work:
         async def work(problems: list[Problem], seed: int) -> int:
             ctx = replace(policy, seed=seed, stepwise=stepwise)
 
             async def one(problem: Problem) -> int:
                 prompt = encode_question(ctx, problem, None)
-                return len(
-                    (await learned_tree(ctx, problem, prompt, **how, in_flight=leaves)).leaves()
+                tree = await learned_tree(
+                    ctx, problem, prompt, **how, in_flight=leaves, explore=explore
                 )
+                return len(tree.leaves())
 
             return sum(await for_each(problems, one, in_flight=trees or len(problems)))
 
@@ -193,6 +206,8 @@ def samplers(
         "mcts": ("learned", functional(False, None, in_flight)),
         "mcts_stepwise": ("learned", functional(True, None, in_flight)),
         "mcts_prompted": ("prompted", prompted),
+        "beam": ("learned", functional(False, None, in_flight, partial(beam, width=2))),
+        "dvts": ("learned", functional(False, None, in_flight, partial(beam, width=1, subtrees=2))),
     }
 
 

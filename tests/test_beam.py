@@ -8,8 +8,8 @@ import pytest
 from rftt.schema import Step
 from rftt.search.beam import beam_search
 from rftt.search.mcts import Tree
-from rftt.search.samplers import prompted_tree
-from tests.test_expand import PROBLEM, prompted
+from rftt.search.samplers import learned_tree, prompted_tree, tree_rollouts
+from tests.test_expand import CLOSE, PROBLEM, learned, prompted, segment
 
 ACTS = ("a", "b", "c", "d")
 
@@ -100,3 +100,17 @@ def test_prompted_beam_asks_the_engine_and_pays_for_every_token():
     assert {leaf.value_sum for leaf in tree.leaves()} <= {0.0, 1.0}
     assert 0 < tree.root.value_sum < len(tree.leaves())
     assert ctx.spent.generated_tokens == ctx.engine.generated > 0
+
+
+def test_beam_over_functional_tokens_takes_likely_acts_first():
+    """The script's priors fall in the order of ACTS: of the root's acts, clarify is likeliest."""
+    bodies = [[165, CLOSE[act]] for act in ("clarify", "analysis", "clarify", "clarify")]
+    ends = [*segment("next_step", "y"), *segment("output", "\\boxed{4}")]
+    ctx = learned([[*body, *ends] for body in bodies])
+    explore = partial(beam_search, width=1, branching=2)
+    how = {"simulations": 3, "exploration_weight": 0.0, "in_flight": 1}
+    tree = asyncio.run(learned_tree(ctx, PROBLEM, [7], **how, explore=explore))
+    assert [node.act for node in tree.root.children] == ["clarify", "analysis"]
+    assert len(tree.leaves()) == 3
+    rollouts = tree_rollouts(ctx, tree, PROBLEM, [7], group=0, mask_forced=True)
+    assert sum(r.n_generated for r in rollouts) + 1 == ctx.engine.generated

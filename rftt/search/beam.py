@@ -44,7 +44,7 @@ async def beam_search(
             for node in nodes:
                 wanted = width * branching // len(nodes) - len(node.children)
                 n = min(wanted, len(node.untried), simulations - len(claimed))
-                claimed += [(i, tree.claim(node, node.untried[0])) for _ in range(n)]
+                claimed += [(i, tree.claim(node)) for _ in range(n)]
         simulations -= len(claimed)
         paths = await for_each([choice for _, choice in claimed], expand, in_flight=in_flight)
         for (i, choice), steps in zip(claimed, paths, strict=True):

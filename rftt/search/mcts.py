@@ -97,11 +97,12 @@ class Tree:
         node = self.root
         while not node.untried:
             node = max(filter(self.is_open, node.children), key=self.uct)
-        priors = self.priors(node)
-        return self.claim(node, max(node.untried, key=lambda act: priors.get(act, -math.inf)))
+        return self.claim(node)
 
-    def claim(self, node: Node, act: str) -> Choice:
-        """Reserve an unexplored act for one simulation, which must land."""
+    def claim(self, node: Node) -> Choice:
+        """Reserve the node's likeliest unexplored act for one simulation, which must land."""
+        priors = self.priors(node)
+        act = max(node.untried, key=lambda act: priors.get(act, -math.inf))
         choice = Choice(node, act, self._child_key(node, act))
         node.untried.remove(act)
         for passed in (self.root, *node.path()):
