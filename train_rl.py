@@ -67,7 +67,7 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.watch.metrics import readable, rollout_metrics
 
     out = Path(cfg.output_dir)
-    checkpoint = checkpoint_to_resume(cfg, cfg.resume_from_checkpoint)
+    checkpoint = checkpoint_to_resume(cfg, world, cfg.resume_from_checkpoint)
     problems = load_problems(cfg.train_file)
     eval_problems = load_problems(cfg.eval_file or cfg.train_file, limit=cfg.max_eval_problems)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)

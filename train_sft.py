@@ -42,7 +42,7 @@ def train(cfg: SFTConfig, world) -> None:
     from rftt.watch.log import RunLog
 
     out = Path(cfg.output_dir)
-    checkpoint = checkpoint_to_resume(cfg)
+    checkpoint = checkpoint_to_resume(cfg, world)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     new_tokens = add_function_tokens(tokenizer) if cfg.functional_tokens else []
     train_rows, eval_rows, too_long = read_rows(cfg, tokenizer)

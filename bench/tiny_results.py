@@ -54,9 +54,8 @@ def main(runs: list[Path]) -> None:
         cost = f"{mean(spent):.2f}" if spent else ""
         print(f"| {label} | {cells(greedy)} | {cells(sampled)} | {cells(majority)} | {cost} |")
         result[model] = {"greedy": greedy, "sampled": sampled, "maj@8": majority, "tokens": spent}
-    print(
-        "\n| majority over | 1 | 2 | 4 | 8 | 16 | tokens at the last |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| majority over | 1 | 2 | 4 | 8 | 16 | tokens at the last |")
+    print("|---|---|---|---|---|---|---|")
     for model in ("sft", "rl"):
         for kind, label in (("search", "searched paths"), ("maj@k", "independent samples")):
             found = [s[kind] for run in runs if (s := summary(run, model))]

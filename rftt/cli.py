@@ -22,13 +22,18 @@ from rftt.schema import UserError
 
 C = TypeVar("C")
 
+MAY_BE_ZERO = (
+    *("seed", "eval_steps", "save_steps", "save_total_limit", "max_eval_problems", "num_samples"),
+    *("min_shared_steps", "max_plain_paths", "max_direct_sentences", "n_guard"),
+)
+"""Every other whole number counts something of which there must be one at least."""
 FREE_TO_CHANGE = (
     *("device", "problems_in_flight", "max_num_seqs", "gpu_memory_utilization"),
     *("max_tokens_per_microbatch", "gradient_checkpointing", "fsdp_cpu_offload", "report_to"),
     *("save_steps", "save_total_limit", "eval_steps", "max_eval_problems"),
-    *("max_steps", "max_generated_tokens", "resume_from_checkpoint"),
+    *("max_generated_tokens", "resume_from_checkpoint"),
 )
-"""Keys that a continued run may change: its length, speed and what it shows, not its results."""
+"""Keys that a continued run may change: its budget, speed and what it shows, not its results."""
 
 
 def load_config(schema: type[C], argv: Sequence[str]) -> C:
@@ -48,6 +53,8 @@ def load_config(schema: type[C], argv: Sequence[str]) -> C:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)
             raise UserError(f"config: unknown key {key!r} ({where}). Did you mean {near[0]!r}?")
         checked[key] = _check(key, value, hints[key], where)
+        if type(checked[key]) is int and checked[key] < (0 if key in MAY_BE_ZERO else 1):
+            raise UserError(f"config: {key}={value} is too small ({where}).")
     missing = [name for name, f in known.items() if name not in checked and _is_required(f)]
     if missing:
         raise UserError(
@@ -131,7 +138,10 @@ def _read_yaml(path: str) -> dict[str, tuple[Any, str]]:
 def _yaml_value(text: str) -> Any:
     import yaml
 
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # "Answer: use: x" is a sentence
 
 
 def _check(key: str, value: Any, hint: Any, where: str) -> Any:

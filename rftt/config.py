@@ -245,6 +245,10 @@ class RLConfig(Common, Engine, Training):
             "num_generations=1 gives zero advantages with grpo; use at least 2.",
         )
         _require(
+            self.reward_scheme == "paper",
+            "reward_scheme: blend needs a process reward model, and none is wired yet.",
+        )
+        _require(
             self.kl_target is None or self.kl_coef > 0,
             "kl_target needs a kl_coef above 0 to adapt.",
         )

@@ -153,9 +153,13 @@ def _field(row: Row, name: str) -> str | None:
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if not Path(path).is_dir() and path.count("/") != 1:
-        raise UserError(f"model_name_or_path {path} is neither a folder nor a hub name.")
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model_name_or_path {path} is neither a folder with a tokenizer nor a hub model that "
+            f"can be reached ({str(error).splitlines()[0]})."
+        ) from error
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {path} has no chat template; use an instruct model.")
     return tokenizer

@@ -391,8 +391,9 @@ def main(config: TinyConfig) -> None:
     held_out = seen | set(guard)
     tokenizer = build_tokenizer()
     model = train_model(config, tokenizer, iter(lambda: make_pair(rng, held_out), None))
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "base.tmp")
+    (folder / "base.tmp").rename(folder / "base")  # a base that is there is whole
 
 
 if __name__ == "__main__":

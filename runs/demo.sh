@@ -4,7 +4,8 @@
 # Started again after an interruption, finished work is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${OUT:-outputs/tiny} SEED=${SEED:-0} FAST=${FAST:-}
+SEED=${SEED:-0} FAST=${FAST:-}
+OUT=${OUT:-outputs/tiny${FAST:+-fast}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ -n "$FAST" ]; then  # smaller, the same code
@@ -17,13 +18,12 @@ else
   TINY=() SEARCH=() SFT=() RL=() EVAL=()
 fi
 
-declare -A SECONDS_OF
-stage() {  # stage NAME COMMAND…: run it, print to stderr, remember how long it took
+stage() {  # stage NAME COMMAND…: run it, print to stderr, note how long it took
   local name=$1 begin=$SECONDS
   shift
   echo "== $name: $*" >&2
   "$@" >&2
-  SECONDS_OF[$name]=$((SECONDS - begin))
+  echo "$name $((SECONDS - begin))" >> "$OUT/seconds.txt"
 }
 evaluate() {  # evaluate NAME MODEL [key=value …]
   local name=$1 model=$2
@@ -32,6 +32,7 @@ evaluate() {  # evaluate NAME MODEL [key=value …]
     eval_file="$OUT/test.jsonl" output_dir="$OUT/eval-$name" seed="$SEED" "${EVAL[@]}" "$@"
 }
 
+mkdir -p "$OUT"
 [ -d "$OUT/base" ] || stage base python -m rftt.tiny output_dir="$OUT" seed="$SEED" "${TINY[@]}"
 evaluate base "$OUT/base" simulations='[]'
 stage search python search.py configs/tiny/search.yaml model_name_or_path="$OUT/base" \
@@ -45,7 +46,7 @@ evaluate rl "$OUT/rl/hf"
 stage report python -m rftt.watch.report "$OUT/sft" "$OUT/rl" "$OUT/eval-base" "$OUT/eval-sft" \
   "$OUT/eval-rl" --out "$OUT"
 
-OUT=$OUT TIMES=$(for name in "${!SECONDS_OF[@]}"; do echo "$name ${SECONDS_OF[$name]}"; done) python - <<'PY'
+OUT=$OUT python - <<'PY'
 import json, os
 
 def read(name):
@@ -60,11 +61,14 @@ for name, run in runs.items():
                 for key in ("maj@k", "search")]
     cells = [f"{100 * x:.1f}" if x is not None else "-" for x in figures]
     print(f"{name:24}{cells[0]:>8}{cells[1]:>9}{cells[2]:>8}{cells[3]:>11}")
-times = dict(line.split() for line in os.environ["TIMES"].splitlines())
+seconds = {}
+for line in open(f"{os.environ['OUT']}/seconds.txt"):  # a stage begun again counts again
+    name, value = line.split()
+    seconds[name] = seconds.get(name, 0) + int(value)
 print(json.dumps({
     **{name: round(run["greedy"]["mean"], 4) for name, run in runs.items()},
     "sampled": {name: round(run["sampled"]["mean"], 4) for name, run in runs.items()},
     "search": {k: round(v["accuracy"], 4) for k, v in runs["rl"]["search"].items()},
-    "seconds": {name: int(value) for name, value in sorted(times.items())},
+    "seconds": seconds,
 }))
 PY

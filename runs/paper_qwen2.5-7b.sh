@@ -9,10 +9,13 @@ C=configs/qwen2.5-7b GPUS=${GPUS:-8}
 python search.py $C/search.yaml train_file="$TRAIN"
 torchrun --nproc_per_node "$GPUS" train_sft.py $C/sft.yaml
 torchrun --nproc_per_node "$GPUS" train_rl.py $C/rl.yaml train_file="$TRAIN" eval_file="$TEST"
+ASK='Please reason step by step, and put your final answer within \boxed{}.'
 for model in Qwen/Qwen2.5-7B-Instruct outputs/qwen2.5-7b/sft/hf outputs/qwen2.5-7b/rl/hf; do
-  # The instruct model speaks no functional tokens: no search at inference for it.
+  instruct=()
+  [ -d "$model" ] || instruct=("simulations=[]" "system_prompt=$ASK")
+  # The instruct model speaks no functional tokens: it is asked for a box, and does not search.
   python evaluate.py $C/evaluate.yaml model_name_or_path="$model" eval_file="$TEST" \
     output_dir="outputs/qwen2.5-7b/eval-$(basename "$(dirname "$model")")" \
-    $([ -d "$model" ] || echo 'simulations=[]')
+    "${instruct[@]}"
 done
 python -m rftt.watch.report outputs/qwen2.5-7b/rl outputs/qwen2.5-7b/eval-*

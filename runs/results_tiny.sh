@@ -19,7 +19,7 @@ PY
     shift 2
     python train_rl.py configs/tiny/rl.yaml model_name_or_path="$model" seed="$SEED" \
       train_file="$OUT/train.jsonl" eval_file="$OUT/test.jsonl" output_dir="$OUT/$name" \
-      max_steps=200 max_generated_tokens="$TOKENS" save_steps=0 "$@"
+      max_steps=200 warmup_ratio=0.015 max_generated_tokens="$TOKENS" save_steps=0 "$@"
   }
   evaluate() {  # evaluate NAME MODEL
     python evaluate.py configs/tiny/evaluate.yaml model_name_or_path="$2" seed="$SEED" \

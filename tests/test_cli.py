@@ -31,6 +31,9 @@ def test_overrides_come_after_the_file(tmp_path):
         ("mask_truncated_completions=1", "mask_truncated_completions=1 is not a bool"),
         ("train_batch_size=48", "16 x num_generations 16 = 256 is not divisible by train_batch"),
         ("top_p=0.9", "top_p=0.9 biases"),
+        ("simulations=0", "unknown key 'simulations'"),
+        ("num_generations=0", "num_generations=0 is too small (on the command line)"),
+        ("reward_scheme=blend", "blend needs a process reward model"),
         ("kl_target=0.1 kl_coef=0", "kl_target needs a kl_coef above 0"),
         ("nowhere.yaml", "config file nowhere.yaml does not exist"),
     ],
@@ -40,6 +43,11 @@ def test_mistakes_are_named(argument, message):
         load_config(RLConfig, [*NEEDED, *argument.split()])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_sentence_on_the_command_line_is_a_string():
+    cfg = load_config(RLConfig, [*NEEDED, "system_prompt=Answer: use: x"])
+    assert cfg.system_prompt == "Answer: use: x"
 
 
 def test_nearest_batch_sizes_are_offered():

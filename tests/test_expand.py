@@ -108,9 +108,13 @@ def test_prompted_path_ends_with_a_stated_answer():
     assert "Think of pairs." in second_prompt
 
 
-@pytest.mark.parametrize("reply", ["", [165, 166]], ids=["empty", "cut off"])
-def test_prompted_path_ends_where_the_model_has_nothing_to_say(reply):
-    steps = asyncio.run(expand_prompted(prompted([reply]), PROBLEM, choose("analysis")))
+BOXED = Letters().encode("\\boxed{4} an")
+
+
+@pytest.mark.parametrize("reply", ["", [165, 166], BOXED], ids=["empty", "cut off", "boxed"])
+@pytest.mark.parametrize("act", ["analysis", "direct_answer"])
+def test_prompted_path_ends_where_the_model_has_nothing_to_say(reply, act):
+    steps = asyncio.run(expand_prompted(prompted([reply]), PROBLEM, choose(act)))
     assert len(steps) == 1
     assert steps[0].answer is None
 

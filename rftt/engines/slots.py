@@ -44,6 +44,8 @@ def load_model(cfg: EngineConfig, path: str) -> PreTrainedModel:
     )
     if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
         raise UserError(f"engine=hf has no sliding-window attention, which {path} uses; try vllm.")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda is not available here; use auto or cpu.")
     if cfg.device != "cpu" and torch.cuda.is_available():
         torch.nn.Module.cuda(model)
     return model.eval().requires_grad_(False)

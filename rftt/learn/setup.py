@@ -44,9 +44,15 @@ def build_models(
     return models, modules, optimizers, peaks
 
 
-def checkpoint_to_resume(cfg: SFTConfig | RLConfig, resume: str = "auto") -> Path | None:
+def checkpoint_to_resume(
+    cfg: SFTConfig | RLConfig, world: World, resume: str = "auto"
+) -> Path | None:
     """The newest whole checkpoint of this run. Raises UserError if it is not to be continued."""
     out = Path(cfg.output_dir)
+    if cfg.train_batch_size < world.size:
+        raise UserError(
+            f"train_batch_size {cfg.train_batch_size} leaves some of {world.size} ranks idle."
+        )
     checkpoint = latest(out)
     if checkpoint and resume == "never":
         raise UserError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rftt.config import Training
 from rftt.learn.batch import Batch, empty_like
-from rftt.learn.distributed import World, clip_gradients, set_gradient_sync
+from rftt.learn.distributed import World, clip_gradients
 from rftt.learn.optim import set_lr
 from rftt.schema import UserError
 
@@ -54,9 +54,7 @@ def update(
     """
     n_tokens = max(world.sum(float(batch.n_actions)), 1.0)
     groups = equal_count(batch, cfg.max_tokens_per_microbatch, world)
-    for i, group in enumerate(groups):
-        for module in modules.values():
-            set_gradient_sync(module, i == len(groups) - 1)
+    for group in groups:  # each reduces its gradients: whole ones would not fit beside the model
         loss = loss_of(batch.select(group) if group else empty_like(batch))
         (loss / n_tokens).backward()
     norms = {name: clip_gradients(modules[name], cfg.max_grad_norm) for name in optimizers}

@@ -111,7 +111,7 @@ async def _child(
         text, whole = await reply(ctx, messages, act, problem.id, key, len(steps), act)
         if act != "direct_answer" or len(sentences(text)) <= ctx.max_direct_sentences:
             break
-    answer = extract(text) if act in ("direct_answer", "next_step") else None
+    answer = extract(text) if whole and act in ("direct_answer", "next_step") else None
     return Step(act, text, answer=answer), whole
 
 
@@ -199,9 +199,11 @@ async def expand_learned(
 
 
 def with_answer(ctx: Learned, before: list[int], steps: list[Step]) -> list[Step]:
-    """The same steps; the last one knows the answer that the whole response states."""
+    """The same steps; the last one knows the answer of the response, if that came to its end."""
     text = decode(ctx.tokenizer, [*before, *(t for step in steps for t in step.token_ids)])
-    return [*steps[:-1], replace(steps[-1], answer=extract(text, ctx.answer_format))]
+    ended = steps[-1].token_ids[-1] in ctx.stops
+    answer = extract(text, ctx.answer_format) if ended else None
+    return [*steps[:-1], replace(steps[-1], answer=answer)]
 
 
 def whole(step: Step, ids: FunctionIds | None) -> bool:
@@ -248,6 +250,8 @@ async def _stepwise(
         used += step.token_ids
         depth = choice.node.depth + len(steps)
         if step.token_ids[-1] != ids.close[act] or act == "output" or depth >= ctx.max_depth:
+            break
+        if ctx.room(len(prompt), len(used)) <= 0:
             break
         peek = await ctx.engine.generate([*prompt, *used], ctx.sampling(1, *key, len(steps), "act"))
         act_logprobs = dict(zip(ACTS, peek.watched[0], strict=True))

@@ -70,6 +70,8 @@ def graded(problem: Problem, text_of: Callable[[Sequence[Step]], str]) -> Value:
     gold = problem.answer
 
     async def value(steps: Sequence[Step]) -> float:
+        if steps[-1].answer is None:  # cut off, or it never came to an answer
+            return 0.0
         return float(grade(text_of(steps), gold, problem.question).correct)
 
     return value
