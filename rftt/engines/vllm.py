@@ -43,7 +43,6 @@ from vllm.logprobs import FlatLogprobs  # noqa: E402
 from vllm.model_executor.layers import utils as vllm_layers  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # noqa: E402
 
 if TYPE_CHECKING:
     from rftt.engines.base import EngineConfig
@@ -80,13 +79,8 @@ class VLLMEngine:
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"vLLM cannot open {model_path}: {reason}") from error
-        sizes = CPUAttentionBackend.get_supported_head_sizes()
-        size = self._llm.model_config.get_head_size()
-        if not self._gpu and size not in sizes:  # vLLM would notice at the first request
-            raise UserError(
-                f"{model_path} has attention heads of {size}, vLLM's CPU build takes {sizes} only; "
-                "set engine=hf."
-            )
+        if not self._gpu:
+            self._check_heads(model_path)
         self._engine = self._llm.llm_engine
         self._apply(lambda model: setattr(model.logits_processor, "org_vocab_size", n_tokens))
         self._ids = map(str, itertools.count())
@@ -101,6 +95,18 @@ class VLLMEngine:
         vllm_layers.dispatch_cpu_unquantized_gemm = _keep_linear
         current_platform.simple_compile_backend = "eager"  # 10 s of C++ for one comparison
         return {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_BYTES, "block_size": 32}
+
+    def _check_heads(self, model_path: str) -> None:
+        """The CPU build takes some head sizes only, and would notice at the first request."""
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        size = self._llm.model_config.get_head_size()
+        if size not in sizes:
+            raise UserError(
+                f"{model_path} has attention heads of {size}, vLLM's CPU build takes {sizes} only; "
+                "set engine=hf."
+            )
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """See base.Engine."""
