@@ -291,3 +291,10 @@ def test_a_missing_model_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model at") as error:
         load_policy(str(tmp_path / "nothing"), torch.float32)
     assert "\n" not in str(error.value)
+
+
+def test_no_new_tokens_change_nothing() -> None:
+    model = tiny_model()
+    before = model.get_input_embeddings().weight.clone()
+    add_function_rows(model, range(VOCABULARY), [])  # pyright: ignore[reportArgumentType]
+    assert torch.equal(model.get_input_embeddings().weight, before)

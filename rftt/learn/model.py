@@ -129,6 +129,8 @@ def add_function_rows(
         )
     if n_rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if not new:
+        return
     embedding = _weight(model.get_input_embeddings())
     head = _weight(model.get_output_embeddings())
     ids = tokenizer.convert_tokens_to_ids(list(new))
