@@ -31,9 +31,9 @@ FREE_TO_CHANGE = (
     *("device", "problems_in_flight", "max_num_seqs", "gpu_memory_utilization"),
     *("max_tokens_per_microbatch", "gradient_checkpointing", "fsdp_cpu_offload", "report_to"),
     *("save_steps", "save_total_limit", "eval_steps", "max_eval_problems"),
-    *("max_generated_tokens", "resume_from_checkpoint"),
+    *("max_generated_tokens", "resume_from_checkpoint", "output_dir"),
 )
-"""Keys that a continued run may change: its budget, speed and what it shows, not its results."""
+"""Keys that a continued run may change: place, budget, speed and what it shows, not results."""
 
 
 def load_config(schema: type[C], argv: Sequence[str]) -> C:

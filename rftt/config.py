@@ -186,7 +186,8 @@ class RLConfig(Common, Engine, Training):
     no_answer_reward: float = 0.0
     """No answer at all (PAPER §1, without a PRM)."""
     reward_scheme: Literal["paper", "blend"] = "paper"
-    """blend: 0.6 x correct + 0.4 x PRM on the last step (found in the official code; PAPER §1)."""
+    """blend: 0.6 x correct + 0.4 x PRM on the last step, as in the official code. A process score
+    is 0 without a PRM (PAPER §1), and none is wired in yet."""
     mask_truncated_completions: bool = False
     """Leave responses that ran out of tokens out of the loss (TRL's name)."""
     # -- learn
@@ -243,10 +244,6 @@ class RLConfig(Common, Engine, Training):
         _require(
             self.num_generations > 1 or self.advantage_estimator != "grpo",
             "num_generations=1 gives zero advantages with grpo; use at least 2.",
-        )
-        _require(
-            self.reward_scheme == "paper",
-            "reward_scheme: blend needs a process reward model, and none is wired yet.",
         )
         _require(
             self.kl_target is None or self.kl_coef > 0,
