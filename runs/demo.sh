@@ -9,7 +9,7 @@ OUT=${OUT:-outputs/tiny${FAST:+-fast}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ -n "$FAST" ]; then  # smaller, the same code
-  TINY=(train_steps=500 n_train=400 n_test=100)
+  TINY=(train_steps=900 n_train=400 n_test=100)
   SEARCH=(max_problems=200)
   SFT=(num_train_epochs=4)
   RL=(max_steps=6 rollout_batch_size=16 train_batch_size=128 save_steps=3)
