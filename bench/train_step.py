@@ -64,7 +64,7 @@ def packed(
 
     from rftt.learn import rl
     from rftt.learn.batch import Batch, collate_rows
-    from rftt.learn.distributed import clip_gradients, open_world, set_gradient_sync, shard
+    from rftt.learn.distributed import clip_gradients, open_world, shard
     from rftt.learn.model import load_policy, token_logprobs
     from rftt.learn.optim import build_optimizer
 
@@ -90,8 +90,7 @@ def packed(
 
     def step() -> tuple[float, float]:
         total = 0.0
-        for number, group in enumerate(groups):
-            set_gradient_sync(policy, number == len(groups) - 1)
+        for group in groups:
             value = loss_of(batch.select(group)) / batch.n_actions
             value.backward()
             total += value.item()

@@ -20,7 +20,6 @@ from rftt.learn.distributed import (
     close_world,
     full_weights,
     open_world,
-    set_gradient_sync,
     shard,
 )
 from rftt.learn.model import Critic, prepare, token_logprobs, token_values
@@ -97,9 +96,7 @@ def one_step(
     n_parts = int(world.max(float(len(parts))))
     parts += [empty_like(batch)] * (n_parts - len(parts))
     totals = torch.zeros(2)
-    for number, part in enumerate(parts):
-        for module in modules.values():
-            set_gradient_sync(module, number == n_parts - 1)
+    for part in parts:
         logprobs, _ = token_logprobs(modules["policy"], part, 1.0, VOCABULARY)
         old = logprobs.detach() + 0.1 * part.old_logprobs  # some ratios are clipped
         policy, _ = rl.policy_loss(logprobs, old, part.advantages, part.action_mask, epsilon=0.2)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -154,12 +153,6 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         seen.add(id(tensor))
         detached = tensor.detach()
         yield name, detached.full_tensor() if isinstance(detached, DTensor) else detached
-
-
-def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Reduce gradients over ranks only on the last microbatch of a step."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
