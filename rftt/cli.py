@@ -25,6 +25,7 @@ C = TypeVar("C")
 MAY_BE_ZERO = (
     *("seed", "eval_steps", "save_steps", "save_total_limit", "max_eval_problems", "num_samples"),
     *("min_shared_steps", "max_plain_paths", "max_direct_sentences", "n_guard"),
+    "min_row_tokens",
 )
 """Every other whole number counts something of which there must be one at least."""
 FREE_TO_CHANGE = (

@@ -11,6 +11,20 @@ from typing import Literal
 
 from rftt.schema import UserError
 
+Script = Literal[
+    "latin",
+    "cyrillic",
+    "greek",
+    "cjk",
+    "hiragana",
+    "katakana",
+    "hangul",
+    "arabic",
+    "hebrew",
+    "thai",
+]
+"""How the Unicode names of a script's letters begin."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
@@ -78,7 +92,34 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(Common, Engine):
+class Filters:
+    """What becomes of sampled responses (search/filters.py); may change without sampling again."""
+
+    easy_query_threshold: float = 1.0
+    """Problems of which a larger share of the responses is right are left out (ms-swift's name)."""
+    hard_query_threshold: float = 0.0
+    """Problems of which a smaller share is right are left out."""
+    prm_threshold: float | None = None
+    """Responses with a lower process score are left out; None keeps all (ms-swift's name)."""
+    scripts: list[Script] = field(default_factory=list)
+    """Scripts that the prose of a response may be written in; none given: any."""
+    min_script_ratio: float = 0.9
+    """Share of its letters, outside formulas, that must be in these scripts."""
+    min_row_tokens: int = 0
+    """Rows whose response has fewer tokens than this are left out."""
+    max_row_tokens: int = 8192
+    """Rows whose response has more tokens than this are left out (PAPER §1: cutoff)."""
+    custom_filter: str | None = None
+    """module:function, called with a scored response as a dict; those it returns False on go."""
+    max_similarity: float = 1.0
+    """Of two responses whose word trigrams have a Jaccard index as high as this only the better one
+    stays; 1 drops those made of the same phrases."""
+    n_best_to_keep: int = 5
+    """Responses kept per problem (ms-swift's name and default)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(Common, Engine, Filters):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
     train_file: str
@@ -112,9 +153,7 @@ class SearchConfig(Common, Engine):
     min_shared_steps: int = 0
     """Steps that the right and the wrong path of a pair must share."""
     max_repeats: int = 2
-    """A path with a sentence occurring more often than this is left out."""
-    max_row_tokens: int = 8192
-    """Rows whose response has more text than this are left out (PAPER §1: cutoff)."""
+    """A path or response with a sentence occurring more often than this is left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Pair choice, cross verification, branch merging and the filters, on trees built by hand."""
+"""Pair choice, cross verification and branch merging, on trees built by hand."""
 
 import asyncio
 
@@ -8,7 +8,6 @@ from rftt.functions import ACTS, FunctionIds, ask_verify, render
 from rftt.rewards.grader import extract
 from rftt.schema import Problem, Step
 from rftt.search.curate import Rules, choose_pair, curate, disjoint_correct, traces
-from rftt.search.filters import follows_grammar, leaks, mentions, repeats
 from rftt.search.mcts import Choice, Tree
 
 PROBLEM = Problem("p", "Eva has 19 pens, triples them, sells 3. How many?", "54")
@@ -164,15 +163,3 @@ def test_invariant_every_row_renders_to_a_response_of_whole_segments():
         spans, covered = parse(response, ids)
         assert covered == len(response)
         assert [span.act for span in spans] == [s["act"] for s in row["steps"]]
-
-
-def test_filters():
-    assert repeats([Step("next_step", "So. So. On."), Step("next_step", "so.")]) == 3
-    assert follows_grammar(["analysis", "next_step", "verify", "refine", "next_step", "output"])
-    assert not follows_grammar(["direct_answer", "output"])
-    assert not follows_grammar(["analysis", "output"])
-    assert mentions("it is 7.", "7")
-    assert mentions("(x-1)(x+1) holds", "(x-1)(x+1)")
-    assert not mentions("it is 17 or 7.5", "7")
-    assert leaks("so 7", "7", "we had 6")
-    assert not leaks("so 7", "7", "we had 7 before")

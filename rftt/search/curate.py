@@ -47,7 +47,7 @@ def quality(trace: Trace) -> tuple[float, int, int]:
     """Higher is better: mean process score; without a PRM few repeats, then short (PAPER §1)."""
     scores = [step.score for step in trace.steps if step.score is not None]
     mean = sum(scores) / len(scores) if scores else 0.0
-    return mean, -repeats(trace.steps), -len(visible(trace.steps))
+    return mean, -repeats(step.text for step in trace.steps), -len(visible(trace.steps))
 
 
 def shared(one: Trace, other: Trace) -> int:
@@ -130,7 +130,7 @@ async def curate(
     for trace in traces(tree, problem):
         if not follows_grammar([step.act for step in trace.steps]):
             counts["path_against_grammar"] += 1
-        elif repeats(trace.steps) > rules.max_repeats:
+        elif repeats(step.text for step in trace.steps) > rules.max_repeats:
             counts["path_repeats"] += 1
         else:
             usable.append(trace)
