@@ -11,7 +11,8 @@ from PIL import Image
 
 from rftt.functions import ACTS
 from rftt.schema import UserError
-from rftt.watch.report import Run, draw_curves, draw_search, main, write_report
+from rftt.watch.report import draw_curves, draw_search, main, write_report
+from rftt.watch.run import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -140,7 +141,7 @@ def test_plots_oracle_draw_the_numbers_of_the_files(tmp_path: Path) -> None:
     summary = {"search": {"16": {"accuracy": 0.9, "low": 0.8, "high": 1.0, "tokens": 5}}}
     summary["search"]["2"] = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "tokens": 1}
     summary["maj@k"] = {"1": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "tokens": 2}}
-    run = Run("r", rows, summary, {}, [])
+    run = Run("r", Path(), rows, summary, {}, [], {}, [])
     figure = draw_curves([run], [("Reward", "", ("reward",)), ("KL", "", ("kl",))])
     assert figure is not None
     assert len(figure.axes) == 1  # no run has a KL

@@ -6,6 +6,7 @@ Every sampler is a coroutine that reads like the textbook for ONE problem; the e
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
@@ -28,7 +29,7 @@ from rftt.search.expand import (
     whole,
     with_answer,
 )
-from rftt.search.mcts import Choice, Tree, Value, grow
+from rftt.search.mcts import Choice, Node, Tree, Value, grow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,6 +184,12 @@ async def sample(
 
 def tree_record(tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The tree as JSON: what a reader, a picture or a test wants to know of each node."""
+
+    def prior(node: Node) -> float | None:
+        """π(act | parent); None where nobody knows it (phase 1)."""
+        known = tree.priors(node.parent) if node.parent else {}
+        return math.exp(known[node.act]) if node.act in known else None
+
     nodes = [
         {
             "id": node.id,
@@ -191,6 +198,8 @@ def tree_record(tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase
             "text": (node.step.text or decode(tokenizer, node.step.token_ids)) if node.step else "",
             "visits": node.visits,
             "q": node.q,
+            "prior": prior(node),
+            "score": node.step.score if node.step else None,
             "answer": node.step.answer if node.step else None,
             "terminal": node.terminal,
         }

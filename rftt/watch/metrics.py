@@ -95,7 +95,9 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
 
 
 def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A rollout as a person reads it."""
+    """A rollout as a person reads it; a step has a text, an act and a reward."""
+    starts = (0, *(end + 1 for end in rollout.step_ends))
+    spans = zip(starts, rollout.step_ends, strict=False)
     return {
         "id": rollout.problem.id,
         "question": rollout.problem.question,
@@ -104,6 +106,7 @@ def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
         "answer": rollout.answer,
         "outcome": rollout.outcome,
         "acts": rollout.acts,
+        "steps": [tokenizer.decode(list(rollout.response_ids[a : b + 1])) for a, b in spans],
         "step_rewards": rollout.step_rewards,
         "finish": rollout.finish,
     }

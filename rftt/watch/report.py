@@ -1,72 +1,39 @@
-"""report.md and plots/*.png of one run, or of several side by side.
+"""report.html, report.md and plots/*.png of one run, or of several side by side.
 
     python -m rftt.watch.report <run> [<run> …] [--out folder]
 
 Reads what the scripts left in their run directories (metrics.jsonl, eval/summary.json, stats.json,
-samples/) and changes none of it. The curves are the paper's four panels, then the health of the
-learner, the acts, and accuracy over search simulations. What a run lacks is left out and named.
+samples/, trees/) and changes none of it; every tree gets a page beside its JSON. The curves are the
+paper's four panels, then the health of the learner, the acts, and accuracy over search simulations.
+What a run lacks is left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rftt.functions import ACTS
 from rftt.schema import UserError
 from rftt.watch.log import number, say
+from rftt.watch.page import write_page
+from rftt.watch.run import CURVES, Panel, Row, Run, missing, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = dict[str, Any]
-Panel = tuple[str, str, tuple[str, ...]]
-
-CURVES: dict[str, tuple[Panel, ...]] = {
-    "curves": (
-        ("Response length", "tokens", ("response_length",)),
-        ("Accuracy", "share right", ("accuracy", "eval/greedy")),
-        ("Reward", "per rollout", ("reward",)),
-        ("KL to the reference", "nats per token", ("kl",)),
-    ),
-    "health": (
-        ("Entropy", "nats per token", ("entropy",)),
-        ("Clipped", "share of tokens", ("clip_share",)),
-        ("Engine against trainer", "KL, nats per token", ("mismatch_kl",)),
-        ("Rollouts cut off", "share", ("truncated_share",)),
-    ),
-    "loss": (("Loss", "nats per token", ("loss", "eval_loss")),),
-}
-"""Figure -> panels (title, unit, keys of metrics.jsonl); a panel that no run has is left out."""
 FINAL = tuple(key for panels in CURVES.values() for _, _, keys in panels for key in keys)
 N_SAMPLES = 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run directory holds; empty where it holds nothing."""
-
-    name: str
-    metrics: list[Row]
-    summary: Row
-    stats: Row
-    samples: list[Row]
-
-    def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, where it has one."""
-        rows = [row for row in self.metrics if row.get(key) is not None]
-        return [row["step"] for row in rows], [row[key] for row in rows]
+"""How many of a run's last rollouts are shown."""
 
 
 def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
-    """Write `out`/report.md and `out`/plots/*.png; returns the report's path."""
+    """Write `out`/report.html, report.md and plots/*.png; returns the path of report.md."""
     runs = [read_run(name, path) for name, path in run_dirs.items()]
     (out / "plots").mkdir(parents=True, exist_ok=True)
     lines = [f"# {', '.join(run_dirs)}", ""]
@@ -83,40 +50,9 @@ def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
     lines += ["## Left out", "", *(f"- {run.name}: {missing(run)}" for run in runs)]
     report = out / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tables = {title: table_rows({run.name: f(run) for run in runs}) for title, f in TABLES.items()}
+    write_page(runs, tables, out, n_samples=N_SAMPLES)
     return report
-
-
-# ---- Reading ----
-
-
-def read_run(name: str, path: Path) -> Run:
-    """Raises UserError where there is no such directory."""
-    if not path.is_dir():
-        raise UserError(f"run directory {path} does not exist.")
-    samples = max(path.glob("samples/step_*.jsonl"), default=path / "none")
-    return Run(
-        name=name,
-        metrics=whole_rows(path / "metrics.jsonl"),
-        summary=read_json(path / "eval" / "summary.json"),
-        stats=read_json(path / "stats.json"),
-        samples=whole_rows(samples),
-    )
-
-
-def whole_rows(path: Path) -> list[Row]:
-    """Rows of a file that may still be written to: its last line counts once it is whole."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
-
-
-def read_json(path: Path) -> Row:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def missing(run: Run) -> str:
-    parts = {"metrics.jsonl": run.metrics, "eval/summary.json": run.summary}
-    parts |= {"stats.json": run.stats, "samples/": run.samples}
-    return ", ".join(part for part, content in parts.items() if not content) or "nothing"
 
 
 # ---- Tables: a run's cells by column; columns that no run has do not appear ----
@@ -166,13 +102,21 @@ TABLES: dict[str, Callable[[Run], dict[str, str]]] = {
 }
 
 
-def table(title: str, cells: Mapping[str, dict[str, str]]) -> list[str]:
-    """Markdown lines, a row per run; none where no run has a cell."""
+def table_rows(cells: Mapping[str, dict[str, str]]) -> list[list[str]]:
+    """The head, then a row per run; empty where no run has a cell."""
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    rows = [["run", *columns], ["---"] * (len(columns) + 1)]
-    rows += [[name, *(row.get(c, "") for c in columns)] for name, row in cells.items() if row]
+    rows = [[name, *(row.get(c, "") for c in columns)] for name, row in cells.items() if row]
+    return [["run", *columns], *rows] if columns else []
+
+
+def table(title: str, cells: Mapping[str, dict[str, str]]) -> list[str]:
+    """Markdown lines; none where no run has a cell."""
+    rows = table_rows(cells)
+    if not rows:
+        return []
+    rows.insert(1, ["---"] * len(rows[0]))
     lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
-    return [f"## {title}", "", *lines, ""] if columns else []
+    return [f"## {title}", "", *lines, ""]
 
 
 def sample_lines(row: Row) -> list[str]:
