@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# A whole recipe on real data: bash runs/recipe.sh configs/qwen2.5-7b data/math_train.jsonl data/math500.jsonl
+# GPUS=8 by default. Each script continues after an interruption: run the same line again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+C=${1:?folder of configs, such as configs/qwen2.5-7b} OUT=outputs/$(basename "$1")
+TRAIN=${2:?JSONL of training problems with gold answers} TEST=${3:?JSONL of test problems}
+BASE=$(sed -n 's/^model_name_or_path: //p' "$C/sft.yaml") GPUS=${GPUS:-8}
+
+python search.py "$C/search.yaml" train_file="$TRAIN"
+torchrun --nproc_per_node "$GPUS" train_sft.py "$C/sft.yaml"
+torchrun --nproc_per_node "$GPUS" train_rl.py "$C/rl.yaml" train_file="$TRAIN" eval_file="$TEST"
+ASK='Please reason step by step, and put your final answer within \boxed{}.'
+# The instruct model speaks no functional tokens: it is asked for a box, and does not search.
+python evaluate.py "$C/evaluate.yaml" model_name_or_path="$BASE" eval_file="$TEST" \
+  output_dir="$OUT/eval-base" "simulations=[]" "system_prompt=$ASK"
+for stage in sft rl; do
+  python evaluate.py "$C/evaluate.yaml" model_name_or_path="$OUT/$stage/hf" eval_file="$TEST" \
+    output_dir="$OUT/eval-$stage"
+done
+python -m rftt.watch.report "$OUT/rl" "$OUT"/eval-*
