@@ -116,10 +116,13 @@ def train(cfg: RLConfig, world: World) -> None:
         # 2. Score: how good was every token?
         n_minibatches = max(1, round(len(rollouts) / cfg.train_batch_size))
         sizes = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
-        minibatches = deal(sizes, n_minibatches, seed_for(cfg.seed, "deal", step), world)
+        groups = [rollout.group for rollout in rollouts] if cfg.packing == "tree" else None
+        minibatches = deal(sizes, n_minibatches, seed_for(cfg.seed, "deal", step), world, groups)
         own = [i for minibatch in minibatches for i in minibatch]
         batch = collate(
-            [rollouts[i] for i in own], mask_truncated=cfg.mask_truncated_completions
+            [rollouts[i] for i in own],
+            mask_truncated=cfg.mask_truncated_completions,
+            tree=cfg.packing == "tree",
         ).to(world.device)
         n_tokens = world.sum(float(batch.n_actions))
         batch = score_tokens(cfg, models, batch, vocabulary, world, scored)
@@ -141,6 +144,7 @@ def train(cfg: RLConfig, world: World) -> None:
 
         # 4. Look: numbers, examples, a place to resume from.
         metrics |= rollout_metrics(rollouts)
+        metrics["saved_share"] *= n_tokens / metrics["tokens_trained"]  # per token, not per action
         metrics |= {"grad_norm": norms["policy"], "kl_coef": kl.coef}
         metrics["learning_rate"] = rates["policy"]
         if cfg.kl_target:
@@ -359,6 +363,7 @@ def rl_loss(
         weights=weights,
     )
     totals.add(mismatch | clipping | {"policy_loss": loss, "entropy": entropy.sum()})
+    totals.add({"saved_share": float(micro.n_saved())})
     if cfg.advantage_estimator == "grpo" and micro.ref_logprobs is not None:
         penalty = kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * mask
         loss = loss + kl_coef * penalty.sum()

@@ -268,6 +268,9 @@ class RLConfig(Common, Engine, Training):
     """Passes over the rollouts (PAPER §1)."""
     train_batch_size: int = 16
     """Rollouts per optimizer step over all ranks (PAPER §1: 16 steps of 16)."""
+    packing: Literal["flat", "tree"] = "flat"
+    """tree: tokens that a problem's rollouts share go through the models once; what is learnt is
+    the same. Pays where they share much and a minibatch holds several of a problem."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto continues from the newest whole checkpoint in output_dir."""
 

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class Batch:
     returns: Tensor | None = None
     forced: Tensor | None = None
     """(T,) bool: openers that the tree chose, not the policy."""
+    group: Tensor | None = None
+    """(T,) int64: the problem. Tree packing keeps a problem's documents in one microbatch."""
     tree: bool = False
     """Shared prefixes go through the model once (tree.py); results are the same."""
 
@@ -111,20 +113,29 @@ class Batch:
         return groups
 
     def _tree_microbatches(self, max_tokens: int) -> list[list[int]]:
-        """Neighbours in prefix order together; a shared token counts once."""
+        """Neighbours in prefix order together, a problem cut in two only where it must be.
+
+        A shared token counts once.
+        """
         groups: list[list[int]] = []
         room = 0
-        for document, shared in zip(*prefix_order(self.input_ids, self.lengths), strict=True):
-            if not groups or self.lengths[document] - shared > room:
-                groups.append([])
-                room, shared = max_tokens, 0
-            groups[-1].append(document)
-            room -= self.lengths[document] - shared
+        problem = self.document if self.group is None else self.group
+        problems = problem[self.starts[:-1].to(problem.device)].tolist()
+        in_order = zip(*prefix_order(self.input_ids, self.lengths), strict=True)
+        for _, run in groupby(in_order, key=lambda item: problems[item[0]]):
+            paths = [(document, self.lengths[document] - shared) for document, shared in run]
+            fits = sum(new for _, new in paths) <= room
+            for document, new in paths:
+                if not fits or new > room:
+                    groups.append([])
+                    room, new, fits = max_tokens, self.lengths[document], True
+                groups[-1].append(document)
+                room -= new
         return groups
 
-    def saved_share(self) -> float:
-        """Share of the tokens that tree packing does not compute again."""
-        return sum(prefix_order(self.input_ids, self.lengths)[1]) / len(self.input_ids)
+    def n_saved(self) -> int:
+        """Tokens that tree packing does not compute again."""
+        return sum(prefix_order(self.input_ids, self.lengths)[1]) if self.tree else 0
 
     def _map(self, function: Any) -> Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -133,7 +144,9 @@ class Batch:
         )
 
 
-def collate(rollouts: Sequence[Rollout], *, mask_truncated: bool = False) -> Batch:
+def collate(
+    rollouts: Sequence[Rollout], *, mask_truncated: bool = False, tree: bool = False
+) -> Batch:
     """Pack rollouts; step rewards land on the last token of their step.
 
     `mask_truncated` leaves out responses that ran into their budget: nobody knows their worth.
@@ -143,6 +156,7 @@ def collate(rollouts: Sequence[Rollout], *, mask_truncated: bool = False) -> Bat
     rewards: list[float] = []
     logprobs: list[float] = []
     forced: list[bool] = []
+    groups: list[int] = []
     for rollout in rollouts:
         n_prompt, n_response = len(rollout.prompt_ids), len(rollout.response_ids)
         _check(n_prompt, n_response, len(rollout.action_mask), rollout.problem.id)
@@ -160,6 +174,7 @@ def collate(rollouts: Sequence[Rollout], *, mask_truncated: bool = False) -> Bat
         rewards += [0.0] * n_prompt + reward
         logprobs += [0.0] * n_prompt + [*rollout.sampling_logprobs]
         forced += [False] * n_prompt + [*(rollout.forced or (False,) * n_response)]
+        groups += [rollout.group] * (n_prompt + n_response)
     lengths = tuple(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
     return Batch(
         torch.tensor(ids, dtype=torch.int64),
@@ -168,6 +183,8 @@ def collate(rollouts: Sequence[Rollout], *, mask_truncated: bool = False) -> Bat
         torch.tensor(rewards, dtype=torch.float32),
         torch.tensor(logprobs, dtype=torch.float32),
         forced=torch.tensor(forced, dtype=torch.bool),
+        group=torch.tensor(groups, dtype=torch.int64),
+        tree=tree,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from random import Random
 
 import torch
@@ -78,18 +79,35 @@ def count_skipped(norms: Mapping[str, float], before: int, step: int, limit: int
     return skipped
 
 
-def deal(sizes: Sequence[int], n_minibatches: int, seed: int, world: World) -> list[list[int]]:
+def deal(
+    sizes: Sequence[int],
+    n_minibatches: int,
+    seed: int,
+    world: World,
+    groups: Sequence[int] | None = None,
+) -> list[list[int]]:
     """This rank's share of each minibatch of a shuffled batch, long and short ones evenly.
 
-    The minibatches themselves do not depend on the number of ranks.
+    With `groups` (tree packing) those of one group stay on one rank, but for one cut per rank. The
+    minibatches themselves depend on neither, nor on the number of ranks: they are what is learnt.
     """
     order = list(range(len(sizes)))
     Random(seed).shuffle(order)
     minibatches = [order[i::n_minibatches] for i in range(n_minibatches)]
+    if groups is not None:
+        return [_run(sorted(m, key=groups.__getitem__), sizes, world) for m in minibatches]
     return [
         sorted(minibatch, key=lambda i: (-sizes[i], i))[world.rank :: world.size]
         for minibatch in minibatches
     ]
+
+
+def _run(order: list[int], sizes: Sequence[int], world: World) -> list[int]:
+    """This rank's run of `order`: neighbours stay together, and sizes add up to about as much."""
+    ends = list(accumulate(sizes[i] for i in order))
+    middles = [(end - sizes[i] / 2) / ends[-1] for i, end in zip(order, ends, strict=True)]
+    share = [int(middle * world.size) for middle in middles]
+    return [i for i, rank in zip(order, share, strict=True) if rank == world.rank]
 
 
 class Totals:

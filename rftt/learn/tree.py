@@ -37,7 +37,7 @@ def prefix_order(input_ids: Tensor, lengths: Sequence[int]) -> tuple[list[int], 
     documents = [ids.numpy() for ids in input_ids.cpu().split(list(lengths))]
     keys = [ids.astype(">u4").tobytes() for ids in documents]
     order = sorted(range(len(documents)), key=keys.__getitem__)
-    shared = [0]
+    shared = [0][: len(order)]
     for before, here in pairwise(order):
         n = min(lengths[before], lengths[here])
         differs = documents[before][:n] != documents[here][:n]
