@@ -38,7 +38,9 @@ def main(cfg: EvalConfig) -> None:
         audit_grader(cfg, out / "eval" / "audit.json")
         return
     check_same_run(out / "config.yaml", asdict(cfg))
-    problems = load_problems(cfg.eval_file, limit=cfg.max_problems)
+    problems = load_problems(
+        cfg.eval_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
+    )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     speaks = bool(cfg.simulations) or has_function_tokens(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=True)
@@ -118,7 +120,9 @@ def audit_grader(cfg: EvalConfig, file: Path) -> None:
     """How far the rewards of a data set can be trusted, before a run is spent on it."""
     from rftt.watch.log import say
 
-    problems = load_problems(cfg.eval_file, limit=cfg.max_problems, graded=False)
+    problems = load_problems(
+        cfg.eval_file, limit=cfg.max_problems, graded=False, keys=(cfg.prompt_key, cfg.answer_key)
+    )
     found = audit([problem.answer or "" for problem in problems])
     write_json(file, found)
     unread, words = len(found["unusable"]), len(found["words"])

@@ -39,7 +39,9 @@ def main(cfg: SearchConfig) -> None:
 
     out = Path(cfg.output_dir)
     check_same_run(out / "config.yaml", asdict(cfg))
-    problems = load_problems(cfg.train_file, limit=cfg.max_problems)
+    problems = load_problems(
+        cfg.train_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
+    )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     log = RunLog(out, asdict(cfg), enabled=True)
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))

@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rftt.cli import cli
+from rftt.cli import STOPPED, cli, stop_on_sigterm
 from rftt.config import RLConfig
 from rftt.data import (
     decode,
@@ -63,13 +63,15 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.learn.setup import build_models, checkpoint_to_resume, rate_at
     from rftt.learn.step import Totals, count_skipped, deal, update
     from rftt.search.expand import speaker
+    from rftt.search.samplers import check_warm
     from rftt.watch.log import Clock, RunLog
     from rftt.watch.metrics import readable, rollout_metrics
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world, cfg.resume_from_checkpoint)
-    problems = load_problems(cfg.train_file)
-    eval_problems = load_problems(cfg.eval_file or cfg.train_file, limit=cfg.max_eval_problems)
+    keys, eval_file = (cfg.prompt_key, cfg.answer_key), cfg.eval_file or cfg.train_file
+    problems = load_problems(cfg.train_file, keys=keys)
+    eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     speaks = cfg.sampling_method == "mcts" or has_function_tokens(tokenizer)
     ids = function_ids(tokenizer) if speaks else None
@@ -84,8 +86,10 @@ def train(cfg: RLConfig, world: World) -> None:
         extra = restore(checkpoint, modules, optimizers, world)
         first_step, spent = extra["step"], extra["tokens_generated"]
         kl = replace(kl, coef=extra["kl_coef"])
+    elif cfg.sampling_method == "mcts" and not cfg.allow_cold_start:
+        asyncio.run(check_warm(policy, problems[:8], cfg.system_prompt))
     log.rewind(first_step)
-    skipped = 0  # updates in a row whose gradient was not finite
+    skipped, stop = 0, stop_on_sigterm()  # updates in a row whose gradient was not finite
     stream = shuffled_epochs(len(problems), cfg.seed)
     order = list(islice(stream, cfg.max_steps * cfg.rollout_batch_size))
 
@@ -155,7 +159,8 @@ def train(cfg: RLConfig, world: World) -> None:
             one_per_group = {rollout.group: rollout for rollout in rollouts}.values()
             examples = [readable(rollout, tokenizer) for rollout in list(one_per_group)[:4]]
             write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", examples)
-        if due or step + 1 == cfg.max_steps or spent >= budget:
+        stopped = world.max(float(stop.is_set())) > 0
+        if due or stopped or step + 1 == cfg.max_steps or spent >= budget:
             save(
                 out,
                 step + 1,
@@ -167,6 +172,8 @@ def train(cfg: RLConfig, world: World) -> None:
                 keep=cfg.save_total_limit,
                 dtype=cfg.dtype,
             )
+        if stopped:
+            raise SystemExit(STOPPED)
     export_hf(models["policy"], tokenizer, out / "hf", world, cfg.dtype)
     world.barrier()
     engine.close()

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
-from rftt.cli import cli
+from rftt.cli import STOPPED, cli, stop_on_sigterm
 from rftt.config import SFTConfig
 from rftt.data import SFTExample, load_rows, load_tokenizer, shuffled_epochs
 from rftt.functions import add_function_tokens
@@ -60,7 +60,7 @@ def train(cfg: SFTConfig, world) -> None:
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, {"policy": model}, {"policy": optimizer}, world)["step"]
-        log.rewind(first_step)
+    log.rewind(first_step)
 
     n_rows = round(len(train_rows) * cfg.num_train_epochs)
     total_steps = math.ceil(n_rows / cfg.train_batch_size)
@@ -83,7 +83,7 @@ def train(cfg: SFTConfig, world) -> None:
         loss = world.sum(float(sft_loss(token_losses, batch.action_mask)))
         return loss / world.sum(float(batch.n_actions))
 
-    skipped = 0
+    skipped, stop = 0, stop_on_sigterm()
     for step in range(first_step, total_steps):
         picked = order[step * cfg.train_batch_size : (step + 1) * cfg.train_batch_size]
         batch = my_share([train_rows[i] for i in picked])
@@ -108,7 +108,8 @@ def train(cfg: SFTConfig, world) -> None:
         if eval_rows and (done == total_steps or (cfg.eval_steps and done % cfg.eval_steps == 0)):
             metrics["eval_loss"] = evaluation_loss()
         log.step(step, metrics, ["loss", "eval_loss", "grad_norm"], total=total_steps)
-        if done == total_steps or (cfg.save_steps and done % cfg.save_steps == 0):
+        stopped = world.max(float(stop.is_set())) > 0
+        if stopped or done == total_steps or (cfg.save_steps and done % cfg.save_steps == 0):
             modules, optimizers = {"policy": model}, {"policy": optimizer}
             save(
                 out,
@@ -121,6 +122,8 @@ def train(cfg: SFTConfig, world) -> None:
                 keep=cfg.save_total_limit,
                 dtype=cfg.dtype,
             )
+        if stopped:
+            raise SystemExit(STOPPED)
     export_hf(model, tokenizer, out / "hf", world, cfg.dtype)
     log.info(f"model in {out / 'hf'}")
 
@@ -136,6 +139,7 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[SFTExample], list[SFTExam
             mask_wrong=cfg.mask_wrong,
             functional=cfg.functional_tokens,
             max_length=cfg.max_length,
+            prompt_key=cfg.prompt_key,
         )
 
     rows, too_long = read(cfg.train_file)

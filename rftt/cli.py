@@ -10,7 +10,9 @@ import ast
 import difflib
 import inspect
 import os
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -28,11 +30,13 @@ MAY_BE_ZERO = (
     "min_row_tokens",
 )
 """Every other whole number counts something of which there must be one at least."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a script that SIGTERM has stopped; started again, it goes on."""
 FREE_TO_CHANGE = (
     *("device", "problems_in_flight", "max_num_seqs", "gpu_memory_utilization"),
     *("max_tokens_per_microbatch", "gradient_checkpointing", "fsdp_cpu_offload", "report_to"),
     *("save_steps", "save_total_limit", "eval_steps", "max_eval_problems"),
-    *("max_generated_tokens", "resume_from_checkpoint", "output_dir"),
+    *("max_generated_tokens", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
 )
 """Keys that a continued run may change: place, budget, speed and what it shows, not results."""
 
@@ -65,7 +69,11 @@ def load_config(schema: type[C], argv: Sequence[str]) -> C:
 
 
 def cli(main: Callable[[C], None], schema: type[C]) -> None:
-    """Run a script: `--help` lists the fields; a UserError becomes one line and exit code 2."""
+    """Run a script: `--help` lists the fields; a UserError becomes one line and exit code 2.
+
+    So does memory that runs out. SIGTERM ends the script at once (what is in a journal is done),
+    unless it has called `stop_on_sigterm`.
+    """
     # Before torch and transformers are imported: no bars for files, no notes on NUMA.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -73,11 +81,33 @@ def cli(main: Callable[[C], None], schema: type[C]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(describe(schema))
         raise SystemExit(0 if argv else 2)
+    signal.signal(signal.SIGTERM, _exit_now)
     try:
         main(load_config(schema, argv))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:  # torch, which is not imported here, has its own
+        known = ("out of memory", "can't allocate memory")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in known):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        sys.stderr.write(
+            "error: not enough memory; set gradient_checkpointing or fsdp_cpu_offload: true, or a "
+            f"smaller max_tokens_per_microbatch or max_num_seqs, and see rftt.doctor ({reason}).\n"
+        )
+        raise SystemExit(2) from None
+
+
+def stop_on_sigterm() -> threading.Event:
+    """From now on SIGTERM only sets this event: a loop ends after its step, with a checkpoint."""
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return asked
+
+
+def _exit_now(_signal: int, _frame: object) -> None:
+    raise SystemExit(STOPPED)
 
 
 def check_same_run(config_file: Path, config: dict[str, Any]) -> None:

@@ -43,6 +43,14 @@ class Common:
     asks with instructions of its own."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model folder."""
+    prompt_key: str | None = None
+    """Field of the data that holds the question, where it has none of the usual names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graded:
+    answer_key: str | None = None
+    """Field of the data that holds the gold answer, where it has none of the usual names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +95,8 @@ class Training:
     """A checkpoint every so many steps, and at the end; 0 keeps only the end."""
     save_total_limit: int = 2
     """Checkpoints kept."""
+    overwrite_output_dir: bool = False
+    """Forget the checkpoints in output_dir and start over, each time the script is started."""
     report_to: list[str] = field(default_factory=list)
     """Any of tensorboard, wandb; metrics.jsonl is always written."""
 
@@ -119,7 +129,7 @@ class Filters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(Common, Engine, Filters):
+class SearchConfig(Common, Graded, Engine, Filters):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
     train_file: str
@@ -181,7 +191,7 @@ class SFTConfig(Common, Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(Common, Engine, Training):
+class RLConfig(Common, Graded, Engine, Training):
     """train_rl.py: online RL whose explorer is a tree search over functional tokens (phase 2)."""
 
     train_file: str
@@ -273,6 +283,8 @@ class RLConfig(Common, Engine, Training):
     the same. Pays where they share much and a minibatch holds several of a problem."""
     resume_from_checkpoint: Literal["auto", "never"] = "auto"
     """auto continues from the newest whole checkpoint in output_dir."""
+    allow_cold_start: bool = False
+    """mcts: start although the model does not open its responses with functional tokens."""
 
     def __post_init__(self) -> None:
         rollouts = self.rollout_batch_size * self.num_generations
@@ -296,7 +308,7 @@ class RLConfig(Common, Engine, Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Common, Engine):
+class EvalConfig(Common, Graded, Engine):
     """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
 
     eval_file: str

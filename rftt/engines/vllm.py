@@ -166,7 +166,10 @@ class VLLMEngine:
             raise UserError(f"load_weights: vLLM refused {last[0]}: {error!r}.") from error
         own: dict[str, Tensor] = self._apply(lambda model: dict(model.named_parameters()))
         if missing := set(own) - loaded:
-            raise UserError(f"load_weights: {', '.join(sorted(missing))} never came.")
+            raise UserError(
+                f"load_weights: {', '.join(sorted(missing))} never came: the engine is a step "
+                "behind; set engine=hf."
+            )
         stored = sum(map(checksum, own.values()))
         if abs(stored - came[0]) > 1e-9 * stored:
             raise UserError(f"load_weights: checksum {stored} of the engine, {came[0]} came.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,19 @@ def checkpoint_to_resume(
     out = Path(cfg.output_dir)
     if cfg.train_batch_size < world.size:
         raise UserError(
-            f"train_batch_size {cfg.train_batch_size} leaves some of {world.size} ranks idle."
+            f"train_batch_size {cfg.train_batch_size} leaves some of {world.size} ranks idle; "
+            f"use at least {world.size}."
         )
     checkpoint = latest(out)
+    world.barrier()  # all ranks have looked
+    if cfg.overwrite_output_dir:
+        if world.is_main:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        return None
     if checkpoint and resume == "never":
         raise UserError(
-            f"{out} has checkpoints; set resume_from_checkpoint: auto or use a new output_dir."
+            f"{out} has checkpoints; set resume_from_checkpoint: auto or "
+            "overwrite_output_dir: true, or use a new output_dir."
         )
     if checkpoint:
         check_same_run(out / "config.yaml", asdict(cfg))

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import accumulate
+from math import exp
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rftt.data import decode, encode_chat, question_messages
@@ -149,6 +151,22 @@ async def learned_tree(
     value = agreement() if problem.answer is None else graded(problem, text_of)
     await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
     return tree
+
+
+async def check_warm(ctx: Learned, problems: Sequence[Problem], system_prompt: str | None) -> None:
+    """Raise UserError where the policy does not open its responses with functional tokens."""
+
+    async def opened(problem: Problem) -> float:
+        prompt = encode_question(ctx, problem, system_prompt)
+        return sum(map(exp, (await root_act_logprobs(ctx, problem, prompt)).values()))
+
+    share = fmean(await for_each(problems, opened, in_flight=len(problems)))
+    if share < 0.5:
+        raise UserError(
+            f"{ctx.tokenizer.name_or_path} assigns {share:.3f} total probability to functional "
+            "tokens at the root (expected > 0.5). Start from an SFT checkpoint (train_sft.py) or "
+            "set allow_cold_start: true."
+        )
 
 
 def tree_rollouts(

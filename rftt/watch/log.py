@@ -7,6 +7,7 @@ hold a RunLog with `enabled=False`: same calls, no effect, so that no script ask
 
 from __future__ import annotations
 
+import fcntl
 import math
 import platform
 import shutil
@@ -19,7 +20,7 @@ from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -94,6 +95,7 @@ class RunLog:
             _check_available(name)
         if enabled:
             self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self._run_dir)
             _write_yaml(self._run_dir / "config.yaml", config)
             write_json(self._run_dir / "env.json", environment())
             self._metrics = Journal(self._run_dir / "metrics.jsonl")
@@ -151,6 +153,19 @@ class RunLog:
             yield bar
         finally:
             bar.close()
+
+
+def _locked(run_dir: Path) -> TextIO:
+    """An open file that nobody else has; however this process ends, the system lets go of it."""
+    file = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"{run_dir} is in use by another process; wait for it or use another output_dir."
+        ) from error
+    return file
 
 
 def number(value: float) -> str:

@@ -1,0 +1,242 @@
+"""Every mistake a user is likely to make, made for real through the scripts: one line that says
+what, where, and how to mend it; exit code 2; under torchrun from every rank, at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
+
+from rftt.cli import load_config
+from rftt.config import RLConfig
+from rftt.data import write_jsonl
+from rftt.functions import add_function_tokens
+from rftt.learn import distributed
+from rftt.tiny import build_tokenizer, make_tale
+from tests.conftest import ROOT, run
+
+pytestmark = pytest.mark.errors
+CONFIGS = {"search": "search", "train_sft": "sft", "train_rl": "rl", "evaluate": "evaluate"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random models (`speaks` has functional tokens, `base` has none) and eight problems."""
+    path = tmp_path_factory.mktemp("world")
+    for name in ("base", "speaks"):
+        tokenizer = build_tokenizer()
+        if name == "speaks":
+            add_function_tokens(tokenizer)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+        ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+        config = Qwen2Config(vocab_size=len(tokenizer), **sizes, **heads, **ends)  # type: ignore[arg-type]
+        Qwen2ForCausalLM(config).save_pretrained(path / name)
+        tokenizer.save_pretrained(path / name)
+    rng, seen = Random(0), set[str]()
+    tales = [make_tale(rng, seen) for _ in range(8)]
+    write_jsonl(
+        path / "train.jsonl", [{"problem": t.question, "answer": str(t.values[-1])} for t in tales]
+    )
+    return path
+
+
+def settings(script: str, world: Path, out: Path, *more: str) -> list[str]:
+    """Arguments of a small run of `script` on the random world; later ones win."""
+    model = world / ("base" if script in ("search", "train_sft") else "speaks")
+    data = "eval_file" if script == "evaluate" else "train_file"
+    small = {
+        "search": ["simulations=2", "max_problems=2", "max_completion_length=8"],
+        "train_sft": ["train_batch_size=2"],
+        "train_rl": ["rollout_batch_size=2", "num_generations=2", "train_batch_size=4",
+                     "max_steps=2", "max_completion_length=8", "allow_cold_start=true",
+                     f"eval_file={world / 'train.jsonl'}"],
+        "evaluate": ["num_samples=1", "simulations=[]", "max_completion_length=8"],
+    }  # fmt: skip
+    return [
+        str(ROOT / f"configs/tiny/{CONFIGS[script]}.yaml"), f"model_name_or_path={model}",
+        f"{data}={world / 'train.jsonl'}", f"output_dir={out}", *small[script], *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def fails(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., str]]:
+    """Run a script in this process; the one line it prints before it exits with 2."""
+    handler = signal.getsignal(signal.SIGTERM)
+    logging.disable_progress_bar()  # as cli.py does, before transformers is imported
+
+    def start(script: str, *more: str) -> str:
+        arguments = settings(script, world, tmp_path / "out", *more)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        errors = capfd.readouterr().err
+        assert stopped.value.code == 2, errors
+        assert errors.startswith("error: ")
+        assert errors.count("\n") == 1, errors
+        return errors
+
+    yield start
+    signal.signal(signal.SIGTERM, handler)
+    logging.enable_progress_bar()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def write(path: Path, *rows: dict[str, str]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+GOOD = {"problem": "1+1?", "answer": "2"}
+TEXT: dict[str, tuple[str, list[str], list[str]]] = {
+    "unknown key": ("train_rl", ["{bad}/rl.yaml"],
+        ["unknown key 'learing_rate'", "rl.yaml line 2", "Did you mean 'learning_rate'?"]),
+    "wrong choice": ("train_rl", ["advantage_estimator=ppo2"],
+        ["advantage_estimator='ppo2'", "is not one of ppo, reinforce++, grpo", "command line"]),
+    "wrong type": ("train_rl", ["max_steps=many"], ["max_steps='many' is not a int"]),
+    "incompatible": ("train_rl", ["num_generations=1", "train_batch_size=2"],
+        ["num_generations=1", "zero advantages with grpo", "use at least 2"]),
+    "batch not divisible": ("train_rl", ["train_batch_size=3"],
+        ["rollout_batch_size 2 x num_generations 2 = 4", "train_batch_size 3", "nearest: 2, 4."]),
+    "unsafe sampling": ("train_rl", ["top_p=0.9"],
+        ["top_p=0.9", "biases the policy ratio", "set top_p: 1.0"]),
+    "missing file": ("search", ["train_file={bad}/none.jsonl"], ["none.jsonl", "does not exist"]),
+    "empty file": ("train_sft", ["train_file={bad}/empty.jsonl"], ["empty.jsonl", "has 0 rows"]),
+    "broken line": ("evaluate", ["eval_file={bad}/broken.jsonl"], ["broken.jsonl:2", "not JSON"]),
+    "missing field": ("search", ["train_file={bad}/field.jsonl"],
+        ["field.jsonl:2 has no 'problem'", "(found: exercise, idx)", "Set prompt_key: exercise."]),
+    "missing field of a row": ("train_sft", ["train_file={bad}/field.jsonl"],
+        ["field.jsonl:1 has neither 'steps' nor 'response'", "search.py writes such rows"]),
+    "unparsable gold": ("train_rl", ["train_file={bad}/gold.jsonl"],
+        ["2 of 3 rows have no gold answer", "gold.jsonl:2", "set answer_key: worked."]),
+    "no model": ("search", ["model_name_or_path={bad}/nowhere"],
+        ["model_name_or_path", "nowhere", "neither a folder with a tokenizer nor a hub model"]),
+    "no chat template": ("evaluate", ["model_name_or_path={bad}/mute"],
+        ["mute", "has no chat template", "use an instruct model"]),
+    "tokens not single ids": ("train_rl", ["model_name_or_path={world}/base"],
+        ["functional token '<clarify>' encodes to", "base", "train_sft.py first"]),
+    "checkpoint and vocabulary": ("train_rl", ["model_name_or_path={bad}/short"],
+        ["ids, its embedding", "short", "saved without resized embeddings"]),
+    "no warm-up": ("train_rl", ["allow_cold_start=false"],
+        ["total probability to functional tokens", "speaks", "set allow_cold_start: true"]),
+    "doubled BOS": ("evaluate", ["model_name_or_path={bad}/doubled"],
+        ["two BOS tokens", "doubled", "take the other out"]),
+    "not enough memory": ("evaluate", ["max_num_seqs=1000000000000"],
+        ["not enough memory", "max_num_seqs", "rftt.doctor"]),
+    "prompt too long": ("evaluate", ["max_model_len=4"],
+        ["prompt tokens", "problem train-1", "max_model_len is 4"]),
+    "resume mismatch": ("train_rl", ["output_dir={bad}/begun", "kl_coef=0.5"],
+        ["was begun with kl_coef=0.01, now it is 0.5", "begun", "use a new output_dir"]),
+    "output exists": ("train_rl", ["output_dir={bad}/begun", "resume_from_checkpoint=never"],
+        ["has checkpoints", "begun", "overwrite_output_dir: true"]),
+    "output in use": ("evaluate", ["output_dir={bad}/taken"],
+        ["in use by another process", "taken", "another output_dir"]),
+}  # fmt: skip
+"""Situation -> script, arguments that provoke it, what the line must hold: what, where, the cure"""
+
+
+@pytest.fixture(scope="module")
+def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the table's arguments point at: files and folders with one fault each."""
+    path = tmp_path_factory.mktemp("bad")
+    (path / "rl.yaml").write_text("max_steps: 3\nlearing_rate: 1e-6\n")
+    write(path / "empty.jsonl")
+    write(path / "broken.jsonl", GOOD)
+    with open(path / "broken.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"problem": \n')
+    write(path / "field.jsonl", GOOD, {"exercise": "1+1?", "idx": "7"})
+    worked = {"problem": "1+1?", "answer": "", "worked": "1 and 1 is 2\n#### 2"}
+    write(path / "gold.jsonl", GOOD, worked, worked)
+    tokenizer = AutoTokenizer.from_pretrained(world / "speaks")
+    model = AutoModelForCausalLM.from_pretrained(world / "speaks")
+    for name in ("short", "doubled", "mute"):
+        rows = len(tokenizer) - (5 if name == "short" else 0)
+        model.resize_token_embeddings(rows)
+        model.save_pretrained(path / name)
+        template, bos = tokenizer.chat_template, tokenizer.bos_token
+        if name == "doubled":
+            tokenizer.bos_token = tokenizer.eos_token
+            tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + template
+        elif name == "mute":
+            tokenizer.chat_template = None
+        tokenizer.save_pretrained(path / name)
+        tokenizer.chat_template, tokenizer.bos_token = template, bos
+    begun = path / "begun"
+    (begun / "checkpoints/step_000001").mkdir(parents=True)
+    (begun / "checkpoints/step_000001/COMPLETE").touch()
+    cfg = load_config(RLConfig, settings("train_rl", world, begun))
+    (begun / "config.yaml").write_text(json.dumps(asdict(cfg)))
+    (path / "taken").mkdir()
+    with open(path / "taken/.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
+@pytest.mark.parametrize("situation", TEXT)
+def test_a_mistake_is_one_line_that_names_the_cure(
+    situation: str, world: Path, bad: Path, fails: Callable[..., str]
+) -> None:
+    script, arguments, pieces = TEXT[situation]
+    line = fails(script, *(argument.format(world=world, bad=bad) for argument in arguments))
+    assert [piece for piece in pieces if piece not in line] == [], line
+
+
+def test_vllm_that_is_missing_is_named(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "rftt.engines.vllm", raising=False)
+    line = fails("search", "engine=vllm")
+    assert "engine=vllm but vllm is not installed" in line
+    assert "set engine=hf" in line
+
+
+def test_an_engine_out_of_step_is_named(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = distributed.full_weights
+    lost = "model.norm.weight"
+    monkeypatch.setattr(
+        distributed, "full_weights", lambda model: (w for w in whole(model) if w[0] != lost)
+    )
+    assert f"load_weights: {lost} never came: the engine is a step behind" in fails("train_rl")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("situation", ["missing file", "no warm-up", "resume mismatch"])
+def test_every_rank_exits_at_once_with_the_same_line(
+    situation: str, world: Path, bad: Path, tmp_path: Path
+) -> None:
+    _, arguments, pieces = TEXT[situation]
+    more = [argument.format(world=world, bad=bad) for argument in arguments]
+    begin = time.monotonic()
+    done = run(
+        *("python", "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train_rl.py"),
+        *settings("train_rl", world, tmp_path / "out", *more),
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2, done.stderr
+    assert len(set(lines)) == 1
+    assert all(piece in lines[0] for piece in pieces)
+    assert "exitcode  : 2" in done.stderr
+    assert not [word for word in ("timed out", "Connection", "RuntimeError") if word in done.stderr]
+    assert time.monotonic() - begin < 60
