@@ -29,6 +29,7 @@ def test_a_run_starts_with_its_config_and_environment(tmp_path: Path) -> None:
     assert env["versions"]["torch"].startswith("2.")
     assert env["device"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock",
         "config.yaml",
         "env.json",
         "metrics.jsonl",
