@@ -162,16 +162,10 @@ def train(cfg: RLConfig, world: World) -> None:
         stopped = world.max(float(stop.is_set())) > 0
         if due or stopped or step + 1 == cfg.max_steps or spent >= budget:
             save(
-                out,
-                step + 1,
-                modules=modules,
-                optimizers=optimizers,
+                out, step + 1, modules=modules, optimizers=optimizers, world=world,
+                tokenizer=tokenizer, keep=cfg.save_total_limit, dtype=cfg.dtype,
                 extra={"kl_coef": kl.coef, "tokens_generated": spent},
-                world=world,
-                tokenizer=tokenizer,
-                keep=cfg.save_total_limit,
-                dtype=cfg.dtype,
-            )
+            )  # fmt: skip
         if stopped:
             raise SystemExit(STOPPED)
     export_hf(models["policy"], tokenizer, out / "hf", world, cfg.dtype)
