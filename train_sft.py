@@ -1,22 +1,24 @@
-"""Warm-up: offline training on curated rows until the policy speaks functional tokens (PAPER §1).
+"""Offline training: the warm-up on curated rows (PAPER §1), rejection sampling, DPO on pairs.
 
-    python train_sft.py configs/tiny/sft.yaml [key=value …]
+    python train_sft.py configs/tiny/sft.yaml [loss=sft|dpo] [key=value …]
     torchrun --nproc_per_node 8 train_sft.py configs/qwen2.5-7b/sft.yaml
 
 Only the response counts in the loss. Rows are packed without padding; one optimizer step is
-`train_batch_size` rows over all ranks, whatever the microbatches. The model goes to output_dir/hf.
+`train_batch_size` rows (DPO: pairs) over all ranks, whatever the microbatches. The reference of DPO
+is the model that training starts from. The model goes to output_dir/hf.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 from rftt.cli import STOPPED, cli, stop_on_sigterm
 from rftt.config import SFTConfig
-from rftt.data import SFTExample, load_rows, load_tokenizer, shuffled_epochs
+from rftt.data import Example, load_rows, load_tokenizer, shuffled_epochs
 from rftt.functions import add_function_tokens
 
 
@@ -32,11 +34,11 @@ def main(cfg: SFTConfig) -> None:
 def train(cfg: SFTConfig, world) -> None:
     import torch
 
-    from rftt.learn.batch import Batch, collate_rows
+    from rftt.learn.batch import Batch
     from rftt.learn.checkpoint import export_hf, restore, save
     from rftt.learn.distributed import shard
     from rftt.learn.model import add_function_rows, load_policy, token_logprobs
-    from rftt.learn.rl import sft_loss
+    from rftt.learn.offline import Sums, collate_examples, offline_loss, reference_logprobs
     from rftt.learn.setup import checkpoint_to_resume, optimizer_for, rate_at
     from rftt.learn.step import Totals, count_skipped, per_token, update
     from rftt.watch.log import RunLog
@@ -46,6 +48,7 @@ def train(cfg: SFTConfig, world) -> None:
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     new_tokens = add_function_tokens(tokenizer) if cfg.functional_tokens else []
     train_rows, eval_rows, too_long = read_rows(cfg, tokenizer)
+    rows = train_rows + eval_rows
     log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
 
     model = load_policy(
@@ -57,6 +60,14 @@ def train(cfg: SFTConfig, world) -> None:
     add_function_rows(model, tokenizer, new_tokens)
     shard(model, world, param_dtype=getattr(torch, cfg.dtype), cpu_offload=cfg.fsdp_cpu_offload)
     optimizer = optimizer_for(cfg, model, cfg.learning_rate)
+
+    def logprobs(batch: Batch):
+        return token_logprobs(model, batch, 1.0, len(tokenizer))[0]
+
+    reference: list[Sums] = [(0.0,)] * len(rows)
+    if cfg.loss == "dpo":  # before a checkpoint is read: the model is still the one it starts from
+        cache = out / "data" / "reference.jsonl"
+        reference = reference_logprobs(cache, rows, logprobs, cfg, world)
     first_step = 0
     if checkpoint:
         first_step = restore(checkpoint, {"policy": model}, {"policy": optimizer}, world)["step"]
@@ -70,47 +81,48 @@ def train(cfg: SFTConfig, world) -> None:
         f"{total_steps} steps from {first_step}"
     )
 
-    def logprobs(batch: Batch):
-        return token_logprobs(model, batch, 1.0, len(tokenizer))[0]
+    def my_share(picked: Sequence[int]) -> Batch:
+        size = {i: sum(len(p) + len(response) for p, response, _ in rows[i]) for i in picked}
+        mine = sorted(picked, key=lambda i: -size[i])[world.rank :: world.size]
+        examples, sums = [rows[i] for i in mine], [reference[i] for i in mine]
+        return collate_examples(examples, sums, each=len(rows[0])).to(world.device)
 
-    def my_share(rows: list[SFTExample]) -> Batch:
-        by_length = sorted(rows, key=lambda row: -len(row[0]) - len(row[1]))
-        return collate_rows(by_length[world.rank :: world.size]).to(world.device)
-
-    def evaluation_loss() -> float:
-        batch = my_share(eval_rows)
-        token_losses = per_token(logprobs, batch, cfg.max_tokens_per_microbatch, world)
-        loss = world.sum(float(sft_loss(token_losses, batch.action_mask)))
-        return loss / world.sum(float(batch.n_actions))
+    def evaluation() -> dict[str, float]:
+        batch, totals = my_share(range(len(train_rows), len(rows))), Totals()
+        values = per_token(logprobs, batch, cfg.max_tokens_per_microbatch, world)
+        loss, metrics = offline_loss(values, batch, cfg)
+        totals.add({"eval_loss": loss} | {f"eval_{key}": metrics[key] for key in metrics})
+        return totals.reduce(world, per=world.sum(float(batch.n_terms)))
 
     skipped, stop = 0, stop_on_sigterm()
     for step in range(first_step, total_steps):
         picked = order[step * cfg.train_batch_size : (step + 1) * cfg.train_batch_size]
-        batch = my_share([train_rows[i] for i in picked])
-        n_tokens = world.sum(float(batch.n_actions))  # over all ranks and microbatches
+        batch = my_share(picked)
+        n_terms = world.sum(float(batch.n_terms))  # over all ranks and microbatches
         totals = Totals()
 
         def loss_of(micro: Batch, totals: Totals = totals):
-            loss = sft_loss(logprobs(micro), micro.action_mask)
-            totals.add({"loss": loss})
+            loss, metrics = offline_loss(logprobs(micro), micro, cfg)
+            totals.add({"loss": loss} | metrics)
             return loss
 
         rates = {"policy": rate_at(cfg, cfg.learning_rate, step, total_steps)}
-        norms = update({"policy": model}, {"policy": optimizer}, rates, batch, loss_of, cfg, world)
+        modules, optimizers = {"policy": model}, {"policy": optimizer}
+        norms = update(modules, optimizers, rates, batch, loss_of, cfg, world)
         skipped = count_skipped(norms, skipped, step)
-        metrics = totals.reduce(world, per=n_tokens)
+        metrics = totals.reduce(world, per=n_terms)
         metrics |= {
             "grad_norm": norms["policy"],
             "learning_rate": rates["policy"],
-            "tokens": n_tokens,
+            "tokens": world.sum(float(batch.n_actions)),
         }
         done = step + 1
         if eval_rows and (done == total_steps or (cfg.eval_steps and done % cfg.eval_steps == 0)):
-            metrics["eval_loss"] = evaluation_loss()
-        log.step(step, metrics, ["loss", "eval_loss", "grad_norm"], total=total_steps)
+            metrics |= evaluation()
+        shown = ["loss", "dpo_accuracy", "eval_loss", "grad_norm"]
+        log.step(step, metrics, shown, total=total_steps)
         stopped = world.max(float(stop.is_set())) > 0
         if stopped or done == total_steps or (cfg.save_steps and done % cfg.save_steps == 0):
-            modules, optimizers = {"policy": model}, {"policy": optimizer}
             save(
                 out,
                 done,
@@ -128,13 +140,14 @@ def train(cfg: SFTConfig, world) -> None:
     log.info(f"model in {out / 'hf'}")
 
 
-def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[SFTExample], list[SFTExample], int]:
+def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], int]:
     """Training rows, rows for the evaluation loss, and how many were too long."""
 
-    def read(path: str) -> tuple[list[SFTExample], int]:
+    def read(path: str) -> tuple[list[Example], int]:
         return load_rows(
             path,
             tokenizer,
+            pairs=cfg.loss == "dpo",
             system_prompt=cfg.system_prompt,
             mask_wrong=cfg.mask_wrong,
             functional=cfg.functional_tokens,
@@ -142,14 +155,21 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[SFTExample], list[SFTExam
             prompt_key=cfg.prompt_key,
         )
 
+    def drawn(n_rows: int, n: float, seed: int) -> list[int]:
+        return list(islice(shuffled_epochs(n_rows, seed), int(n)))
+
     rows, too_long = read(cfg.train_file)
     if cfg.eval_file:
-        return rows, read(cfg.eval_file)[0], too_long
-    held_out = set(
-        islice(shuffled_epochs(len(rows), cfg.seed + 1), int(len(rows) * cfg.eval_ratio))
-    )
-    kept = [row for i, row in enumerate(rows) if i not in held_out]
-    return kept, [rows[i] for i in sorted(held_out)], too_long
+        held_out = read(cfg.eval_file)[0]
+    else:
+        chosen = set(drawn(len(rows), len(rows) * cfg.eval_ratio, cfg.seed + 1))
+        held_out = [rows[i] for i in sorted(chosen)]
+        rows = [row for i, row in enumerate(rows) if i not in chosen]
+    if cfg.mix_file:
+        more, more_too_long = read(cfg.mix_file)
+        rows = rows + [more[i] for i in drawn(len(more), len(rows) * cfg.mix_ratio, cfg.seed + 2)]
+        too_long += more_too_long
+    return rows, held_out, too_long
 
 
 if __name__ == "__main__":

@@ -168,10 +168,20 @@ class SearchConfig(Common, Graded, Engine, Filters):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(Common, Training):
-    """train_sft.py: offline training on curated rows (warm-up)."""
+    """train_sft.py: offline training on curated rows (warm-up) or on pairs of them (DPO)."""
 
     train_file: str
-    """JSONL of rows: question with steps, or question with response."""
+    """JSONL of rows: question with steps or response (sft), or with chosen and rejected (dpo)."""
+    loss: Literal["sft", "dpo"] = "sft"
+    """sft: cross-entropy; dpo: the chosen response against the rejected one (Rafailov 2023)."""
+    dpo_beta: float = 0.3
+    """Scale of a response's gain on the reference, the model that training started from."""
+    label_smoothing: float = 0.0
+    """dpo: the share of pairs that may be the wrong way round (cDPO)."""
+    mix_file: str | None = None
+    """More rows of the same kind, such as the original data, mixed in against forgetting."""
+    mix_ratio: float = 0.5
+    """Rows of mix_file per row of train_file; those of a small file come more than once."""
     eval_file: str | None = None
     """Rows for the evaluation loss; otherwise eval_ratio of the training rows."""
     eval_ratio: float = 0.05
@@ -188,6 +198,10 @@ class SFTConfig(Common, Training):
     """Keep the wrong branch of a merged row out of the loss."""
     eval_steps: int = 50
     """Optimizer steps between two evaluation losses; 0 is only at the end."""
+
+    def __post_init__(self) -> None:
+        smoothing = self.label_smoothing
+        _require(0 <= smoothing < 0.5, f"label_smoothing={smoothing} is not from 0 to below 0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)

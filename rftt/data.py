@@ -235,52 +235,68 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 # ---- Training rows ----
 
-SFTExample = tuple[list[int], list[int], list[bool]]
+Document = tuple[list[int], list[int], list[bool]]
 """prompt ids, response ids, which response tokens count in the loss"""
+Example = tuple[Document, ...]
+"""What a row trains on: one response, or the chosen and the rejected one of a pair (DPO)."""
 
 
 def load_rows(
     path: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    pairs: bool = False,
     system_prompt: str | None,
     mask_wrong: bool,
     functional: bool,
     max_length: int,
     prompt_key: str | None = None,
-) -> tuple[list[SFTExample], int]:
-    """Read SFT rows; returns examples and how many rows were left out for exceeding `max_length`.
+) -> tuple[list[Example], int]:
+    """Read SFT or DPO rows; returns examples and how many rows exceed `max_length`: those are out.
 
     A row is {"question", "steps": [{"act", "text"}, …]} or, for a plain chain of thought,
-    {"question", "response"}. `mask_wrong` leaves the steps marked `"wrong": true` out of the loss:
-    the model learns to mend a mistake without learning to make it. Without `functional` tokens the
-    same steps are written as plain lines: the control that shows what the tokens are worth.
+    {"question", "response"}; with `pairs` {"question", "chosen", "rejected"}, each of them steps or
+    text. `mask_wrong` leaves the steps marked `"wrong": true` out of the loss: the model learns to
+    mend a mistake without learning to make it. Without `functional` tokens the same steps are
+    written as plain lines: the control that shows what the tokens are worth.
     """
-    examples: list[SFTExample] = []
+    examples: list[Example] = []
     too_long = 0
     ids = function_ids(tokenizer) if functional else None
     for number, row in read_jsonl(path):
         question = _question(row, prompt_key, f"{path}:{number}")
         prompt = encode_chat(tokenizer, question_messages(question, system_prompt))
-        if "steps" in row:
-            response, mask = _encode_steps(row["steps"], tokenizer, ids, mask_wrong, path, number)
-        elif "response" in row:
-            response = tokenizer.encode(row["response"], add_special_tokens=False)
-            mask = [True] * len(response)
-        else:
-            raise UserError(
-                f"{path}:{number} has neither 'steps' nor 'response' (found: {', '.join(row)}); "
-                "search.py writes such rows to data/sft.jsonl."
-            )
-        response.append(eos_id(tokenizer))
-        mask.append(True)
-        if len(prompt) + len(response) > max_length:
+        example: Example = ()
+        for value in _responses(row, pairs, f"{path}:{number}"):
+            if isinstance(value, str):
+                response = tokenizer.encode(value, add_special_tokens=False)
+                mask = [True] * len(response)
+            else:
+                response, mask = _encode_steps(value, tokenizer, ids, mask_wrong, path, number)
+            example += ((prompt, [*response, eos_id(tokenizer)], [*mask, True]),)
+        if len(prompt) + max(len(response) for _, response, _ in example) > max_length:
             too_long += 1
         else:
-            examples.append((prompt, response, mask))
+            examples.append(example)
     if not examples:
         raise UserError(f"{path}: all {too_long} rows exceed max_length {max_length}; raise it.")
     return examples, too_long
+
+
+def _responses(row: Row, pairs: bool, where: str) -> list[str | list[Row]]:
+    """The text or the steps of each response in a row."""
+    if pairs:
+        responses = [row.get("chosen"), row.get("rejected")]
+        lacks, name = "lacks 'chosen' or 'rejected', text or steps", "dpo"
+    else:
+        responses = [row.get("steps") or row.get("response")]
+        lacks, name = "has neither 'steps' nor 'response'", "sft"
+    if not all(isinstance(response, str | list) and response for response in responses):
+        raise UserError(
+            f"{where} {lacks} (found: {', '.join(row)}); search.py writes such rows to "
+            f"data/{name}.jsonl."
+        )
+    return cast("list[str | list[Row]]", responses)
 
 
 def _encode_steps(

@@ -170,7 +170,7 @@ def rows_of(tmp_path, *, mask_wrong=True, functional=True, system_prompt=None, m
 
 
 def test_rows_are_prompt_segments_and_eos_with_the_wrong_branch_masked(tmp_path):
-    (steps, _), too_long = rows_of(tmp_path)
+    ((steps,), _), too_long = rows_of(tmp_path)
     prompt, response, mask = steps
     letter = {name: 100 + ord(name) for name in "abcq"}
     assert prompt == [letter["q"]]
@@ -180,11 +180,11 @@ def test_rows_are_prompt_segments_and_eos_with_the_wrong_branch_masked(tmp_path)
 
 
 def test_rows_unmasked_plain_prompted_and_bounded(tmp_path):
-    (steps, _), _ = rows_of(tmp_path, mask_wrong=False)
+    ((steps,), _), _ = rows_of(tmp_path, mask_wrong=False)
     assert all(steps[2])
-    (plain, _), _ = rows_of(tmp_path, functional=False)
+    ((plain,), _), _ = rows_of(tmp_path, functional=False)
     assert plain[1] == [*Letters().encode("a"), *Letters().encode("\nb\nc"), 2]
-    (prompted, _), _ = rows_of(tmp_path, system_prompt="s")
+    ((prompted,), _), _ = rows_of(tmp_path, system_prompt="s")
     assert prompted[0] == Letters().encode("sq")
     kept, too_long = rows_of(tmp_path, max_length=20)
     assert (len(kept), too_long) == (1, 1)

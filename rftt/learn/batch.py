@@ -45,6 +45,8 @@ class Batch:
     """(T,) bool: openers that the tree chose, not the policy."""
     group: Tensor | None = None
     """(T,) int64: the problem. Tree packing keeps a problem's documents in one microbatch."""
+    together: int = 1
+    """So many documents in a row stay together: 2 for the chosen and the rejected of a pair."""
     tree: bool = False
     """Shared prefixes go through the model once (tree.py); results are the same."""
 
@@ -67,6 +69,11 @@ class Batch:
     @cached_property
     def n_actions(self) -> int:
         return int(self.action_mask.sum())
+
+    @property
+    def n_terms(self) -> int:
+        """What a loss is a mean over: action tokens, or pairs where documents come in pairs."""
+        return self.n_actions if self.together == 1 else len(self.lengths) // self.together
 
     def spread(self, per_document: Sequence[float]) -> Tensor:
         """(T,) each document's number on all its tokens."""
@@ -98,18 +105,20 @@ class Batch:
         """Documents in groups of at most `max_tokens`, filled one after the other, longest first.
 
         Like lengths land together, so that padding inside the CPU's attention stays small; a
-        document longer than the budget is a group of its own.
+        document, or a pair, longer than the budget is a group of its own.
         """
         if self.tree:
             return self._tree_microbatches(max_tokens)
         groups: list[list[int]] = []
         room = 0
-        for document in sorted(range(len(self.lengths)), key=lambda i: (-self.lengths[i], i)):
-            if not groups or self.lengths[document] > room:
+        firsts = range(0, len(self.lengths), self.together)
+        sizes = {first: sum(self.lengths[first : first + self.together]) for first in firsts}
+        for first in sorted(firsts, key=lambda i: (-sizes[i], i)):
+            if not groups or sizes[first] > room:
                 groups.append([])
                 room = max_tokens
-            groups[-1].append(document)
-            room -= self.lengths[document]
+            groups[-1] += range(first, first + self.together)
+            room -= sizes[first]
         return groups
 
     def _tree_microbatches(self, max_tokens: int) -> list[list[int]]:
@@ -192,7 +201,7 @@ Row = tuple[Sequence[int], Sequence[int], Sequence[bool]]
 """prompt_ids, response_ids, loss_mask over the response"""
 
 
-def collate_rows(rows: Sequence[Row]) -> Batch:
+def collate_rows(rows: Sequence[Row], together: int = 1) -> Batch:
     """Pack SFT or DPO rows: the tokens of the response that the mask keeps are the actions."""
     ids: list[int] = []
     mask: list[bool] = []
@@ -207,12 +216,14 @@ def collate_rows(rows: Sequence[Row]) -> Batch:
         torch.tensor(mask, dtype=torch.bool),
         zeros,
         zeros,
+        together=together,
     )
 
 
 def empty_like(batch: Batch) -> Batch:
-    """A masked document of two tokens: a rank with less work, or none, still runs its forwards."""
-    return batch._map(lambda tensor: tensor.new_zeros(2)).replace(lengths=(2,))
+    """Masked documents of two tokens: a rank with less work, or none, still runs its forwards."""
+    n = batch.together
+    return batch._map(lambda tensor: tensor.new_zeros(2 * n)).replace(lengths=(2,) * n)
 
 
 def _check(n_prompt: int, n_response: int, n_mask: int, name: str) -> None:

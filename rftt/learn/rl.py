@@ -111,7 +111,7 @@ def _time_axis(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, in
     seen = mask.cumsum(0)
     before = (seen - mask.long())[starts]
     slot = (seen - before[document] - 1).clamp(min=0)
-    return document, slot, int(slot.max()) + 1
+    return document, slot, int(slot.max()) + 1 if n else 1
 
 
 def whiten(x: Tensor, mask: Tensor, world_sum: WorldSum, shift_mean: bool = True) -> Tensor:

@@ -51,13 +51,13 @@ def update(
 
     The step is skipped, on all ranks, where a norm is not finite.
 
-    `loss_of` sums over tokens; the batch's action tokens on all ranks are the one denominator.
+    `loss_of` sums over tokens (DPO: pairs); the batch's on all ranks are the one denominator.
     """
-    n_tokens = max(world.sum(float(batch.n_actions)), 1.0)
+    n_terms = max(world.sum(float(batch.n_terms)), 1.0)
     groups = equal_count(batch, cfg.max_tokens_per_microbatch, world)
     for group in groups:  # each reduces its gradients: whole ones would not fit beside the model
         loss = loss_of(batch.select(group) if group else empty_like(batch))
-        (loss / n_tokens).backward()
+        (loss / n_terms).backward()
     norms = {name: clip_gradients(modules[name], cfg.max_grad_norm) for name in optimizers}
     finite = all(map(math.isfinite, norms.values()))  # norms are global: all ranks agree
     for name, optimizer in optimizers.items():
