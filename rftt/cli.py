@@ -27,7 +27,7 @@ C = TypeVar("C")
 MAY_BE_ZERO = (
     *("seed", "eval_steps", "save_steps", "save_total_limit", "max_eval_problems", "num_samples"),
     *("min_shared_steps", "max_plain_paths", "max_direct_sentences", "n_guard"),
-    "min_row_tokens",
+    *("min_row_tokens", "port"),
 )
 """Every other whole number counts something of which there must be one at least."""
 STOPPED = 128 + signal.SIGTERM
@@ -37,6 +37,7 @@ FREE_TO_CHANGE = (
     *("max_tokens_per_microbatch", "gradient_checkpointing", "fsdp_cpu_offload", "report_to"),
     *("save_steps", "save_total_limit", "eval_steps", "max_eval_problems"),
     *("max_generated_tokens", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
+    *("prm_url", "prm_timeout_s", "prm_tries", "prm_max_concurrency", "prm_max_tokens_per_batch"),
 )
 """Keys that a continued run may change: place, budget, speed and what it shows, not results."""
 
@@ -68,7 +69,7 @@ def load_config(schema: type[C], argv: Sequence[str]) -> C:
     return schema(**checked)
 
 
-def cli(main: Callable[[C], None], schema: type[C]) -> None:
+def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None = None) -> None:
     """Run a script: `--help` lists the fields; a UserError becomes one line and exit code 2.
 
     So does memory that runs out. SIGTERM ends the script at once (what is in a journal is done),
@@ -77,7 +78,7 @@ def cli(main: Callable[[C], None], schema: type[C]) -> None:
     # Before torch and transformers are imported: no bars for files, no notes on NUMA.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    argv = sys.argv[1:]
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(describe(schema))
         raise SystemExit(0 if argv else 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rftt.fields import Process
 from rftt.schema import UserError
 
 Script = Literal[
@@ -129,7 +130,7 @@ class Filters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(Common, Graded, Engine, Filters):
+class SearchConfig(Common, Graded, Engine, Filters, Process):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
     train_file: str
@@ -205,7 +206,7 @@ class SFTConfig(Common, Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(Common, Graded, Engine, Training):
+class RLConfig(Common, Graded, Engine, Training, Process):
     """train_rl.py: online RL whose explorer is a tree search over functional tokens (phase 2)."""
 
     train_file: str
@@ -301,6 +302,7 @@ class RLConfig(Common, Graded, Engine, Training):
     """mcts: start although the model does not open its responses with functional tokens."""
 
     def __post_init__(self) -> None:
+        Process.__post_init__(self)
         rollouts = self.rollout_batch_size * self.num_generations
         _require(
             rollouts % self.train_batch_size == 0,
@@ -322,7 +324,7 @@ class RLConfig(Common, Graded, Engine, Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Common, Graded, Engine):
+class EvalConfig(Common, Graded, Engine, Process):
     """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
 
     eval_file: str

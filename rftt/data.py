@@ -184,7 +184,10 @@ def _field(row: Row, name: str, key: str | None = None) -> str | None:
 # ---- Prompts ----
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, trust_remote_code: bool = False, chat: bool = True
+) -> PreTrainedTokenizerBase:
+    """Raises UserError where there is none, or where `chat` needs a template that it lacks."""
     from transformers import AutoTokenizer
 
     try:
@@ -194,7 +197,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
             f"model_name_or_path {path} is neither a folder with a tokenizer nor a hub model that "
             f"can be reached ({str(error).splitlines()[0]})."
         ) from error
-    if tokenizer.chat_template is None:
+    if chat and tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of {path} has no chat template; use an instruct model.")
     return tokenizer
 

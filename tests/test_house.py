@@ -54,12 +54,13 @@ def inside(name: str, *rooms: str) -> bool:
 
 # ---- Imports go one way ----
 
-BASE = ("schema", "config", "cli", "functions", "data", "rewards.grader")
+BASE = ("schema", "config", "fields", "cli", "functions", "data", "rewards.grader")
 GRADER = ("rewards.grader", "rewards.latex", "rewards.shapes", "rewards.values")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "schema": (),
     "cli": ("schema",),
-    "config": ("schema",),
+    "config": ("schema", "fields"),
+    "fields": ("schema",),
     "functions": ("schema",),
     **dict.fromkeys(GRADER, ("schema", *GRADER)),
     "data": ("schema", "functions", "rewards.grader"),
@@ -67,6 +68,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "learn.rl": ("schema", "functions"),
     "engines": (*BASE, "engines"),
     "rewards": (*BASE, "engines", "rewards"),
+    "rewards.prm_server": (*BASE, "rewards", "watch.log"),
     "search": (*BASE, "engines", "rewards", "search"),
     "learn": (*BASE, "learn"),
     "watch": (*BASE, "watch"),
@@ -259,6 +261,7 @@ PARENTS = {
     "torch.autograd.Function",
     "NamedTuple",
     "BaseHTTPRequestHandler",
+    "StepModel",  # the config of the PRM server, rewards/prm_server.py
 }
 
 
@@ -307,7 +310,7 @@ BANS: dict[str, tuple[Callable[[ast.Module], bool], str, tuple[str, ...]]] = {
     "blind except": (blind_except, "try:\n    f()\nexcept (KeyError, Exception):\n    x = 0.2", ()),
     "global": (has_node(ast.Global), "def f():\n    global n\n    n = 1", ()),
     "assert without a text": (silent_assert, "assert x > 0", ()),
-    "inheritance": (other_parent, "class A(B): pass", ("rftt/config.py",)),
+    "inheritance": (other_parent, "class A(B): pass", ("rftt/config.py", "rftt/fields.py")),
     "**kwargs passed on": (passes_kwargs_on, "def f(**kw):\n    return g(**kw)", ()),
     "no module docstring": (no_module_docstring, "x = 1", ()),
 }

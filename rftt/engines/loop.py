@@ -6,19 +6,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-
-from rftt.schema import Completion
+from typing import Any
 
 
 class StepLoop:
     """Calls `step` as long as a request is pending, letting coroutines submit between two steps."""
 
     def __init__(self, step: Callable[[], None], reset: Callable[[], None]) -> None:
-        self.pending: set[asyncio.Future[Completion]] = set()
+        self.pending: set[asyncio.Future[Any]] = set()
         self._step, self._reset = step, reset
         self._task: asyncio.Task[None] | None = None
 
-    def submit(self) -> asyncio.Future[Completion]:
+    def submit(self) -> asyncio.Future[Any]:
         """A future for `step` to resolve. Starts the task where this event loop has none."""
         loop = asyncio.get_running_loop()
         if self._task is not None and self._task.done():
@@ -30,7 +29,7 @@ class StepLoop:
         if self._task is None:
             self._task = loop.create_task(self._run())
             self._task.add_done_callback(self._release)
-        future: asyncio.Future[Completion] = loop.create_future()
+        future: asyncio.Future[Any] = loop.create_future()
         self.pending.add(future)
         future.add_done_callback(self.pending.discard)
         return future

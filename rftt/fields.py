@@ -1,0 +1,55 @@
+"""Config fields that several scripts share and config.py has no room for: process rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rftt.schema import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepModel:
+    """A process reward model that runs in this process."""
+
+    prm_model_name_or_path: str | None = None
+    """Hugging Face folder or hub name of the process reward model."""
+    prm_family: Literal["auto", "math_shepherd", "qwen", "value"] = "auto"
+    """How it reads a solution: a good/bad token after a step tag (math_shepherd), a head at
+    <extra_0> (qwen) or at line ends (value). auto looks at its weights."""
+    prm_step_tag: str | None = None
+    """What marks the end of a step; None is the family's own: ки, <extra_0>, a line break."""
+    prm_good_token: str = "+"
+    """math_shepherd: its share of good + bad is the score (Math-Shepherd)."""
+    prm_bad_token: str = "-"
+    """math_shepherd: the other one."""
+    prm_max_tokens_per_batch: int = 16384
+    """Padded tokens of one forward pass of the process reward model: its knob for memory."""
+    prm_check_file: str | None = None
+    """JSON {question, good, bad} of a right and a wrong list of steps that it must rank before it
+    is trusted; None takes a built-in example."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process(StepModel):
+    """Process rewards (PAPER §1), from a model in this process or behind a URL."""
+
+    use_prm: bool = False
+    """Score every step with a process reward model."""
+    prm_url: str | None = None
+    """Server to ask instead (official: remote_rm_url): POST {"input": …} -> {"score": […]}."""
+    prm_reduce: Literal["min", "mean", "last", "prod"] = "mean"
+    """The score of a path out of its steps' (PAPER §1: the mean chooses pairs)."""
+    prm_timeout_s: float = 60.0
+    """Of one attempt."""
+    prm_tries: int = 3
+    """Attempts, with growing pauses, before the server counts as not reachable."""
+    prm_max_concurrency: int = 64
+    """Requests to the server under way at once."""
+
+    def __post_init__(self) -> None:
+        named = (self.prm_model_name_or_path is not None) + (self.prm_url is not None)
+        if self.use_prm and not named:
+            raise UserError("use_prm: true needs prm_model_name_or_path or prm_url.")
+        if named == 2:
+            raise UserError("prm_model_name_or_path and prm_url are both set; choose one.")

@@ -1,0 +1,549 @@
+"""Process reward models of every family, behind one interface, in process and behind a URL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from rftt.cli import load_config
+from rftt.config import EvalConfig, RLConfig, SearchConfig
+from rftt.data import eos_id
+from rftt.functions import add_function_tokens, function_ids, render
+from rftt.rewards import prm as prm_module
+from rftt.rewards.prm import (
+    CHECK,
+    RemotePRM,
+    Unscored,
+    build_prm,
+    path_score,
+    ranking_warning,
+    reduce,
+    score_paths,
+    segment_text,
+    to_wire,
+)
+from rftt.rewards.prm_local import LocalPRM
+from rftt.rewards.prm_server import ServeConfig, from_wire, open_server
+from rftt.schema import UserError
+from rftt.tiny import build_tokenizer
+from tests.conftest import ROOT, run
+
+QUESTION = "Eva has 12 pens, buys 7, sells 4. How many now?"
+STEPS = ["buys 7? 12+7=19.", "sells 4 gives 19-4=15.", "so \\boxed{15}."]
+HIDDEN = 32
+HEADS = {  # name in the checkpoint -> shape, per kind of model folder
+    "math_shepherd": {},
+    "qwen": {"score.0": (HIDDEN, HIDDEN), "score.2": (2, HIDDEN)},
+    "value": {"v_head.summary": (1, HIDDEN)},
+    "classifier": {"classifier": (2, HIDDEN)},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random model folder per kind. Its tags are one id where the family needs it."""
+    out = tmp_path_factory.mktemp("prm")
+    tokenizer = build_tokenizer()
+    for kind, head in HEADS.items():
+        torch.manual_seed(1)
+        own = build_tokenizer()
+        own.add_tokens(["ки"] + (["<extra_0>"] if kind == "qwen" else []))
+        model = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(tokenizer) + 8,
+                hidden_size=HIDDEN,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+                initializer_range=0.3,
+                tie_word_embeddings=False,
+            )
+        )
+        own.save_pretrained(out / kind)
+        model.config.save_pretrained(out / kind)
+        tensors = {k: v.clone() for k, v in model.state_dict().items()}
+        for name, shape in head.items():
+            tensors |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[0])}
+        save_file(tensors, out / kind / "model.safetensors", metadata={"format": "pt"})
+    return {kind: out / kind for kind in HEADS}
+
+
+def config(**changes: Any) -> EvalConfig:
+    settings: dict[str, Any] = {
+        "output_dir": "o",
+        "model_name_or_path": "m",
+        "eval_file": "t",
+        "use_prm": True,
+    }
+    both: Any = settings | {"dtype": "float32", "device": "cpu"} | changes
+    return EvalConfig(**both)
+
+
+def local(folder: Path, **changes: Any) -> LocalPRM:
+    prm = build_prm(config(prm_model_name_or_path=str(folder), **changes))
+    assert isinstance(prm, LocalPRM)
+    return prm
+
+
+def scores_of(prm: Any, *paths: tuple[str, list[str]]) -> list[Any]:
+    return asyncio.run(score_paths(prm, paths))
+
+
+# ---- Reduction, config ----
+
+
+def test_reduce_oracle() -> None:
+    scores = [0.5, 0.2, 0.8]
+    assert [reduce(scores, how) for how in ("min", "mean", "last", "prod")] == pytest.approx(
+        [0.2, 0.5, 0.8, 0.08]
+    )
+    assert path_score(config(use_prm=False), scores) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("schema", [RLConfig, SearchConfig, EvalConfig])
+def test_impossible_combinations_are_one_line(schema: type) -> None:
+    needed = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate=1e-6"]
+    needed = (
+        ["output_dir=o", "model_name_or_path=m", "eval_file=t"] if schema is EvalConfig else needed
+    )
+    needed = needed[:3] if schema is SearchConfig else needed
+    with pytest.raises(
+        UserError, match=r"^use_prm: true needs prm_model_name_or_path or prm_url\.$"
+    ):
+        load_config(schema, [*needed, "use_prm=true"])
+    with pytest.raises(UserError, match="both set; choose one"):
+        load_config(schema, [*needed, "prm_url=http://x", "prm_model_name_or_path=p"])
+    assert build_prm(load_config(schema, [*needed, "prm_url=http://x"])) is None
+
+
+# ---- In process ----
+
+
+def oracle(folder: Path, kind: str) -> list[float]:
+    """One path through the whole model, its tags found by id, as the model cards do it."""
+    tokenizer = LocalPRM(config(prm_model_name_or_path=str(folder))).tokenizer
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids: list[int] = []
+    if kind == "math_shepherd":
+        text = f"{QUESTION} " + "\n".join(f"Step {i + 1}: {s} ки" for i, s in enumerate(STEPS))
+        ids, mark = tokenizer.encode(text), tokenizer.convert_tokens_to_ids("ки")
+    elif kind == "qwen":
+        text = f"<|user|>{QUESTION}<|assistant|>{''.join(s + '<extra_0>' for s in STEPS)}<|end|>"
+        ids, mark = tokenizer.encode(text), tokenizer.convert_tokens_to_ids("<extra_0>")
+    else:
+        text = QUESTION + "\n" + "".join(s + "\n" for s in STEPS)
+        ids, mark = tokenizer.encode(text), tokenizer.encode("\n")[0]
+    with torch.no_grad():
+        found = model(torch.tensor([ids]), output_hidden_states=True)
+    marks = [i for i, token in enumerate(ids) if token == mark][-len(STEPS) :]
+    hidden = found.hidden_states[-1][0, marks]
+    tensors = load_file(folder / "model.safetensors")
+    if kind == "math_shepherd":
+        labels = [tokenizer.encode("+")[0], tokenizer.encode("-")[0]]
+        return found.logits[0, marks][:, labels].softmax(-1)[:, 0].tolist()
+    if kind == "qwen":
+        inner = torch.relu(hidden @ tensors["score.0.weight"].T + tensors["score.0.bias"])
+        logits = inner @ tensors["score.2.weight"].T + tensors["score.2.bias"]
+        return logits.softmax(-1)[:, 1].tolist()
+    name = "v_head.summary" if kind == "value" else "classifier"
+    logits = hidden @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+    return (logits.softmax(-1)[:, 1] if kind == "classifier" else logits.sigmoid()[:, 0]).tolist()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_scores_of_each_family_equal_its_oracle(folders: dict[str, Path], kind: str) -> None:
+    (scores,) = scores_of(local(folders[kind]), (QUESTION, STEPS))
+    assert scores == pytest.approx(oracle(folders[kind], kind), abs=1e-5)
+    assert len(set(scores)) == len(STEPS)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_invariant_a_path_does_not_depend_on_its_batch(folders: dict[str, Path], kind: str) -> None:
+    paths = [(QUESTION, STEPS[: i % 3 + 1] * (1 + i % 2)) for i in range(24)]
+    prm = local(folders[kind])
+    together = scores_of(prm, *paths)
+    one_by_one = [scores_of(prm, path)[0] for path in paths[:6]]
+    small = scores_of(local(folders[kind], prm_max_tokens_per_batch=64), *paths)
+    assert [len(s) for s in together] == [len(steps) for _, steps in paths]
+    for i in range(24):
+        assert together[i] == pytest.approx(small[i], abs=1e-5)
+        assert together[i] == pytest.approx(one_by_one[i % 6], abs=1e-5)
+
+
+def test_concurrent_callers_share_one_forward_pass(folders: dict[str, Path]) -> None:
+    prm = local(folders["qwen"])
+    sizes = []
+    prm._model.register_forward_pre_hook(
+        lambda _, __, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    scores_of(prm, *[(QUESTION, STEPS)] * 40)
+    assert sizes == [40]
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_quoted_tag_makes_no_score_of_its_own(folders: dict[str, Path], kind: str) -> None:
+    quoting = ["a ки b\nc", "ки<extra_0>", ""]
+    (scores,) = scores_of(local(folders[kind]), ("ки<extra_0>\n?", quoting))
+    assert len(scores) == 3
+
+
+def test_steps_end_at_the_last_byte_of_their_tag(folders: dict[str, Path]) -> None:
+    """Without an entry of its own ки is four byte tokens: the last one is the mark."""
+    prm = local(folders["math_shepherd"], prm_step_tag="жя")
+    ids, marks = prm.encode(QUESTION, STEPS)
+    assert [prm.tokenizer.decode(ids[: mark + 1])[-2:] for mark in marks] == ["жя"] * 3
+
+
+def test_too_long_is_refused_with_its_length_and_the_others_are_scored(
+    folders: dict[str, Path],
+) -> None:
+    found = scores_of(local(folders["value"]), (QUESTION, STEPS), (QUESTION, STEPS * 12))
+    assert len(found[0]) == 3
+    assert isinstance(found[1], Unscored)
+    assert "tokens; the process reward model reads 256" in str(found[1])
+
+
+def test_a_broken_model_is_an_error_and_no_number(folders: dict[str, Path]) -> None:
+    prm = local(folders["value"])
+    prm._readout = lambda hidden: hidden[:, 0] * math.nan
+    with pytest.raises(UserError, match=r"nan is not a score.*; 2 of 2 paths unscored"):
+        scores_of(prm, (QUESTION, STEPS), (QUESTION, STEPS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("math_shepherd", {"prm_family": "qwen"}, "has no score, v_head or classifier head"),
+        ("math_shepherd", {"prm_good_token": "good"}, "must be one id each"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    folders: dict[str, Path], kind: str, changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        local(folders[kind], **changes)
+
+
+def test_a_step_is_read_without_its_delimiters() -> None:
+    tokenizer = build_tokenizer()
+    add_function_tokens(tokenizer)
+    ids = function_ids(tokenizer)
+    rendered = render([("analysis", STEPS[0])], tokenizer, ids)
+    assert segment_text(tokenizer, [*rendered, eos_id(tokenizer)], ids) == STEPS[0]
+    plain = cast(list[int], tokenizer.encode("plain"))
+    assert segment_text(tokenizer, plain, None) == "plain"
+
+
+# ---- The check at the start ----
+
+
+class Fixed:
+    """ProcessModel that answers what it is told."""
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.scores = scores
+
+    async def score(self, question: str, steps: Any) -> list[float]:
+        return [self.scores.get(step, 0.5) for step in steps]
+
+    def close(self) -> None: ...
+
+
+def test_a_model_that_ranks_backwards_is_warned_about(tmp_path: Path) -> None:
+    good, bad = (dict.fromkeys(CHECK[kind], value) for kind, value in (("good", 0.9), ("bad", 0.1)))
+    assert asyncio.run(ranking_warning(Fixed(good | bad), None)) is None
+    warning = asyncio.run(ranking_warning(Fixed({}), None))
+    assert warning is not None
+    assert warning.startswith("PRM ranks a wrong step above a right one on the built-in check;")
+    own = tmp_path / "check.json"
+    own.write_text(json.dumps({"question": "1+1?", "good": ["2"], "bad": ["3"]}))
+    assert asyncio.run(ranking_warning(Fixed({"2": 0.7, "3": 0.6}), str(own))) is None
+    own.write_text('{"question": "1+1?"}')
+    with pytest.raises(UserError, match="must hold question, good and bad"):
+        asyncio.run(ranking_warning(Fixed({}), str(own)))
+
+
+# ---- Server ----
+
+
+@pytest.fixture(scope="module")
+def served(folders: dict[str, Path]) -> Iterator[ThreadingHTTPServer]:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    prm = LocalPRM(config(prm_model_name_or_path=str(folders["qwen"])))
+    server = open_server(prm, loop, host="127.0.0.1", port=0, max_body_bytes=20_000)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    loop.call_soon_threadsafe(loop.stop)
+
+
+def url_of(server: ThreadingHTTPServer) -> str:
+    return f"http://127.0.0.1:{server.server_port}/get_reward"
+
+
+def body_of(steps: list[str] = STEPS) -> dict[str, str]:
+    return {"input": to_wire(QUESTION, steps)}
+
+
+def test_the_wire_oracle_is_the_official_text_and_comes_back() -> None:
+    assert to_wire("Q?", [" a ", "b"]) == "Q? Step 1: a ки\nStep 2: b ки"
+    assert from_wire(to_wire(QUESTION, STEPS)) == (QUESTION, STEPS)
+    assert from_wire("Q?\nStep 1: a\nb ки Step 2: c ки\n") == ("Q?", ["a\nb", "c"])
+    with pytest.raises(Unscored, match="contains the step tag"):
+        to_wire(QUESTION, ["a ки"])
+
+
+def test_the_server_scores_as_the_model_does(
+    folders: dict[str, Path], served: ThreadingHTTPServer
+) -> None:
+    (expected,) = scores_of(local(folders["qwen"]), (QUESTION, STEPS))
+    reply = httpx2.post(url_of(served), json=body_of())
+    assert (reply.status_code, reply.json()["score"]) == (200, pytest.approx(expected, abs=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"{", 422, "not JSON"),
+        (b"\xff", 422, "not JSON"),
+        (b"[" * 5000, 422, "not JSON"),
+        (b"[]", 422, 'must be {"input"'),
+        (b"{}", 422, 'must be {"input"'),
+        (b'{"input": 3}', 422, 'must be {"input"'),
+        (b'{"input": "no tag"}', 422, "each step ended by"),
+        (b'{"input": "\\ud800"}', 422, "surrogate"),
+        ('{"input": "Q Step 1: a ки and more"}'.encode(), 422, "each step ended by"),
+        (json.dumps(body_of(STEPS * 12)).encode(), 422, "model reads 256"),
+        (b" " * 20_001, 413, "20000 bytes"),
+    ],
+)
+def test_bad_requests_get_a_reason(
+    served: ThreadingHTTPServer, body: bytes, status: int, reason: str
+) -> None:
+    reply = httpx2.post(url_of(served), content=body)
+    assert (reply.status_code, reason in reply.json()["detail"]) == (status, True), reply.text
+    assert httpx2.post(url_of(served), json=body_of()).status_code == 200
+
+
+def test_other_paths_and_missing_lengths_are_refused(served: ThreadingHTTPServer) -> None:
+    assert httpx2.post(url_of(served) + "s", content=b"{}").status_code == 404
+    connection = HTTPConnection("127.0.0.1", served.server_port, timeout=10)
+    connection.putrequest("POST", "/get_reward")
+    connection.putheader("transfer-encoding", "chunked")
+    connection.endheaders()
+    assert connection.getresponse().status == 411
+
+
+def test_200_concurrent_requests_are_all_answered_beside_rude_clients(
+    served: ThreadingHTTPServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rude = []
+    for text in (
+        b"",
+        b"\x00\x01\x02\r\n\r\n",
+        b"POST /get_reward HTTP/1.1\r\ncontent-length: 99\r\n\r\n{",
+    ):
+        rude.append(socket.create_connection(("127.0.0.1", served.server_port)))
+        rude[-1].sendall(text)
+    hasty = socket.create_connection(("127.0.0.1", served.server_port))
+    body = json.dumps(body_of()).encode()
+    hasty.sendall(b"POST /get_reward HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    hasty.close()  # a reset, not a goodbye
+
+    async def ask() -> list[int]:
+        limits = httpx2.Limits(max_connections=200)
+        async with httpx2.AsyncClient(limits=limits, timeout=60) as client:
+            bodies = [body_of(STEPS[: i % 3 + 1]) for i in range(200)]
+            replies = await asyncio.gather(*(client.post(url_of(served), json=b) for b in bodies))
+            return [len(reply.json()["score"]) for reply in replies]
+
+    assert asyncio.run(ask()) == [i % 3 + 1 for i in range(200)]
+    for client in rude:
+        client.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_serve_binds_to_loopback_unless_told_otherwise() -> None:
+    assert ServeConfig().host == "127.0.0.1"
+
+
+def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path]) -> None:
+    command = [sys.executable, "-m", "rftt.rewards.prm", "serve", "--model", str(folders["value"])]
+    more = ["--port=0", "--dtype", "float32", "--device", "cpu"]
+    with subprocess.Popen([*command, *more], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        lines = [server.stdout.readline() for _ in range(2)]
+        url = lines[-1].split()[-1]
+        reply = httpx2.post(url, json=body_of())
+        server.terminate()
+        assert (server.wait(30), reply.status_code, len(reply.json()["score"])) == (0, 200, 3)
+    assert lines[0].startswith("warning: PRM ranks a wrong step")  # its weights are random
+
+
+def test_serve_without_a_model_is_one_line() -> None:
+    done = run(sys.executable, "-m", "rftt.rewards.prm", "serve", "--port", "1", check=False)
+    assert (done.returncode, done.stderr) == (2, "error: serve needs --model FOLDER.\n")
+
+
+# ---- Remote ----
+
+
+class Script:
+    """A PRM server that answers request i with script[i], then the last entry for ever."""
+
+    def __init__(self) -> None:
+        self.script: list[tuple[int, bytes] | None] = []
+        self.seen: list[dict[str, str]] = []
+        self.delay_s = 0.0
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def next(self, body: bytes) -> tuple[int, bytes] | None:
+        with self.lock:
+            self.seen.append(json.loads(body))
+            self.now += 1
+            self.most = max(self.most, self.now)
+            found = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        time.sleep(self.delay_s)
+        with self.lock:
+            self.now -= 1
+        return found
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    behaviour = Script()
+    monkeypatch.setattr(prm_module, "FIRST_DELAY_S", 0.01)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            found = behaviour.next(self.rfile.read(int(self.headers["content-length"])))
+            if found is not None:
+                self.send_response(found[0])
+                self.send_header("content-length", str(len(found[1])))
+                self.end_headers()
+                self.wfile.write(found[1])
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    behaviour.url = f"http://127.0.0.1:{http.server_port}/get_reward"
+    yield behaviour
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.fixture
+def remote(script: Script) -> Iterator[RemotePRM]:
+    prm = build_prm(config(prm_url=script.url, prm_timeout_s=0.5, prm_max_concurrency=8))
+    assert isinstance(prm, RemotePRM)
+    yield prm
+    prm.close()
+
+
+GOOD: tuple[int, bytes] | None = (200, b'{"score": [0.9, 0.8, 0.1]}')
+
+
+def test_a_path_goes_out_in_the_official_words(script: Script, remote: RemotePRM) -> None:
+    script.script = [GOOD]
+    for _ in range(2):  # each step of RL has an event loop of its own
+        assert scores_of(remote, (QUESTION, STEPS)) == [[0.9, 0.8, 0.1]]
+    expected = f"{QUESTION} Step 1: {STEPS[0]} ки\nStep 2: {STEPS[1]} ки\nStep 3: {STEPS[2]} ки"
+    assert script.seen == [{"input": expected}] * 2
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        None,
+        (500, b"oops"),
+        (503, b""),
+        (200, b"<html>"),
+        (200, b"[]"),
+        (200, b'{"score": [0.1]}'),
+        (200, b'{"score": [0.1, 0.2, NaN]}'),
+        (200, b'{"score": [0.1, 0.2, 1.5]}'),
+        (200, b'{"score": [0.1, 0.2, true]}'),
+    ],
+)
+def test_faults_are_retried_and_never_become_numbers(
+    script: Script, remote: RemotePRM, fault: tuple[int, bytes] | None
+) -> None:
+    script.script = [fault, fault, GOOD]
+    assert scores_of(remote, (QUESTION, STEPS)) == [[0.9, 0.8, 0.1]]
+    script.script = [fault]
+    with pytest.raises(UserError, match=r"not reachable after 3 tries .*; 1 of 1 paths unscored"):
+        scores_of(remote, (QUESTION, STEPS))
+    assert len(script.seen) == 6
+
+
+def test_a_server_that_hangs_is_given_up(script: Script, remote: RemotePRM) -> None:
+    script.script, script.delay_s = [GOOD], 1.0
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"ReadTimeout.*; 4 of 4 paths unscored"):
+        scores_of(remote, *[(QUESTION, STEPS)] * 4)
+    assert time.monotonic() - started < 5
+
+
+def test_a_server_that_is_not_there_is_named(script: Script) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/get_reward"
+    prm = RemotePRM(config(prm_url=url, prm_tries=2))
+    with pytest.raises(UserError, match=rf"^prm_url {url} not reachable after 2 tries"):
+        scores_of(prm, (QUESTION, STEPS))
+    prm.close()
+
+
+@pytest.mark.parametrize(("status", "kind"), [(413, Unscored), (422, Unscored), (404, UserError)])
+def test_a_refusal_concerns_the_path_and_a_wrong_url_the_run(
+    script: Script, remote: RemotePRM, status: int, kind: type[Exception]
+) -> None:
+    script.script = [(status, b"too long")]
+    with pytest.raises(kind, match="too long"):
+        asyncio.run(remote.score(QUESTION, STEPS))
+    assert len(script.seen) == 1
+
+
+def test_many_paths_are_under_way_at_once_but_no_more_than_allowed(
+    script: Script, remote: RemotePRM
+) -> None:
+    script.script, script.delay_s = [GOOD], 0.05
+    assert scores_of(remote, *[(QUESTION, STEPS)] * 32) == [[0.9, 0.8, 0.1]] * 32
+    assert 4 <= script.most <= 8
+
+
+def test_remote_and_local_agree(folders: dict[str, Path], served: ThreadingHTTPServer) -> None:
+    prm = RemotePRM(config(prm_url=url_of(served)))
+    paths = [(QUESTION, STEPS[: i % 3 + 1]) for i in range(20)] + [(QUESTION, STEPS * 12)]
+    *near, long_near = scores_of(prm, *paths)
+    *far, long_far = scores_of(local(folders["qwen"]), *paths)
+    prm.close()
+    for a, b in zip(near, far, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+    assert isinstance(long_near, Unscored)
+    assert isinstance(long_far, Unscored)
