@@ -149,6 +149,7 @@ def samplers(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, simulations: int, in_flight: int
 ) -> dict[str, tuple[str, Work]]:
     """Name -> (phase, work)."""
+    from rftt.engines import engine_chat
     from rftt.functions import function_ids
     from rftt.search.beam import beam_search
     from rftt.search.expand import Learned, Prompted
@@ -164,7 +165,7 @@ def samplers(
 
     ids = function_ids(tokenizer)
     policy = Learned(engine, tokenizer, ids, 1.0, MAX_TOKENS, DEPTH, 0)
-    instruct = Prompted(engine, tokenizer, 1.0, MAX_TOKENS, DEPTH, 4, 0)
+    instruct = Prompted(partial(engine_chat, engine, tokenizer), 1.0, MAX_TOKENS, DEPTH, 4, 0)
     beam = partial(beam_search, branching=2)
     how: dict[str, Any] = {"simulations": simulations, "exploration_weight": 2.0}
 

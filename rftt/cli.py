@@ -36,6 +36,8 @@ FREE_TO_CHANGE = (
     *("device", "problems_in_flight", "max_num_seqs", "gpu_memory_utilization"),
     *("max_tokens_per_microbatch", "gradient_checkpointing", "fsdp_cpu_offload", "report_to"),
     *("save_steps", "save_total_limit", "eval_steps", "max_eval_problems"),
+    *("api_key_env", "api_max_tokens", "api_max_cost", "api_prompt_price", "api_completion_price"),
+    *("api_max_concurrent", "api_timeout_s", "api_attempts"),
     *("max_generated_tokens", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
     *("prm_url", "prm_timeout_s", "prm_tries", "prm_max_concurrency", "prm_max_tokens_per_batch"),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rftt.fields import Process
+from rftt.fields import Api, Process
 from rftt.schema import UserError
 
 Script = Literal[
@@ -56,8 +56,9 @@ class Graded:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    engine: Literal["hf", "vllm"] = "hf"
-    """What samples: transformers, always there, or vLLM, the fast one."""
+    engine: Literal["hf", "vllm", "api"] = "hf"
+    """What samples: transformers, always there; vLLM, the fast one; api, another model's URL, for
+    search.py only."""
     max_model_len: int = 8192
     """Prompt plus response, in tokens (PAPER §1: cutoff 8192)."""
     max_num_seqs: int = 256
@@ -130,7 +131,7 @@ class Filters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(Common, Graded, Engine, Filters, Process):
+class SearchConfig(Common, Graded, Engine, Api, Filters, Process):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
     train_file: str
@@ -165,6 +166,15 @@ class SearchConfig(Common, Graded, Engine, Filters, Process):
     """Steps that the right and the wrong path of a pair must share."""
     max_repeats: int = 2
     """A path or response with a sentence occurring more often than this is left out."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "api":
+            _require(bool(self.api_url and self.api_model), "engine=api needs api_url, api_model.")
+            prices, cost = self.api_prompt_price + self.api_completion_price, self.api_max_cost
+            _require(
+                prices > 0 if cost is not None else self.api_max_tokens is not None,
+                "engine=api needs a budget: api_max_tokens, or api_max_cost with prices.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +331,7 @@ class RLConfig(Common, Graded, Engine, Training, Process):
         )
         _require(self.top_p == 1, f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
         _require(self.temperature > 0, "temperature=0 explores nothing; use a positive one.")
+        _require_ids(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,10 +364,19 @@ class EvalConfig(Common, Graded, Engine, Process):
     """Instead of a model, judge the grader: which gold answers of eval_file it reads, and whether
     respelled answers are paid and near misses refused."""
 
+    def __post_init__(self) -> None:
+        _require_ids(self)
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _require_ids(cfg: Engine) -> None:
+    _require(
+        cfg.engine != "api", "engine=api speaks text, not token ids: only search.py can use it."
+    )
 
 
 def _nearest_divisors(n: int, wanted: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Config fields that several scripts share and config.py has no room for: process rewards."""
+"""Config fields that several scripts share and config.py has no room for: process rewards, APIs."""
 
 from __future__ import annotations
 
@@ -53,3 +53,27 @@ class Process(StepModel):
             raise UserError("use_prm: true needs prm_model_name_or_path or prm_url.")
         if named == 2:
             raise UserError("prm_model_name_or_path and prm_url are both set; choose one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Api:
+    api_url: str | None = None
+    """engine=api: base URL of an OpenAI-compatible server, up to and including /v1."""
+    api_model: str | None = None
+    """Name of the model there."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; none for a server without one."""
+    api_max_tokens: int | None = None
+    """Hard budget in tokens, prompts included, over all runs of this output_dir."""
+    api_max_cost: float | None = None
+    """Hard budget in the currency of the prices; at least one of the two budgets must be set."""
+    api_prompt_price: float = 0.0
+    """Of a million prompt tokens."""
+    api_completion_price: float = 0.0
+    """Of a million generated tokens."""
+    api_max_concurrent: int = 64
+    """Requests under way at once."""
+    api_timeout_s: float = 600.0
+    """Seconds that one attempt may take."""
+    api_attempts: int = 8
+    """Before a request that keeps failing stops the run."""

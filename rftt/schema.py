@@ -63,6 +63,23 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Reply:
+    """What an instruct model says in phase 1: text, from an engine or from an API."""
+
+    text: str
+    whole: bool
+    """False: cut off by max_tokens."""
+    n_prompt: int = 0
+    n_generated: int = 0
+    cost: float = 0.0
+    """In the currency of the API's prices."""
+
+    @property
+    def tokens(self) -> int:
+        return self.n_prompt + self.n_generated
+
+
+@dataclass(frozen=True)
 class Step:
     """One functional segment: opener, text, closer."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -13,12 +14,20 @@ from typing import Any
 
 import pytest
 
-from rftt.engines.api import ApiConfig, Reply, Spending, open_chat
-from rftt.schema import Sampling, UserError
+import search
+from rftt.config import EvalConfig, RLConfig, SearchConfig
+from rftt.data import read_jsonl, write_jsonl
+from rftt.engines import api as api_module
+from rftt.engines.api import Spending, open_api
+from rftt.fields import Api
+from rftt.schema import Reply, Sampling, UserError
+from rftt.search.samplers import for_each
+from rftt.tiny import build_tokenizer
 
 MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
 Answer = tuple[int, dict[str, str], bytes] | None
 """Status, headers, body; None hangs up without a word."""
+Request = dict[str, Any]
 
 
 def completion(text: str = "4", finish: str = "stop", usage: bool = True) -> Answer:
@@ -29,12 +38,15 @@ def completion(text: str = "4", finish: str = "stop", usage: bool = True) -> Ans
 
 
 class Server:
-    """Answers request i with script[i], the last entry for ever after, and remembers them all."""
+    """Answers request i with script[i], the last entry for ever after, and remembers them all.
+
+    An entry may be a function of the request.
+    """
 
     def __init__(self) -> None:
         self.url = ""
-        self.script: list[Answer] = [completion()]
-        self.seen: list[dict[str, Any]] = []
+        self.script: list[Answer | Callable[[Request], Answer]] = [completion()]
+        self.seen: list[Request] = []
         self.keys: list[str | None] = []
         self.delay_s = 0.0
         self.now = self.most = 0
@@ -42,8 +54,9 @@ class Server:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["content-length"]))
+        asked = json.loads(body)
         with self.lock:
-            self.seen.append(json.loads(body))
+            self.seen.append(asked)
             self.keys.append(request.headers["authorization"])
             answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
             self.now += 1
@@ -51,6 +64,8 @@ class Server:
         time.sleep(self.delay_s)
         with self.lock:
             self.now -= 1
+        if callable(answer):
+            answer = answer(asked)
         if answer is None:
             request.close_connection = True
             return
@@ -77,7 +92,10 @@ def server() -> Iterator[Server]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Patient(ThreadingHTTPServer):
+        request_queue_size = 256  # the kernel resets connections beyond it
+
+    http = Patient(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     behaviour.url = f"http://127.0.0.1:{http.server_port}/v1"
     yield behaviour
@@ -85,42 +103,45 @@ def server() -> Iterator[Server]:
     http.server_close()
 
 
+Ask = Callable[..., tuple[list[Reply], Spending]]
+
+
 @pytest.fixture
-def config(server: Server, tmp_path: Path) -> Callable[..., ApiConfig]:
-    def make(**changes: Any) -> ApiConfig:
-        settings: dict[str, Any] = {
-            "base_url": server.url,
-            "model": "big",
-            "ledger": tmp_path / "ledger.jsonl",
-            "budget": 1.0,
-            "prompt_price": 2.0,
-            "completion_price": 4.0,
-            "timeout_s": 5.0,
-            "attempts": 4,
-            "first_delay_s": 0.01,
-        }
-        return ApiConfig(**settings | changes)
+def ask(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """(seeds, changed settings) -> the reply to each seed, all asked at once, and the account."""
+    monkeypatch.setattr(api_module, "FIRST_DELAY_S", 0.01)
 
-    return make
+    def run(*seeds: int, **changes: Any) -> tuple[list[Reply], Spending]:
+        settings = {"url": server.url, "model": "big", "max_cost": 1.0, "timeout_s": 5.0}
+        settings |= {"prompt_price": 2.0, "completion_price": 4.0, "attempts": 4} | changes
+        cfg = Api(**{f"api_{name}": value for name, value in settings.items()})
+
+        async def together() -> tuple[list[Reply], Spending]:
+            async with open_api(cfg, tmp_path / "ledger.jsonl") as api:
+                how = (Sampling(max_tokens=50, temperature=0.7, seed=seed) for seed in seeds)
+                replies = await for_each(
+                    list(how), lambda s: api.chat(MESSAGES, s), in_flight=len(seeds)
+                )
+                return replies, api.spending
+
+        return asyncio.run(together())
+
+    return run
 
 
-def ask(cfg: ApiConfig, *seeds: int, max_tokens: int = 50) -> tuple[list[Reply], Spending]:
-    async def together() -> tuple[list[Reply], Spending]:
-        async with open_chat(cfg) as api:
-            how = (Sampling(max_tokens=max_tokens, temperature=0.7, seed=seed) for seed in seeds)
-            return await asyncio.gather(*(api.chat(MESSAGES, s) for s in how)), api.spending
-
-    return asyncio.run(together())
+WORST = 14 + 64 + 50
+"""Tokens of one request: bytes of the prompt, its template, max_tokens."""
+WORST_COST = (14 + 64) * 2e-6 + 50 * 4e-6
 
 
 def test_reply_carries_text_tokens_and_cost(
-    server: Server, config: Callable[..., ApiConfig], monkeypatch: pytest.MonkeyPatch
+    server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOME_KEY", "secret")
     server.script = [completion("It is 4.", finish="length")]
-    [reply], spending = ask(config(key_variable="SOME_KEY"), 3)
+    [reply], spending = ask(3, key_env="SOME_KEY")
     assert reply == Reply("It is 4.", whole=False, n_prompt=10, n_generated=5, cost=4e-5)
-    assert spending == Spending(1, 10, 5, 4e-5, reserved=0.0)
+    assert spending == Spending(1, 0, 10, 5, 4e-5)
     assert server.keys == ["Bearer secret"]
     assert server.seen[0] == {
         "model": "big",
@@ -133,108 +154,212 @@ def test_reply_carries_text_tokens_and_cost(
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "billed"),
     [
-        (429, {"retry-after": "0"}, b"slow down"),
-        (500, {}, b"oops"),
-        (503, {}, b""),
-        (200, {}, b"<html>gateway</html>"),
-        (200, {}, b'{"choices": []}'),
-        (200, {}, b'{"choices": [{"mess'),
-        None,
+        ((429, {"retry-after": "0"}, b"slow down"), False),
+        ((500, {}, b"oops"), False),
+        ((503, {}, b""), False),
+        ((200, {}, b"<html>gateway</html>"), True),
+        ((200, {}, b'{"choices": []}'), True),
+        ((200, {}, b'{"choices": [{"mess'), True),
+        (None, True),
     ],
 )
-def test_passing_faults_are_retried(
-    server: Server, config: Callable[..., ApiConfig], fault: Answer
+def test_passing_faults_are_retried_and_count_when_they_may_be_billed(
+    server: Server, ask: Ask, fault: Answer, billed: bool
 ) -> None:
     server.script = [fault, fault, completion()]
-    [reply], spending = ask(config(), 0)
+    [reply], spending = ask(0)
     assert reply.text == "4"
     assert len(server.seen) == 3
-    assert spending.requests == 1
-    unanswered = fault is None or fault[0] == 200
-    assert (spending.reserved > 0) == unanswered
+    assert (spending.requests, spending.unanswered) == ((3, 2) if billed else (1, 0))
+    assert spending.tokens == 15 + 2 * WORST * billed
+    assert ask()[1] == spending  # started again, it knows of all of them
 
 
-def test_time_out_is_retried_and_stays_reserved(
-    server: Server, config: Callable[..., ApiConfig]
-) -> None:
+def test_time_out_is_retried_and_counts(server: Server, ask: Ask) -> None:
     server.delay_s = 1.0
     with pytest.raises(UserError, match=r"failed 2 times, the last time: ReadTimeout"):
-        ask(config(timeout_s=0.1, attempts=2), 0)
-    assert len(server.seen) == 2
+        ask(0, timeout_s=0.1, attempts=2)
+    assert len(server.seen) == ask()[1].unanswered == 2
 
 
-def test_server_says_how_long_to_wait(server: Server, config: Callable[..., ApiConfig]) -> None:
+def test_server_that_is_not_there_costs_nothing(ask: Ask) -> None:
+    with pytest.raises(UserError, match=r"failed 2 times, the last time: Connect"):
+        ask(0, url="http://127.0.0.1:9/v1", attempts=2)
+    assert ask()[1] == Spending()
+
+
+def test_server_says_how_long_to_wait(server: Server, ask: Ask) -> None:
     server.script = [(429, {"retry-after": "1"}, b""), completion()]
     start = time.monotonic()
-    ask(config(), 0)
+    ask(0)
     assert time.monotonic() - start >= 1.0
 
 
-def test_our_own_error_is_not_retried(server: Server, config: Callable[..., ApiConfig]) -> None:
+def test_our_own_error_is_not_retried(server: Server, ask: Ask) -> None:
     server.script = [(400, {}, b"no such model")]
     with pytest.raises(UserError, match="HTTP 400: 'no such model'"):
-        ask(config(), 0)
+        ask(0)
     assert len(server.seen) == 1
 
 
-def test_missing_key_is_named(config: Callable[..., ApiConfig]) -> None:
+def test_missing_key_is_named(ask: Ask) -> None:
     with pytest.raises(UserError, match="NO_SUCH_KEY"):
-        ask(config(key_variable="NO_SUCH_KEY"), 0)
+        ask(0, key_env="NO_SUCH_KEY")
 
 
-def test_many_at_once_but_no_more_than_allowed(
-    server: Server, config: Callable[..., ApiConfig]
-) -> None:
+def test_many_at_once_but_no_more_than_allowed(server: Server, ask: Ask) -> None:
     server.delay_s = 0.05
-    replies, spending = ask(config(max_concurrent=4), *range(16))
+    replies, spending = ask(*range(16), max_concurrent=4)
     assert len(replies) == spending.requests == 16
     assert server.most == 4
 
 
-def test_continued_run_pays_for_nothing_twice(
-    server: Server, config: Callable[..., ApiConfig]
-) -> None:
-    cfg = config()
-    first, _ = ask(cfg, 0, 1, 2)
-    with cfg.ledger.open("a", encoding="utf-8") as file:
+def test_continued_run_pays_for_nothing_twice(server: Server, ask: Ask, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.jsonl"
+    first, _ = ask(0, 1, 2)
+    with ledger.open("a", encoding="utf-8") as file:
         file.write('{"key": "killed while wri')
-    again, spending = ask(cfg, 0, 1, 2, 3)
+    again, spending = ask(0, 1, 2, 3)
     assert again[:3] == first
     assert len(server.seen) == 4
     assert (spending.requests, spending.prompt_tokens, spending.generated_tokens) == (4, 40, 20)
     assert spending.cost == pytest.approx(1.6e-4)
-    assert len(cfg.ledger.read_text().splitlines()) == 4
-    assert len(ask(cfg, 3)[0]) == 1
+    assert len(ledger.read_text().splitlines()) == 4
+    assert len(ask(3)[0]) == 1
     assert len(server.seen) == 4
 
 
+def test_what_is_under_way_when_a_run_fails_is_kept(server: Server, ask: Ask) -> None:
+    server.script = [(400, {}, b"refused"), completion()]
+    server.delay_s = 0.2
+    with pytest.raises(UserError, match="refused"):
+        ask(*range(8))
+    assert ask()[1] == Spending(7, 0, 70, 35, pytest.approx(7 * 4e-5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"max_cost": 3.5 * WORST_COST},
+        {"max_cost": None, "max_tokens": 7 * WORST // 2},
+        {"max_tokens": 7 * WORST // 2},
+    ],
+    ids=["cost", "tokens", "both"],
+)
 def test_invariant_budget_is_never_exceeded(
-    server: Server, config: Callable[..., ApiConfig]
+    server: Server, ask: Ask, budget: dict[str, Any]
 ) -> None:
-    server.script = [completion()]
-    worst = (14 + 64) * 2e-6 + 50 * 4e-6  # the prompt is 14 bytes long
-    cfg = config(budget=3 * worst)
-    with pytest.raises(UserError, match="budget"):
-        ask(cfg, *range(10))
-    assert len(server.seen) <= 3
-    with pytest.raises(UserError, match="budget"):
-        ask(config(budget=0.99 * worst, ledger=cfg.ledger.with_name("new")), 0)
+    """Three worst cases fit at once; the others wait until it is known what those really took."""
+    server.delay_s = 0.02
+    with pytest.raises(UserError, match="used up"):
+        ask(*range(100), **budget)
+    assert server.most == 3
+    spending = ask()[1]
+    assert spending.requests == len(server.seen) > 3
+    share = max(
+        spending.cost / (budget.get("max_cost") or 1.0),
+        spending.tokens / (budget.get("max_tokens") or 1e9),
+    )
+    assert 2.5 / 3.5 < share <= 1.0
+    with pytest.raises(UserError, match="used up"):
+        ask(100, **budget)  # the ledger remembers
+    assert ask()[1] == spending
+    assert len(ask(100, **budget | {"max_cost": 1.0, "max_tokens": 10**6})[0]) == 1
 
-    def one_by_one() -> None:
-        for seed in range(100, 200):
-            ask(cfg, seed)
 
-    with pytest.raises(UserError, match="budget"):
-        one_by_one()  # the ledger counts what was really used
-    spent = sum(json.loads(line)["cost"] for line in cfg.ledger.read_text().splitlines())
-    assert cfg.budget - worst <= spent <= cfg.budget
-
-
-def test_reply_without_usage_costs_its_worst_case(
-    server: Server, config: Callable[..., ApiConfig]
-) -> None:
+def test_reply_without_usage_costs_its_worst_case(server: Server, ask: Ask) -> None:
     server.script = [completion(usage=False)]
-    [reply], _ = ask(config(), 0)
+    [reply], _ = ask(0)
     assert (reply.n_prompt, reply.n_generated) == (14 + 64, 50)
+
+
+# ---- search.py with such a server for a model ----
+
+
+def solver(asked: Request) -> Answer:
+    """Answers 7 or 8 by the request's seed; 7 is right."""
+    return completion(f"Adding up, it is \\boxed{{{7 + asked['seed'] % 2}}}.")
+
+
+@pytest.fixture
+def searching(server: Server, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs search.py on eight problems against the server; returns stats.json."""
+    build_tokenizer().save_pretrained(tmp_path / "student")
+    problems = [{"question": f"{i} + {7 - i}?", "answer": "7"} for i in range(8)]
+    write_jsonl(tmp_path / "problems.jsonl", problems)
+    server.script = [solver]
+
+    def run(name: str, **changes: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "output_dir": str(tmp_path / name),
+            "model_name_or_path": str(tmp_path / "student"),
+            "train_file": str(tmp_path / "problems.jsonl"),
+            "engine": "api",
+            "api_url": server.url,
+            "api_model": "big",
+            "api_max_tokens": 10**6,
+            "simulations": 6,
+            "max_model_len": 1024,
+            "max_completion_length": 40,
+        }
+        gc.collect()  # the log of a run that failed, and with it the lock of its directory
+        search.main(SearchConfig(**settings | changes))
+        return json.loads((tmp_path / name / "stats.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["mcts", "beam", "dvts", "sample"])
+def test_every_search_method_runs_against_a_url(
+    server: Server, searching: Callable[..., dict[str, Any]], tmp_path: Path, method: str
+) -> None:
+    stats = searching(method, method=method)
+    rows = read_jsonl(tmp_path / method / "data" / "sft.jsonl")
+    assert stats["problems"] == 8
+    assert stats["rows"] == len(rows) >= 8
+    assert stats["generated_tokens"] == 5 * len(server.seen)  # the server's own count
+    assert {row["kind"] for _, row in rows} <= {"merged", "plain", "sample"}
+
+
+def test_search_out_of_budget_stops_cleanly_and_goes_on_with_more(
+    server: Server, searching: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    whole = searching("whole")
+    n_requests = len(server.seen)
+    server.seen.clear()
+    with pytest.raises(UserError, match="api_max_tokens=1500 is used up"):
+        searching("broken", api_max_tokens=1500, problems_in_flight=2)
+    spent = len(server.seen)
+    assert 700 < 15 * spent <= 1500
+    so_far = json.loads((tmp_path / "broken" / "stats.json").read_text())
+    assert 0 < so_far["problems"] < 8
+    assert so_far["rows"] == len(read_jsonl(tmp_path / "broken" / "data" / "sft.jsonl"))
+    assert searching("broken", problems_in_flight=2) == whole
+    assert len(server.seen) == n_requests  # nothing was asked twice
+    for name in ("data/sft.jsonl", "data/raw.jsonl"):
+        texts = [sorted((tmp_path / run / name).open()) for run in ("broken", "whole")]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"api_model": None}, "api_url, api_model"),
+        ({"api_max_tokens": None}, "needs a budget"),
+        ({"api_max_cost": 1.0}, "with prices"),
+    ],
+)
+def test_what_an_api_needs_is_asked_for(
+    searching: Callable[..., dict[str, Any]], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        searching("none", **changes)
+
+
+@pytest.mark.parametrize("schema", [EvalConfig, RLConfig])
+def test_only_phase_one_can_use_an_api(schema: Any) -> None:
+    files = {"train_file": "x", "learning_rate": 1.0} if schema is RLConfig else {"eval_file": "x"}
+    with pytest.raises(UserError, match="only search"):
+        schema(output_dir="x", model_name_or_path="x", engine="api", **files)

@@ -92,14 +92,14 @@ def test_search_ends_where_nothing_is_left():
 
 
 def test_prompted_beam_asks_the_engine_and_pays_for_every_token():
-    ctx = prompted(["Think of pairs.", *["2+2 is \\boxed{4}", "It is \\boxed{5}"] * 40])
+    ctx, engine = prompted(["Think of pairs.", *["2+2 is \\boxed{4}", "It is \\boxed{5}"] * 40])
     explore = partial(beam_search, width=1, subtrees=2, branching=2)
     how = {"simulations": 6, "exploration_weight": 0.0, "in_flight": 2}
     tree = asyncio.run(prompted_tree(ctx, PROBLEM, **how, explore=explore))
     assert 4 <= len(tree.leaves()) <= 6
     assert {leaf.value_sum for leaf in tree.leaves()} <= {0.0, 1.0}
     assert 0 < tree.root.value_sum < len(tree.leaves())
-    assert ctx.spent.generated_tokens == ctx.engine.generated > 0
+    assert ctx.spent.generated_tokens == engine.generated > 0
 
 
 def test_beam_over_functional_tokens_takes_likely_acts_first():

@@ -54,13 +54,12 @@ def test_every_field_has_a_docstring_and_is_in_the_help(kind: str) -> None:
 
 
 def reads(text: str) -> set[str]:
-    """Names x of every `cfg.x` or `config.x` in the code `text`."""
+    """Names x of every `cfg.x`, `config.x` or `self.cfg.x` in the code `text`."""
     return {
         node.attr
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id in ("cfg", "config")
+        and ast.unparse(node.value) in ("cfg", "config", "self.cfg")
     }
 
 

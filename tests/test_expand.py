@@ -3,9 +3,11 @@
 import asyncio
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
+from rftt.engines import engine_chat
 from rftt.engines.base import Counters
 from rftt.functions import ACTS, CLOSERS, OPENERS, FunctionIds
 from rftt.schema import Completion, Problem, Step
@@ -69,9 +71,11 @@ class Scripted:
 
 
 def prompted(replies, **changes):
+    """A searcher, and the engine that it asks."""
     settings = {"temperature": 1.0, "max_tokens": 500, "max_depth": 15, "max_direct_sentences": 4}
-    settings |= {"seed": 0} | changes
-    return Prompted(Scripted(replies), Letters(), **settings)
+    engine = Scripted(replies)
+    chat = partial(engine_chat, engine, Letters())
+    return Prompted(chat, **settings | {"seed": 0} | changes), engine
 
 
 def learned(replies, **changes):
@@ -97,13 +101,13 @@ def segment(act, text):
 
 
 def test_prompted_path_ends_with_a_stated_answer():
-    ctx = prompted(["Think of pairs.", *["2+2 is \\boxed{4}"] * 9])
+    ctx, engine = prompted(["Think of pairs.", *["2+2 is \\boxed{4}"] * 9])
     steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("next_step")))
     assert steps[0].act == "next_step"
     assert steps[0].text == "Think of pairs."
     assert steps[-1].answer == "4"
     assert all(step.answer is None for step in steps[:-1])
-    second_prompt = Letters().decode(ctx.engine.asked[1][0])
+    second_prompt = Letters().decode(engine.asked[1][0])
     assert "2+2?" in second_prompt
     assert "Think of pairs." in second_prompt
 
@@ -114,26 +118,26 @@ BOXED = Letters().encode("\\boxed{4} an")
 @pytest.mark.parametrize("reply", ["", [165, 166], BOXED], ids=["empty", "cut off", "boxed"])
 @pytest.mark.parametrize("act", ["analysis", "direct_answer"])
 def test_prompted_path_ends_where_the_model_has_nothing_to_say(reply, act):
-    steps = asyncio.run(expand_prompted(prompted([reply]), PROBLEM, choose(act)))
+    steps = asyncio.run(expand_prompted(prompted([reply])[0], PROBLEM, choose(act)))
     assert len(steps) == 1
     assert steps[0].answer is None
 
 
 def test_prompted_depth_is_bounded():
-    ctx = prompted(["a step"] * 50, max_depth=3)
+    ctx, _ = prompted(["a step"] * 50, max_depth=3)
     assert len(asyncio.run(expand_prompted(ctx, PROBLEM, choose("clarify")))) <= 3
 
 
 def test_simulation_passes_over_long_direct_answers_but_the_tree_may_choose_one():
     long = "A. B. C. D. E. \\boxed{4}"
-    (step,) = asyncio.run(expand_prompted(prompted([long]), PROBLEM, choose("direct_answer")))
+    (step,) = asyncio.run(expand_prompted(prompted([long])[0], PROBLEM, choose("direct_answer")))
     assert step.answer == "4"
     requests = set()
     for seed in range(20):
-        ctx = prompted(["x.", long, long], seed=seed)
+        ctx, engine = prompted(["x.", long, long], seed=seed)
         steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("subquestion")))
         assert [step.act for step in steps] == ["subquestion", "next_step"]
-        requests.add(len(ctx.engine.asked))
+        requests.add(len(engine.asked))
     assert requests == {2, 3}  # 3: a direct answer was drawn first and passed over
 
 

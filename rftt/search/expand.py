@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from rftt.data import decode, encode_chat, eos_id
+from rftt.data import decode, eos_id
 from rftt.engines.base import Counters
 from rftt.functions import (
     ACTS,
@@ -30,13 +30,14 @@ from rftt.functions import (
     successors,
 )
 from rftt.rewards.grader import extract
-from rftt.schema import Completion, Problem, Sampling, Step, seed_for
+from rftt.schema import Completion, Problem, Reply, Sampling, Step, seed_for
 from rftt.search.mcts import Choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rftt.config import EvalConfig, RLConfig
+    from rftt.engines import Chat
     from rftt.engines.base import Engine
 
 
@@ -47,8 +48,7 @@ if TYPE_CHECKING:
 class Prompted:
     """An instruct model that is asked for one act at a time."""
 
-    engine: Engine
-    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
     temperature: float
     max_tokens: int
     max_depth: int
@@ -63,23 +63,13 @@ def visible(steps: Sequence[Step]) -> str:
     return "\n".join(step.text for step in steps)
 
 
-async def reply(ctx: Prompted, messages: Messages, act: str, *key: object) -> tuple[str, bool]:
-    """One answer of the model, clipped to the act's limits; False if it ran out of tokens."""
-    prompt = encode_chat(ctx.tokenizer, messages)
-    room = ctx.engine.max_model_len - len(prompt)
-    budget = min(FUNCTIONS[act].max_tokens, ctx.max_tokens, room)
-    if budget <= 0:
-        return "", False
-    sampling = Sampling(
-        max_tokens=budget,
-        temperature=ctx.temperature,
-        seed=seed_for(ctx.seed, *key),
-        stop_ids=(eos_id(ctx.tokenizer),),
-    )
-    completion = await ctx.engine.generate(prompt, sampling)
-    ctx.spent.generated_tokens += len(completion.token_ids)
-    text = decode(ctx.tokenizer, completion.token_ids, skip_special=True)
-    return clip_reply(act, text), completion.finish == "stop"
+async def reply(ctx: Prompted, messages: Messages, act: str | None, *key: object) -> Reply:
+    """One answer of the model, kept to the act's limits where it is one act's (None: it is not)."""
+    limit = min(FUNCTIONS[act].max_tokens, ctx.max_tokens) if act else ctx.max_tokens
+    sampling = Sampling(limit, ctx.temperature, seed=seed_for(ctx.seed, *key))
+    said = await ctx.chat(messages, sampling)
+    ctx.spent.generated_tokens += said.n_generated
+    return replace(said, text=clip_reply(act, said.text)) if act else said
 
 
 async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> list[Step]:
@@ -105,14 +95,14 @@ async def _child(
     ctx: Prompted, problem: Problem, steps: list[Step], acts: list[str], key: tuple[str, ...]
 ) -> tuple[Step, bool]:
     """A reply to the first of `acts` that will do: direct answers that run long are passed over."""
-    text, whole, act = "", False, acts[0]
+    said, act = Reply("", whole=False), acts[0]
     for act in acts:
         messages = ask(act, problem.question, visible(steps))
-        text, whole = await reply(ctx, messages, act, problem.id, key, len(steps), act)
-        if act != "direct_answer" or len(sentences(text)) <= ctx.max_direct_sentences:
+        said = await reply(ctx, messages, act, problem.id, key, len(steps), act)
+        if act != "direct_answer" or len(sentences(said.text)) <= ctx.max_direct_sentences:
             break
-    answer = extract(text) if whole and act in ("direct_answer", "next_step") else None
-    return Step(act, text, answer=answer), whole
+    states = said.whole and act in ("direct_answer", "next_step")
+    return Step(act, said.text, answer=extract(said.text) if states else None), said.whole
 
 
 # ---- Phase 2: functional tokens ----

@@ -200,7 +200,9 @@ async def sample(
     return list(await asyncio.gather(*map(one, range(n))))
 
 
-def tree_record(tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def tree_record(
+    tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
     """The tree as JSON: what a reader, a picture or a test wants to know of each node."""
 
     def prior(node: Node) -> float | None:
@@ -208,12 +210,15 @@ def tree_record(tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase
         known = tree.priors(node.parent) if node.parent else {}
         return math.exp(known[node.act]) if node.act in known else None
 
+    def text(step: Step) -> str:
+        return decode(tokenizer, step.token_ids) if tokenizer else step.text
+
     nodes = [
         {
             "id": node.id,
             "parent": node.parent.id if node.parent else None,
             "act": node.act,
-            "text": (node.step.text or decode(tokenizer, node.step.token_ids)) if node.step else "",
+            "text": text(node.step) if node.step else "",
             "visits": node.visits,
             "q": node.q,
             "prior": prior(node),
