@@ -57,15 +57,15 @@ def main(cfg: RLConfig) -> None:
 def train(cfg: RLConfig, world: World) -> None:
     from rftt.engines import build_engine
     from rftt.learn.batch import collate
-    from rftt.learn.checkpoint import export_hf, restore, save
+    from rftt.learn.checkpoint import export_hf, restore
     from rftt.learn.distributed import full_weights
     from rftt.learn.rl import AdaptiveKL
-    from rftt.learn.setup import build_models, checkpoint_to_resume, rate_at
+    from rftt.learn.setup import build_models, checkpoint_to_resume, checkpoints_of, rate_at
     from rftt.learn.step import Totals, count_skipped, deal, update
     from rftt.search.expand import speaker
     from rftt.search.samplers import check_warm
     from rftt.watch.log import Clock, RunLog
-    from rftt.watch.metrics import readable, rollout_metrics
+    from rftt.watch.metrics import examples, rollout_metrics
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world, cfg.resume_from_checkpoint)
@@ -79,15 +79,14 @@ def train(cfg: RLConfig, world: World) -> None:
     log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
     engine = build_engine(cfg, cfg.model_name_or_path, vocabulary)  # before FSDP takes the device
     models, modules, optimizers, peaks = build_models(cfg, world)
-    kl = AdaptiveKL(cfg.kl_coef, cfg.kl_target or math.inf, cfg.kl_horizon)
     policy = speaker(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
-    first_step, spent, budget = 0, 0.0, cfg.max_generated_tokens or math.inf  # in tokens sampled
-    if checkpoint:
-        extra = restore(checkpoint, modules, optimizers, world)
-        first_step, spent = extra["step"], extra["tokens_generated"]
-        kl = replace(kl, coef=extra["kl_coef"])
-    elif cfg.sampling_method == "mcts" and not cfg.allow_cold_start:
+    past = restore(checkpoint, modules, optimizers, world) if checkpoint else {}
+    if not past and cfg.sampling_method == "mcts" and not cfg.allow_cold_start:
         asyncio.run(check_warm(policy, problems[:8], cfg.system_prompt))
+    kl = AdaptiveKL(past.get("kl_coef", cfg.kl_coef), cfg.kl_target or math.inf, cfg.kl_horizon)
+    first_step, spent = past.get("step", 0), past.get("tokens_generated", 0.0)
+    budget = cfg.max_generated_tokens or math.inf  # in tokens sampled
+    checkpoints = checkpoints_of(cfg, world, tokenizer, past)
     log.rewind(first_step)
     skipped, stop = 0, stop_on_sigterm()  # updates in a row whose gradient was not finite
     stream = shuffled_epochs(len(problems), cfg.seed)
@@ -103,11 +102,13 @@ def train(cfg: RLConfig, world: World) -> None:
         # 1. Explore: the newest weights search for solutions.
         engine.wake()
         held = engine.load_weights(full_weights(models["policy"]))
-        metrics = clock.lap("sync_seconds")
-        metrics |= {"weights_checksum": agreed(world.gather(held))}
-        if cfg.eval_steps and step % cfg.eval_steps == 0:
-            metrics["eval/greedy"] = greedy_accuracy(cfg, policy, eval_problems, world)
-            metrics |= clock.lap("eval_seconds")
+        metrics = {"weights_checksum": agreed(world.gather(held))} | clock.lap("sync_seconds")
+        saved = bool(cfg.save_steps and step) and step % cfg.save_steps == 0
+        if cfg.eval_steps and (saved or step % cfg.eval_steps == 0):
+            accuracy = greedy_accuracy(cfg, policy, eval_problems, world)
+            metrics |= {"eval/greedy": accuracy} | clock.lap("eval_seconds")
+            if saved:
+                checkpoints.rate(step, accuracy)
         picked = order[step * cfg.rollout_batch_size : (step + 1) * cfg.rollout_batch_size]
         mine = [(group, problems[i]) for group, i in enumerate(picked)][world.rank :: world.size]
         explorer = replace(policy, seed=seed_for(cfg.seed, "step", step))
@@ -151,23 +152,19 @@ def train(cfg: RLConfig, world: World) -> None:
         metrics["saved_share"] *= n_tokens / metrics["tokens_trained"]  # per token, not per action
         metrics |= {"grad_norm": norms["policy"], "kl_coef": kl.coef}
         metrics["learning_rate"] = rates["policy"]
-        if cfg.kl_target:
-            kl = kl.update(metrics["kl"], len(rollouts))
+        kl = kl.update(metrics.get("kl", 0.0), len(rollouts))
         spent += metrics["tokens_generated"]
         log.step(step, metrics, LINE, total=cfg.max_steps)
         if due and world.is_main:
-            one_per_group = {rollout.group: rollout for rollout in rollouts}.values()
-            examples = [readable(rollout, tokenizer) for rollout in list(one_per_group)[:4]]
-            write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", examples)
+            write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", examples(rollouts, tokenizer))
         stopped = world.max(float(stop.is_set())) > 0
         if due or stopped or step + 1 == cfg.max_steps or spent >= budget:
-            save(
-                out, step + 1, modules=modules, optimizers=optimizers, world=world,
-                tokenizer=tokenizer, keep=cfg.save_total_limit, dtype=cfg.dtype,
-                extra={"kl_coef": kl.coef, "tokens_generated": spent},
-            )  # fmt: skip
+            extra = {"kl_coef": kl.coef, "tokens_generated": spent}
+            checkpoints.save(step + 1, modules, optimizers, extra)
         if stopped:
+            checkpoints.close()
             raise SystemExit(STOPPED)
+    checkpoints.close()
     export_hf(models["policy"], tokenizer, out / "hf", world, cfg.dtype)
     world.barrier()
     engine.close()

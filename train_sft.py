@@ -35,11 +35,11 @@ def train(cfg: SFTConfig, world) -> None:
     import torch
 
     from rftt.learn.batch import Batch
-    from rftt.learn.checkpoint import export_hf, restore, save
+    from rftt.learn.checkpoint import export_hf, restore
     from rftt.learn.distributed import shard
     from rftt.learn.model import add_function_rows, load_policy, token_logprobs
     from rftt.learn.offline import Sums, collate_examples, offline_loss, reference_logprobs
-    from rftt.learn.setup import checkpoint_to_resume, optimizer_for, rate_at
+    from rftt.learn.setup import checkpoint_to_resume, checkpoints_of, optimizer_for, rate_at
     from rftt.learn.step import Totals, count_skipped, per_token, update
     from rftt.watch.log import RunLog
 
@@ -68,9 +68,9 @@ def train(cfg: SFTConfig, world) -> None:
     if cfg.loss == "dpo":  # before a checkpoint is read: the model is still the one it starts from
         cache = out / "data" / "reference.jsonl"
         reference = reference_logprobs(cache, rows, logprobs, cfg, world)
-    first_step = 0
-    if checkpoint:
-        first_step = restore(checkpoint, {"policy": model}, {"policy": optimizer}, world)["step"]
+    modules, optimizers = {"policy": model}, {"policy": optimizer}
+    past = restore(checkpoint, modules, optimizers, world) if checkpoint else {}
+    checkpoints, first_step = checkpoints_of(cfg, world, tokenizer, past), past.get("step", 0)
     log.rewind(first_step)
 
     n_rows = round(len(train_rows) * cfg.num_train_epochs)
@@ -107,7 +107,6 @@ def train(cfg: SFTConfig, world) -> None:
             return loss
 
         rates = {"policy": rate_at(cfg, cfg.learning_rate, step, total_steps)}
-        modules, optimizers = {"policy": model}, {"policy": optimizer}
         norms = update(modules, optimizers, rates, batch, loss_of, cfg, world)
         skipped = count_skipped(norms, skipped, step)
         metrics = totals.reduce(world, per=n_terms)
@@ -117,25 +116,20 @@ def train(cfg: SFTConfig, world) -> None:
             "tokens": world.sum(float(batch.n_actions)),
         }
         done = step + 1
-        if eval_rows and (done == total_steps or (cfg.eval_steps and done % cfg.eval_steps == 0)):
+        saving = done == total_steps or bool(cfg.save_steps and done % cfg.save_steps == 0)
+        if eval_rows and (saving or (cfg.eval_steps and done % cfg.eval_steps == 0)):
             metrics |= evaluation()
         shown = ["loss", "dpo_accuracy", "eval_loss", "grad_norm"]
         log.step(step, metrics, shown, total=total_steps)
+        if saving and eval_rows:
+            checkpoints.rate(done, -metrics["eval_loss"])
         stopped = world.max(float(stop.is_set())) > 0
-        if stopped or done == total_steps or (cfg.save_steps and done % cfg.save_steps == 0):
-            save(
-                out,
-                done,
-                modules=modules,
-                optimizers=optimizers,
-                extra={},
-                world=world,
-                tokenizer=tokenizer,
-                keep=cfg.save_total_limit,
-                dtype=cfg.dtype,
-            )
+        if stopped or saving:
+            checkpoints.save(done, modules, optimizers, {})
         if stopped:
+            checkpoints.close()
             raise SystemExit(STOPPED)
+    checkpoints.close()
     export_hf(model, tokenizer, out / "hf", world, cfg.dtype)
     log.info(f"model in {out / 'hf'}")
 

@@ -96,7 +96,7 @@ class Training:
     save_steps: int = 50
     """A checkpoint every so many steps, and at the end; 0 keeps only the end."""
     save_total_limit: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept, beside the best one."""
     overwrite_output_dir: bool = False
     """Forget the checkpoints in output_dir and start over, each time the script is started."""
     report_to: list[str] = field(default_factory=list)
@@ -208,7 +208,7 @@ class SFTConfig(Common, Training):
     mask_wrong: bool = True
     """Keep the wrong branch of a merged row out of the loss."""
     eval_steps: int = 50
-    """Optimizer steps between two evaluation losses; 0 is only at the end."""
+    """Optimizer steps between two evaluation losses; every checkpoint has one."""
 
     def __post_init__(self) -> None:
         smoothing = self.label_smoothing
@@ -226,7 +226,7 @@ class RLConfig(Common, Graded, Engine, Training, Process):
     max_eval_problems: int = 500
     """Only the first so many."""
     eval_steps: int = 0
-    """Steps between two greedy evaluations; 0 never."""
+    """Steps between two greedy evaluations, and one for each checkpoint; 0 never."""
     max_steps: int = 250
     """Exploration-and-learning rounds (PAPER §1)."""
     max_generated_tokens: int | None = None

@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rftt.learn.checkpoint import export_hf, latest, mark_best, restore, save
-from rftt.learn.distributed import World, close_world, open_world, shard
+from rftt.learn.checkpoint import Checkpoints, export_hf, latest, newest_whole, restore
+from rftt.learn.distributed import World, close_world, full_weights, open_world, shard
 from rftt.learn.model import prepare
 from rftt.learn.optim import build_optimizer
+from rftt.schema import UserError
 from tests.learners import tiny_model
 from tests.test_distributed import ENVIRONMENT, ROOT, run
 from tests.test_model import word_tokenizer
@@ -66,10 +67,76 @@ def test_an_incomplete_checkpoint_is_ignored(world: World, tmp_path: Path) -> No
 
 def test_only_the_newest_and_the_best_are_kept(world: World, tmp_path: Path) -> None:
     train(world, tmp_path, 1)
-    mark_best(tmp_path, tmp_path / "checkpoints/step_000001")
+    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints.rate(1, 0.5)
+    checkpoints.rate(2, 0.5)
+    checkpoints.close()
     train(world, tmp_path, 4, keep=2)
     names = sorted(path.name for path in tmp_path.glob("checkpoints/step_*"))
     assert names == ["step_000001", "step_000003", "step_000004"]
+
+
+def damage(path: Path, how: str) -> None:
+    """One bit of the weights, their end, all of them, or the marker itself."""
+    (shard_file,) = (path / "state").glob("*.safetensors")
+    content = bytearray(shard_file.read_bytes())
+    match how:
+        case "flipped":
+            content[-100] ^= 1
+            shard_file.write_bytes(content)
+        case "truncated":
+            shard_file.write_bytes(content[:-100])
+        case "missing":
+            shard_file.unlink()
+        case "marker":
+            (path / "COMPLETE").write_bytes(b"\x00" * 10)
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "marker"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    world: World, tmp_path: Path, how: str
+) -> None:
+    train(world, tmp_path, 2)
+    first, second = sorted(tmp_path.glob("checkpoints/step_*"))
+    assert newest_whole(tmp_path, world) == second
+    damage(second, how)
+    with pytest.warns(UserWarning, match="step_000002 is damaged; going on from step_000001"):
+        assert newest_whole(tmp_path, world) == first
+    assert latest(tmp_path) == first
+    damage(first, how)
+    with pytest.raises(UserError, match="step_000001 is damaged, and there is no older"):
+        newest_whole(tmp_path, world)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(world: World, tmp_path: Path) -> None:
+    """What is written is the moment of the call; the next one, best or not, comes after it."""
+    policy = shard(prepare(tiny_model()), world)
+    optimizer = build_optimizer(policy, lr=1e-3)
+    wanted = {name: weight.clone() for name, weight in full_weights(policy)}
+    checkpoints = Checkpoints(tmp_path, world, tokenizer=word_tokenizer(67), keep=1)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"policy": policy}, {"policy": optimizer}, {})
+        checkpoints.rate(step, 1.0 / step)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(1.0)
+    checkpoints.close()
+    names = sorted(path.name for path in tmp_path.glob("checkpoints/*"))
+    assert names == ["best", "latest", "step_000001", "step_000003"]
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_000001/hf")
+    restore(tmp_path / "checkpoints/step_000001", {"policy": policy}, {}, world)
+    for name, weight in full_weights(policy):
+        assert torch.equal(weight, wanted[name])
+        assert torch.equal(exported.state_dict()[name], wanted[name])
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(world: World, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    policy = shard(prepare(tiny_model()), world)
+    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints.save(1, {"policy": policy}, {}, {})
+    with pytest.raises(NotADirectoryError):
+        checkpoints.save(2, {"policy": policy}, {}, {})
 
 
 def test_nothing_on_disk_is_a_pickle(world: World, tmp_path: Path) -> None:
@@ -84,10 +151,10 @@ def test_the_exported_folder_is_the_model_oracle(world: World, tmp_path: Path, t
     plain = {name: weight.clone() for name, weight in model.state_dict().items()}
     policy = shard(prepare(model), world)
     optimizer = build_optimizer(policy, lr=1e-3)
-    path = save(
-        tmp_path, 3, modules={"policy": policy}, optimizers={"policy": optimizer},
-        extra={"data": [1, 2]}, world=world, tokenizer=tokenizer,
-    )  # fmt: skip
+    checkpoints = Checkpoints(tmp_path, world, tokenizer=tokenizer)
+    checkpoints.save(3, {"policy": policy}, {"policy": optimizer}, {"data": [1, 2]})
+    checkpoints.close()
+    path = tmp_path / "checkpoints/step_000003"
     loaded = AutoModelForCausalLM.from_pretrained(path / "hf")
     assert loaded.config._attn_implementation == "sdpa"
     assert loaded.config.use_cache

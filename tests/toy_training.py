@@ -13,7 +13,7 @@ import torch
 
 from rftt.learn import rl
 from rftt.learn.batch import empty_like
-from rftt.learn.checkpoint import latest, restore, save
+from rftt.learn.checkpoint import Checkpoints, latest, restore
 from rftt.learn.distributed import (
     World,
     clip_gradients,
@@ -54,6 +54,7 @@ def train(
     optimizers = {name: build_optimizer(module, lr=1e-3) for name, module in modules.items()}
     generators = {"draw": torch.Generator().manual_seed(world.rank)}
     controller, first, history = rl.AdaptiveKL(0.1, 0.05, 100.0), 0, []
+    checkpoints = Checkpoints(run_dir, world, keep=keep)
     if path := latest(run_dir):
         extra = restore(path, modules, optimizers, world, generators)
         controller, first = rl.AdaptiveKL(**extra["kl"]), extra["step"]
@@ -69,8 +70,8 @@ def train(
         history = [*history, [*losses, torch.rand(1, generator=generators["draw"]).item()]]
         extra = {"kl": vars(controller), "history": history}
         if checkpoint:
-            save(run_dir, step + 1, modules=modules, optimizers=optimizers, extra=extra,
-                 world=world, generators=generators, keep=keep)  # fmt: skip
+            checkpoints.save(step + 1, modules, optimizers, extra, generators)
+    checkpoints.close()
     weights = {name: tensor.clone() for name, tensor in full_weights(modules["policy"])}
     weights |= {name: tensor.clone() for name, tensor in full_weights(modules["critic"])}
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()

@@ -1,21 +1,33 @@
 """Checkpoints that survive kill −9, and resume bit for bit, on any number of ranks.
 
-`<run_dir>/checkpoints/step_000040/{hf/, state/, extra.json, COMPLETE}` and a file `latest`.
+`<run_dir>/checkpoints/step_000040/{hf/, state/, extra.json, COMPLETE}`, files `latest` and `best`.
 Weights and optimizer state go through torch's distributed checkpoint in its safetensors format:
 every rank writes its shards, a reader with another world size reads the slices it needs, and no
 pickle is involved (DCP's default format keeps its metadata in one). Hyper-parameters of the
 optimizer are not saved: they come from the config and the step.
+
+Training waits for the copy to host memory only; a thread writes it, with collectives of its own.
+COMPLETE, written last, holds a checksum of every file, all of them forced to the disk before. The
+ranks share one file system.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Mapping
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
@@ -31,7 +43,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rftt.learn.distributed import World, full_weights
+from rftt.data import write_json
+from rftt.learn.distributed import TIMEOUT, World, full_weights
+from rftt.schema import UserError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 Modules = Mapping[str, nn.Module]
@@ -47,58 +61,118 @@ def export_hf(
     dtype: str = "float32",
 ) -> None:
     """Write a normal Hugging Face folder in `dtype`. Collective; rank 0 writes."""
-    weights = {}
-    for name, tensor in full_weights(model):
-        if world.is_main:
-            weights[name] = tensor.to("cpu", getattr(torch, dtype))
+    weights = _whole_weights(model, world, dtype)
     if world.is_main:
         model.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
     world.barrier()
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    *,
-    modules: Modules,
-    optimizers: Optimizers,
-    extra: dict[str, Any],
-    world: World,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    generators: Generators | None = None,
-    keep: int = 0,
-    dtype: str = "float32",
-) -> Path:
-    """Write the checkpoint of `step`, then drop all but the newest `keep` (0: none). Collective.
+class Checkpoints:
+    """Writes the checkpoints of one run while training goes on, one at a time.
 
-    An optimizer carries the name of the module it trains. With a tokenizer, modules["policy"] is
-    exported to hf/ in `dtype`. `extra` is any JSON: data position, KL controller, counters.
-    `generators` are this rank's.
+    With a tokenizer, modules["policy"] is exported to hf/ in `dtype`. The newest `keep` stay (0:
+    all), and the one with the best score. `best` is that score, "best_score" in a resumed `extra`.
     """
-    final = run_dir / "checkpoints" / f"step_{step:06d}"
-    temp = final.with_name(f".{final.name}.tmp")
-    if world.is_main:
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
-    world.barrier()
-    writer = HuggingFaceStorageWriter(str(temp / "state"), save_distributed=True)
-    state_dict_saver.save(_tensors(modules, optimizers), storage_writer=writer)
-    rng = {name: generator.get_state() for name, generator in (generators or {}).items()}
-    if rng:
-        save_file(rng, temp / f"rng_{world.rank}.safetensors")
-    if tokenizer is not None:
-        export_hf(cast(PreTrainedModel, modules["policy"]), tokenizer, temp / "hf", world, dtype)
-    world.barrier()
-    if world.is_main:
-        (temp / "extra.json").write_text(json.dumps({"step": step, **extra}, indent=1))
-        (temp / "COMPLETE").touch()
-        shutil.rmtree(final, ignore_errors=True)
-        temp.rename(final)
-        _point(run_dir, "latest", final)
-        _prune(run_dir, keep)
-    world.barrier()
-    return final
+
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        keep: int = 0,
+        dtype: str = "float32",
+        best: float = -math.inf,
+    ) -> None:
+        self._folder, self._world, self._best = run_dir / "checkpoints", world, best
+        self._tokenizer, self._keep, self._dtype = tokenizer, keep, dtype
+        self._thread = ThreadPoolExecutor(1)
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._group = cast(dist.ProcessGroup, group)  # for the thread alone
+        self._pending: list[Future[None]] = []
+
+    def save(
+        self,
+        step: int,
+        modules: Modules,
+        optimizers: Optimizers,
+        extra: dict[str, Any],
+        generators: Generators | None = None,
+    ) -> None:
+        """Copy everything and begin to write it, once the one before is written. Collective.
+
+        An optimizer carries the name of the module it trains. `extra` is any JSON: data position,
+        KL controller, counters. `generators` are this rank's.
+        """
+        self.wait()
+        state = _tensors(modules, optimizers)
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        rng = {name: generator.get_state() for name, generator in (generators or {}).items()}
+        export = None
+        if self._tokenizer is not None:
+            policy = cast(PreTrainedModel, modules["policy"])
+            weights = _whole_weights(policy, self._world, self._dtype)
+            export = partial(policy.save_pretrained, state_dict=weights)
+        score = {"best_score": self._best} if math.isfinite(self._best) else {}
+        extra = {"step": step, **score, **extra}
+        self._pending.append(self._thread.submit(self._write, step, state, rng, export, extra))
+
+    def rate(self, step: int, score: float) -> None:
+        """Name the checkpoint of `step` `best` if no other had as high a score.
+
+        It may come just before its `save`: a run killed in between writes it when it goes on.
+        """
+        if score > self._best:
+            self._best = score
+            if self._world.is_main:
+                name = f"step_{step:06d}"
+                self._pending.append(self._thread.submit(_point, self._folder, "best", name))
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises what went wrong with it."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(
+        self,
+        step: int,
+        state: dict[str, Tensor],
+        rng: dict[str, Tensor],
+        export: Callable[[Path], None] | None,
+        extra: dict[str, Any],
+    ) -> None:
+        final = self._folder / f"step_{step:06d}"
+        temp = final.with_name(f".{final.name}.tmp")
+        if self._world.is_main:
+            shutil.rmtree(temp, ignore_errors=True)
+            write_json(temp / "extra.json", extra)
+        dist.barrier(self._group)
+        writer = HuggingFaceStorageWriter(str(temp / "state"), save_distributed=True)
+        state_dict_saver.save(state, storage_writer=writer, process_group=self._group)
+        if rng:
+            save_file(rng, temp / f"rng_{self._world.rank}.safetensors")
+        if export and self._tokenizer and self._world.is_main:
+            export(temp / "hf")
+            self._tokenizer.save_pretrained(temp / "hf")
+        dist.barrier(self._group)
+        shares: list[Any] = [None] * self._world.size
+        dist.all_gather_object(shares, _checksums(temp, self._world), self._group)
+        if self._world.is_main:
+            write_json(temp / "COMPLETE", dict(chain(*(share.items() for share in shares))))
+            for path in (*temp.rglob("*"), temp):
+                _sync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            temp.rename(final)
+            _sync(self._folder)
+            _point(self._folder, "latest", final.name)
+            _prune(self._folder, self._keep)
 
 
 def restore(
@@ -130,32 +204,87 @@ def restore(
 
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run."""
-    found = _complete(run_dir)
+    found = _complete(run_dir / "checkpoints")
     return found[-1] if found else None
 
 
-def mark_best(run_dir: Path, path: Path) -> None:
-    """Name a checkpoint `best`: it is never pruned. Rank 0 only."""
-    _point(run_dir, "best", path)
+def newest_whole(run_dir: Path, world: World) -> Path | None:
+    """The newest checkpoint that is still what was written. Collective.
+
+    Damaged ones after it are set aside with a warning. Raises UserError where no other is left.
+    """
+    damaged: list[Path] = []
+    for path in reversed(world.gather(_complete(run_dir / "checkpoints"))[0]):
+        parts = world.gather((_checksums(path, world), _recorded(path)))
+        if dict(chain(*(found.items() for found, _ in parts))) == parts[0][1]:
+            if world.is_main:
+                for other in damaged:
+                    warnings.warn(f"{other} is damaged; going on from {path.name}", stacklevel=2)
+                    (other / "COMPLETE").rename(other / "DAMAGED")
+            world.barrier()
+            return path
+        damaged.append(path)
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} is damaged, and there is no older checkpoint; use a new output_dir."
+        )
+    return None
 
 
-def _complete(run_dir: Path) -> list[Path]:
-    return sorted(marker.parent for marker in run_dir.glob("checkpoints/step_*/COMPLETE"))
+def _checksums(folder: Path, world: World) -> dict[str, int]:
+    """CRC-32 of this rank's share of the files below."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = {}
+    for path in [path for path in files if path.name != "COMPLETE"][world.rank :: world.size]:
+        checksum = 0
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                checksum = zlib.crc32(block, checksum)
+        found[str(path.relative_to(folder))] = checksum
+    return found
 
 
-def _point(run_dir: Path, name: str, path: Path) -> None:
-    pointer = run_dir / "checkpoints" / name
-    temp = pointer.with_suffix(".tmp")
-    temp.write_text(path.name)
-    temp.replace(pointer)
+def _recorded(path: Path) -> dict[str, int] | None:
+    try:
+        return json.loads((path / "COMPLETE").read_bytes())
+    except ValueError:  # damaged itself
+        return None
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    best = run_dir / "checkpoints" / "best"
+def _complete(folder: Path) -> list[Path]:
+    return sorted(marker.parent for marker in folder.glob("step_*/COMPLETE"))
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _point(folder: Path, name: str, target: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temp = folder / f"{name}.tmp"
+    temp.write_text(target)
+    temp.replace(folder / name)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    best = folder / "best"
     spared = best.read_text() if best.exists() else ""
-    for path in _complete(run_dir)[:-keep] if keep else []:
+    for path in _complete(folder)[:-keep] if keep else []:
         if path.name != spared:
+            (path / "COMPLETE").unlink()  # first: half a checkpoint must not look like one
             shutil.rmtree(path)
+
+
+def _whole_weights(model: nn.Module, world: World, dtype: str) -> dict[str, Tensor]:
+    """Every whole tensor in host memory of rank 0, {} elsewhere. Collective."""
+    weights = {}
+    for name, tensor in full_weights(model):
+        if world.is_main:
+            weights[name] = tensor.to("cpu", getattr(torch, dtype), copy=True)
+    return weights
 
 
 def _tensors(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ belongs to the last action before it (PAPER §1, phase 2; Schulman 2015 for GAE,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -51,6 +52,8 @@ class AdaptiveKL:
     """Rollouts after which a constant 20 % error has moved `coef` by 20 %."""
 
     def update(self, kl: float, n_rollouts: int) -> AdaptiveKL:
+        if math.isinf(self.target):  # fixed
+            return self
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         return replace(self, coef=self.coef * (1.0 + error * n_rollouts / self.horizon))
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from rftt.cli import check_same_run
 from rftt.config import RLConfig, SFTConfig, Training
-from rftt.learn.checkpoint import latest
+from rftt.learn.checkpoint import Checkpoints, latest, newest_whole
 from rftt.learn.distributed import World, shard
 from rftt.learn.model import load_critic, load_policy
 from rftt.learn.optim import build_optimizer, lr_at
@@ -55,20 +56,37 @@ def checkpoint_to_resume(
             f"train_batch_size {cfg.train_batch_size} leaves some of {world.size} ranks idle; "
             f"use at least {world.size}."
         )
-    checkpoint = latest(out)
+    begun = latest(out) is not None
     world.barrier()  # all ranks have looked
     if cfg.overwrite_output_dir:
         if world.is_main:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
         return None
-    if checkpoint and resume == "never":
+    if begun and resume == "never":
         raise UserError(
             f"{out} has checkpoints; set resume_from_checkpoint: auto or "
             "overwrite_output_dir: true, or use a new output_dir."
         )
-    if checkpoint:
+    if begun:
         check_same_run(out / "config.yaml", asdict(cfg))
-    return checkpoint
+    return newest_whole(out, world)
+
+
+def checkpoints_of(
+    cfg: SFTConfig | RLConfig,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    past: dict[str, Any],
+) -> Checkpoints:
+    """Where this run's checkpoints go; `past` is what the resumed one says."""
+    return Checkpoints(
+        Path(cfg.output_dir),
+        world,
+        tokenizer=tokenizer,
+        keep=cfg.save_total_limit,
+        dtype=cfg.dtype,
+        best=past.get("best_score", -math.inf),
+    )
 
 
 def optimizer_for(cfg: Training, module: nn.Module, peak: float) -> torch.optim.Optimizer:

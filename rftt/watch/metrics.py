@@ -94,6 +94,14 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     } | {f"acts/{act}": acts.count(act) / max(len(acts), 1) for act in ACTS}
 
 
+def examples(
+    rollouts: list[Rollout], tokenizer: PreTrainedTokenizerBase, n: int = 4
+) -> list[dict[str, Any]]:
+    """One readable rollout of each of the first `n` groups."""
+    one_per_group = {rollout.group: rollout for rollout in rollouts}.values()
+    return [readable(rollout, tokenizer) for rollout in list(one_per_group)[:n]]
+
+
 def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A rollout as a person reads it; a step has a text, an act and a reward."""
     starts = (0, *(end + 1 for end in rollout.step_ends))
