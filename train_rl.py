@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rftt.cli import STOPPED, cli, stop_on_sigterm
+from rftt.cli import STOPPED, cli, load_function, stop_on_sigterm
 from rftt.config import RLConfig
 from rftt.data import (
     decode,
@@ -201,6 +201,7 @@ async def explore(
         no_answer=cfg.no_answer_reward,
         blend=cfg.reward_scheme == "blend",
         whole_segments=cfg.malformed_responses == "reject" and policy.ids is not None,
+        custom=load_function("reward_function", own) if (own := cfg.reward_function) else None,
     )
 
     async def one(item: tuple[int, Problem]) -> list[Rollout]:

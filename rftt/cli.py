@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import inspect
 import os
 import signal
@@ -111,6 +112,18 @@ def stop_on_sigterm() -> threading.Event:
 
 def _exit_now(_signal: int, _frame: object) -> None:
     raise SystemExit(STOPPED)
+
+
+def load_function(key: str, name: str) -> Callable[..., object]:
+    """The user's own `module:function`, importable from here, that the config names under `key`."""
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{key}={name} is no module:function ({error}).") from error
+    if not callable(function):
+        raise UserError(f"{key}={name} is a {type(function).__name__}, not a function.")
+    return function
 
 
 def check_same_run(config_file: Path, config: dict[str, Any]) -> None:

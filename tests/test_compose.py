@@ -63,3 +63,20 @@ def test_text_outside_whole_segments_is_refused_on_request():
 def test_a_problem_without_gold_answer_cannot_be_rewarded():
     with pytest.raises(UserError, match="p has no gold answer"):
         score(rollout("4", gold=None), text("4"), PAPER)
+
+
+def test_the_users_own_function_pays_the_last_step_and_leaves_the_outcome_to_the_grader():
+    def shortness(problem: Problem, response: str) -> float:
+        return len(problem.question) / len(response)
+
+    own = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0, custom=shortness)
+    scored = score(rollout("4"), text("4"), own, [0.7, 0.2])
+    assert scored.step_rewards == (0.7, 4 / len(text("4")))
+    assert scored.outcome == 1.0
+
+
+@pytest.mark.parametrize("value", [None, "1", float("nan")])
+def test_a_users_function_must_return_a_number(value):
+    own = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0, custom=lambda problem, text: value)
+    with pytest.raises(UserError, match=r"reward_function returned .* for problem p"):
+        score(rollout("4"), text("4"), own)

@@ -4,14 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rftt.cli import load_config
+from rftt.cli import load_config, load_function
 from rftt.config import SearchConfig
 from rftt.schema import UserError
 from rftt.search.filters import (
     FILTERS,
     follows_grammar,
     leaks,
-    load_function,
     mentions,
     ngrams,
     repeats,
@@ -139,7 +138,7 @@ def test_custom_filter_is_called_with_each_row(tmp_path, monkeypatch):
         "mine_for_rftt:N": "is a int, not a function",
     }.items():
         with pytest.raises(UserError, match=message):
-            load_function(name)
+            load_function("custom_filter", name)
 
 
 @given(

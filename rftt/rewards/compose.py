@@ -6,11 +6,12 @@ not be had stops the run where it is asked for, not here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rftt.rewards.grader import grade
-from rftt.schema import Rollout, UserError
+from rftt.schema import Problem, Rollout, UserError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class RewardScheme:
     """Last step = 0.6 x correct + 0.4 x process score, as found in the official code."""
     whole_segments: bool = False
     """A response with text outside its segments has no answer, whatever it says."""
+    custom: Callable[[Problem, str], object] | None = None
+    """The user's own: what the last step earns, instead of all of the above."""
 
 
 def score(
@@ -43,6 +46,8 @@ def score(
     if rollout.finish == "length" or (scheme.whole_segments and "" in rollout.acts):
         correct, answer = False, None
     finish = finish_reward(correct, answer, process[-1], scheme)
+    if scheme.custom is not None:
+        finish = own_reward(scheme.custom, rollout.problem, text)
     return replace(rollout, outcome=float(correct), step_rewards=(*process[:-1], finish))
 
 
@@ -53,3 +58,11 @@ def finish_reward(correct: bool, answer: str | None, process: float, scheme: Rew
     if correct:
         return scheme.correct
     return scheme.wrong if answer is not None else scheme.no_answer
+
+
+def own_reward(function: Callable[[Problem, str], object], problem: Problem, text: str) -> float:
+    """What the user's function says. Raises UserError where that is not a finite number."""
+    value = function(problem, text)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"reward_function returned {value!r} for problem {problem.id}, no number.")
+    return float(value)

@@ -7,7 +7,6 @@ name, so that the counts and what is kept add up to what came in. The names are 
 
 from __future__ import annotations
 
-import importlib
 import re
 import unicodedata
 from collections import Counter
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
+from rftt.cli import load_function
 from rftt.config import SearchConfig
 from rftt.functions import sentences, successors
 from rftt.schema import UserError
@@ -125,7 +125,7 @@ def custom(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
     """The user's own: called with one row, says whether it stays."""
     if cfg.custom_filter is None:
         return [True] * len(rows)
-    function = load_function(cfg.custom_filter)
+    function = load_function("custom_filter", cfg.custom_filter)
     verdicts: list[bool] = []
     for row in rows:
         verdict = function(row)
@@ -177,15 +177,3 @@ def select(rows: Sequence[Row], cfg: SearchConfig) -> tuple[list[Row], Counter[s
         kept = [row for row, stay in zip(kept, verdicts, strict=True) if stay]
     counts["kept"] += len(kept)
     return kept, counts
-
-
-def load_function(name: str) -> Callable[[Row], object]:
-    """`module:function`, importable from here. Raises UserError where there is no such thing."""
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"custom_filter={name} is no module:function ({error}).") from error
-    if not callable(function):
-        raise UserError(f"custom_filter={name} is a {type(function).__name__}, not a function.")
-    return function
