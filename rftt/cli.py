@@ -47,13 +47,7 @@ FREE_TO_CHANGE = (
 
 def load_config(schema: type[C], argv: Sequence[str]) -> C:
     """`[file.yaml] key=value …` -> a checked `schema`. Raises UserError on anything unexpected."""
-    values: dict[str, tuple[Any, str]] = {}
-    for argument in argv:
-        key, equals, text = argument.partition("=")
-        if equals:
-            values[key] = (_yaml_value(text), "on the command line")
-        else:
-            values |= _read_yaml(argument)
+    values = given(argv)
     known = {f.name: f for f in fields(schema)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(schema)
     checked: dict[str, Any] = {}
@@ -64,12 +58,23 @@ def load_config(schema: type[C], argv: Sequence[str]) -> C:
         checked[key] = _check(key, value, hints[key], where)
         if type(checked[key]) is int and checked[key] < (0 if key in MAY_BE_ZERO else 1):
             raise UserError(f"config: {key}={value} is too small ({where}).")
-    missing = [name for name, f in known.items() if name not in checked and _is_required(f)]
+    missing = [name for name, f in known.items() if name not in checked and is_required(f)]
     if missing:
         raise UserError(
             f"config: {missing[0]} is not set; add it to the file or as {missing[0]}=…."
         )
     return schema(**checked)
+
+
+def given(argv: Sequence[str]) -> dict[str, tuple[Any, str]]:
+    """key -> (value, where it was set) of a file and what follows it; later ones win."""
+    values: dict[str, tuple[Any, str]] = {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        values |= (
+            {key: (_yaml_value(text), "on the command line")} if equals else _read_yaml(argument)
+        )
+    return values
 
 
 def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None = None) -> None:
@@ -147,7 +152,7 @@ def describe(schema: type) -> str:
     lines = [f"{schema.__doc__}\n", "usage: python SCRIPT.py config.yaml [key=value …]\n"]
     for base in reversed(schema.__mro__[:-1]):
         for name, doc in field_docs(base).items():
-            default = "required" if _is_required(_field(schema, name)) else _default(schema, name)
+            default = "required" if is_required(_field(schema, name)) else _default(schema, name)
             lines.append(f"{name}: {_type_name(hints[name])} = {default}\n    {doc}")
     return "\n".join(lines) + "\n"
 
@@ -227,7 +232,7 @@ def _field(schema: type, name: str) -> Any:
     return next(f for f in fields(schema) if f.name == name)
 
 
-def _is_required(f: Any) -> bool:
+def is_required(f: Any) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 

@@ -156,18 +156,13 @@ def _question(row: Row, key: str | None, where: str) -> str:
 
 def _no_gold(path: str, unread: list[tuple[int, Row]], n_rows: int, key: str | None) -> str:
     """What to say of `unread` (line, row) among `n_rows`, and where their gold answers may be."""
-    number, first = unread[0]
-    marks = {"####": "GSM8K's '####'", "\\boxed": "a \\boxed answer"}
-    hints = [
-        f"its {name!r} holds {what}: set answer_key: {name}."
-        for name, value in first.items()
-        for mark, what in marks.items()
-        if mark in str(value)
-    ]
+    number, row = unread[0]
+    found = next((k for k, v in row.items() if "####" in str(v) or "\\boxed" in str(v)), None)
+    cure = f"'{found}' looks like it" if found else "or leave these rows out"
     return (
         f"{len(unread)} of {n_rows} rows have no gold answer that parses, first {path}:{number} "
-        f"({key or 'answer'}: {_field(first, 'answer', key)!r}); "
-        f"{(hints or ['set answer_key to the field that holds it, or leave these rows out.'])[0]}"
+        f"({key or 'answer'}: {_field(row, 'answer', key)!r}). Set answer_key: {found or '…'} "
+        f"({cure})."
     )
 
 

@@ -13,65 +13,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from random import Random
 
 import pytest
-import torch
 from torch import distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from rftt.cli import load_config
 from rftt.config import RLConfig
-from rftt.data import write_jsonl
-from rftt.functions import add_function_tokens
 from rftt.learn import distributed
-from rftt.tiny import build_tokenizer, make_tale
 from tests.conftest import ROOT, run
+from tests.small_world import damage, make_world, settings
 
 pytestmark = pytest.mark.errors
-CONFIGS = {"search": "search", "train_sft": "sft", "train_rl": "rl", "evaluate": "evaluate"}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random models (`speaks` has functional tokens, `base` has none) and eight problems."""
-    path = tmp_path_factory.mktemp("world")
-    for name in ("base", "speaks"):
-        tokenizer = build_tokenizer()
-        if name == "speaks":
-            add_function_tokens(tokenizer)
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-        ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
-        config = Qwen2Config(vocab_size=len(tokenizer), **sizes, **heads, **ends)  # type: ignore[arg-type]
-        Qwen2ForCausalLM(config).save_pretrained(path / name)
-        tokenizer.save_pretrained(path / name)
-    rng, seen = Random(0), set[str]()
-    tales = [make_tale(rng, seen) for _ in range(8)]
-    write_jsonl(
-        path / "train.jsonl", [{"problem": t.question, "answer": str(t.values[-1])} for t in tales]
-    )
-    return path
-
-
-def settings(script: str, world: Path, out: Path, *more: str) -> list[str]:
-    """Arguments of a small run of `script` on the random world; later ones win."""
-    model = world / ("base" if script in ("search", "train_sft") else "speaks")
-    data = "eval_file" if script == "evaluate" else "train_file"
-    small = {
-        "search": ["simulations=2", "max_problems=2", "max_completion_length=8"],
-        "train_sft": ["train_batch_size=2"],
-        "train_rl": ["rollout_batch_size=2", "num_generations=2", "train_batch_size=4",
-                     "max_steps=2", "max_completion_length=8", "allow_cold_start=true",
-                     f"eval_file={world / 'train.jsonl'}"],
-        "evaluate": ["num_samples=1", "simulations=[]", "max_completion_length=8"],
-    }  # fmt: skip
-    return [
-        str(ROOT / f"configs/tiny/{CONFIGS[script]}.yaml"), f"model_name_or_path={model}",
-        f"{data}={world / 'train.jsonl'}", f"output_dir={out}", *small[script], *more,
-    ]  # fmt: skip
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -126,7 +84,7 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "missing field of a row": ("train_sft", ["train_file={bad}/field.jsonl"],
         ["field.jsonl:1 has neither 'steps' nor 'response'", "search.py writes such rows"]),
     "unparsable gold": ("train_rl", ["train_file={bad}/gold.jsonl"],
-        ["2 of 3 rows have no gold answer", "gold.jsonl:2", "set answer_key: worked."]),
+        ["2 of 3 rows have no gold answer", "gold.jsonl:2", "Set answer_key: worked"]),
     "no model": ("search", ["model_name_or_path={bad}/nowhere"],
         ["model_name_or_path", "nowhere", "neither a folder with a tokenizer nor a hub model"]),
     "no chat template": ("evaluate", ["model_name_or_path={bad}/mute"],
@@ -165,20 +123,8 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     write(path / "field.jsonl", GOOD, {"exercise": "1+1?", "idx": "7"})
     worked = {"problem": "1+1?", "answer": "", "worked": "1 and 1 is 2\n#### 2"}
     write(path / "gold.jsonl", GOOD, worked, worked)
-    tokenizer = AutoTokenizer.from_pretrained(world / "speaks")
-    model = AutoModelForCausalLM.from_pretrained(world / "speaks")
-    for name in ("short", "doubled", "mute"):
-        rows = len(tokenizer) - (5 if name == "short" else 0)
-        model.resize_token_embeddings(rows)
-        model.save_pretrained(path / name)
-        template, bos = tokenizer.chat_template, tokenizer.bos_token
-        if name == "doubled":
-            tokenizer.bos_token = tokenizer.eos_token
-            tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + template
-        elif name == "mute":
-            tokenizer.chat_template = None
-        tokenizer.save_pretrained(path / name)
-        tokenizer.chat_template, tokenizer.bos_token = template, bos
+    for fault in ("short", "doubled", "mute"):
+        damage(world / "speaks", path / fault, fault)
     begun = path / "begun"
     (begun / "checkpoints/step_000001").mkdir(parents=True)
     (begun / "checkpoints/step_000001/COMPLETE").touch()

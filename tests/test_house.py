@@ -73,6 +73,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "learn": (*BASE, "learn"),
     "watch": (*BASE, "watch"),
     "tiny": BASE,
+    "memory": ("schema", "config"),
+    "doctor": (*BASE, "learn", "memory", "rewards", "watch"),  # ties rooms, as a script does
 }
 """Room -> rooms it may import; the longest match counts. Scripts, which tie them, import any."""
 
@@ -146,7 +148,7 @@ def test_torch_free_modules_and_the_help_of_scripts_stay_torch_free() -> None:
 
 # ---- Sizes ----
 
-FILE_LINES, FUNCTION_LINES, MAIN_LINES, CODE_LINES = 400, 60, 120, 7200
+FILE_LINES, FUNCTION_LINES, MAIN_LINES, CODE_LINES = 400, 60, 120, 7500
 
 
 def n_lines(path: Path) -> int:

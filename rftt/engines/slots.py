@@ -203,7 +203,7 @@ class Slots:
         if slots > shape[0]:
             shape[0] = min(len(self.length), 2 * slots)  # room for what will have been
         if columns > shape[4]:
-            shape[4] = max(columns, 2 * shape[4])
+            shape[4] = max(columns, min(self.tokens.shape[1], 2 * shape[4]))
         if shape != list(old.shape):
             self.kv = old.new_zeros(shape)  # zeros: what a mask hides must be finite
             self.kv[: old.shape[0], :, :, :, : old.shape[4]] = old
