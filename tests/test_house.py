@@ -19,7 +19,7 @@ TEXTS = [
     *CODE,
     *(path for pattern in ("*.md", "docs/*.md", "*.txt", "*.toml") for path in ROOT.glob(pattern)),
     *(path for pattern in ("configs/**/*.yaml", "runs/*.sh") for path in ROOT.glob(pattern)),
-    *(ROOT / name for name in ("Makefile", ".ci/run")),
+    *(ROOT / name for name in ("Makefile", ".ci/run", ".github/workflows/ci.yml")),
 ]
 
 
