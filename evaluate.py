@@ -21,7 +21,8 @@ from rftt.cli import check_same_run, cli
 from rftt.config import EvalConfig
 from rftt.data import Journal, decode, load_problems, load_tokenizer, write_json
 from rftt.functions import function_ids, has_function_tokens
-from rftt.rewards.grader import audit, canonical, grade
+from rftt.rewards.audit import audit
+from rftt.rewards.grader import canonical, grade
 from rftt.schema import Problem, Rollout
 from rftt.watch.metrics import majority, mean_ci, pass_at_k
 

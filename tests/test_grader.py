@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.rewards.grader import audit, canonical, extract, grade, parse_gold, same_answer
+from rftt.rewards.audit import audit
+from rftt.rewards.grader import canonical, extract, grade, parse_gold, same_answer
 from rftt.schema import UserError
 
 ROOT = Path(__file__).parents[1]

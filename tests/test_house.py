@@ -55,7 +55,7 @@ def inside(name: str, *rooms: str) -> bool:
 # ---- Imports go one way ----
 
 BASE = ("schema", "config", "fields", "cli", "functions", "data", "rewards.grader")
-GRADER = ("rewards.grader", "rewards.latex", "rewards.shapes", "rewards.values")
+GRADER = ("rewards.grader", "rewards.reading", "rewards.spelling")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "schema": (),
     "cli": ("schema",),
@@ -259,7 +259,6 @@ PARENTS = {
     "nn.Module",
     "Protocol",
     "Exception",
-    "Refused",  # the grader's exception, in rewards/latex.py
     "torch.autograd.Function",
     "NamedTuple",
     "BaseHTTPRequestHandler",
