@@ -310,16 +310,20 @@ def model_flops(size: dict[str, int], lengths: tuple[int, ...]) -> float:
 
 
 def summary(
-    steps: dict[str, list[dict[str, float]]], rates: dict[str, float], flops: float, n_tokens: int
+    steps: dict[str, list[dict[str, float]]],
+    rates: dict[str, list[float]],
+    flops: float,
+    n_tokens: int,
 ) -> dict[str, dict[str, float]]:
-    """The figures of every variant, and ratios to TRL's where it ran."""
+    """The figures of every variant, and ratios to TRL's where it ran: medians over the rounds."""
     result: dict[str, dict[str, float]] = {}
+    seconds = {variant: [f["seconds"] for f in found[1:]] for variant, found in steps.items()}
     for variant, figures in steps.items():
-        seconds = statistics.median(f["seconds"] for f in figures[1:])
+        rounds = zip(seconds[variant], rates[VARIANTS[variant][2]][1:], strict=True)
         result[variant] = {
-            "tokens_per_cpu_s": n_tokens / seconds,
+            "tokens_per_cpu_s": n_tokens / statistics.median(seconds[variant]),
             "extra_mib": figures[0]["extra_mib"],
-            "mfu": flops / seconds / rates[VARIANTS[variant][2]],
+            "mfu": statistics.median(flops / spent / rate for spent, rate in rounds),
             "first_loss": figures[0]["loss"],
             "first_grad_norm": figures[0]["grad_norm"],
         }
@@ -327,7 +331,8 @@ def summary(
         if variant in result and rival in result:
             figures, other = result[variant], result[rival]
             to = "vs_packed" if variant == "tree" else "vs_trl"
-            figures[f"tokens_{to}"] = figures["tokens_per_cpu_s"] / other["tokens_per_cpu_s"]
+            ratios = (b / a for a, b in zip(seconds[variant], seconds[rival], strict=True))
+            figures[f"tokens_{to}"] = statistics.median(ratios)
             figures[f"memory_{to}"] = figures["extra_mib"] / other["extra_mib"]
             figures[f"loss_{to}"] = figures["first_loss"] / other["first_loss"]
             figures[f"grad_norm_{to}"] = figures["first_grad_norm"] / other["first_grad_norm"]
@@ -345,9 +350,7 @@ def main() -> None:
     parser.add_argument(
         "--length", type=int, help="documents of this many tokens (default: skewed)"
     )
-    parser.add_argument(
-        "--variants", default="packed-rl-fp32,padded-rl-fp32,packed-rl-bf16,packed-sft-fp32"
-    )
+    parser.add_argument("--variants", default="packed,padded,packed_bf16,packed_sft,tree")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--lengths", help=argparse.SUPPRESS)
@@ -357,10 +360,10 @@ def main() -> None:
         return
     lengths = (args.length,) * 8 if args.length else LENGTHS
     variants = args.variants.split(",")
-    if args.compare:
-        if not Path(args.trl_python).exists():
-            sys.exit(f"error: {args.trl_python} is missing; run: make bench-env")
-        variants += sorted({RIVAL[v] for v in variants if v in RIVAL} - set(variants))
+    if args.compare and not Path(args.trl_python).exists():
+        sys.exit(f"error: {args.trl_python} is missing; run: make bench-env")
+    pairs = [name for v in variants for name in (v, RIVAL.get(v, v))]  # rivals next to each other
+    variants = [v for v in dict.fromkeys(pairs) if args.compare or not v.startswith("trl")]
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, SIZES[args.size])
         workers = {
@@ -381,11 +384,11 @@ def main() -> None:
                 measured.append(matmul_rate(dtype))
         for worker in workers.values():
             worker.communicate()
-    peak = {dtype: statistics.median(measured) for dtype, measured in rates.items()}
-    result = summary(steps, peak, model_flops(SIZES[args.size], lengths), sum(lengths))
+    result = summary(steps, rates, model_flops(SIZES[args.size], lengths), sum(lengths))
+    peak = {dtype: statistics.median(found) / 1e9 for dtype, found in rates.items()}
     for variant, figures in result.items():
         print(f"{variant:18}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-    print(json.dumps(result | {"matmul_gflops": {k: v / 1e9 for k, v in peak.items()}}))
+    print(json.dumps(result | {"matmul_gflops": peak}))
 
 
 if __name__ == "__main__":

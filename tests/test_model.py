@@ -13,6 +13,7 @@ from rftt.learn import rl
 from rftt.learn.batch import Batch, collate_rows, empty_like
 from rftt.learn.model import (
     Critic,
+    _ChunkedLogprobs,
     add_function_rows,
     load_critic,
     load_policy,
@@ -98,6 +99,44 @@ def test_chunks_change_nothing_invariant(chunk: int) -> None:
     whole, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
     chunked, _ = token_logprobs(model, batch, 1.0, VOCABULARY, chunk=chunk)
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("chunk", "n_kept"), [(3, 0), (3, 2), (20, 1), (7, 9)])
+def test_the_heads_backward_is_the_derivative_of_its_forward_oracle(
+    chunk: int, n_kept: int
+) -> None:
+    """Float64 finite differences; ids beyond 13 are not the tokenizer's."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (
+        torch.randn(n, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+        for n in (6, 15)
+    )
+    targets = torch.tensor([0, 3, 12, 5, 6, 12])
+    starts = range(0, 13, chunk)
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return _ChunkedLogprobs.apply(hidden, weight, targets, 0.7, starts, n_kept, True)
+
+    assert torch.autograd.gradcheck(head, (hidden, weight))
+    logp = (hidden @ weight[:13].T / 0.7).log_softmax(-1)
+    logprobs, entropy = head(hidden, weight)
+    torch.testing.assert_close(logprobs, logp.gather(-1, targets[:, None])[:, 0])
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gated_mlps_keep_no_product_for_the_backward(family: str) -> None:
+    """Gate and up, not what they become: four tensors of this width in an MLP left alone."""
+    batch, widths = random_batch(LENGTHS), []
+
+    def keep(saved: Tensor) -> Tensor:
+        widths.append(saved.shape[-1] if saved.shape[-2:-1] == batch.input_ids.shape else 0)
+        return saved
+
+    model = prepare(tiny_model(family))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        token_logprobs(model, batch, 1.0, VOCABULARY)
+    assert widths.count(model.config.intermediate_size) == 2 * model.config.num_hidden_layers
 
 
 def test_first_pass_ratio_is_exactly_one_invariant() -> None:

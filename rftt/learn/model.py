@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import getsource
 from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -28,9 +30,10 @@ from rftt.learn.batch import Batch
 from rftt.learn.tree import forest_of
 from rftt.schema import UserError
 
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-"""Float32 logits that exist at one time: 64 MB, or 1 GB: on a GPU a chunk of a large vocabulary
-must hold 1,000 tokens, or adding up the head's gradient costs more than computing it."""
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
+"""Float32 logits at one time: on a CPU 8 MB, which stay in its caches; on a GPU 256 MB."""
+KEPT_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits kept for the backward rather than computed again."""
 
 
 # ---- Loading ----
@@ -59,11 +62,40 @@ def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> 
     ):
         raise UserError(f"{config.model_type}: logit soft-capping (Gemma 2) is not supported.")
     model.set_attn_implementation(ATTENTION)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _spare_memory(model, gradient_checkpointing)
     # FSDP gathers the root's weights around `forward` or a method that distributed.shard registers.
     model.packed_forward = MethodType(_packed_logprobs, model)  # pyright: ignore[reportArgumentType]
     return model.train()
+
+
+GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
+
+
+def _spare_memory(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
+    """Keep less for the backward: each layer's input, or all but what gated MLPs multiply.
+
+    The latter is a quarter of a layer's activations at the price of one elementwise pass. An MLP is
+    known by its formula: any other is left alone.
+    """
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return
+    kinds = {type(module) for module in model.modules()}
+    gated = tuple(kind for kind in kinds if GATED in getsource(kind.forward))
+    for module in model.modules():
+        if isinstance(module, gated):
+            module.forward = MethodType(_gated, module)
+
+
+def _gated(mlp: Any, x: Tensor) -> Tensor:
+    # Recomputation stops at the input of down_proj, which is the last thing that was saved.
+    return checkpoint(
+        lambda gate, up: mlp.down_proj(mlp.act_fn(gate) * up),
+        mlp.gate_proj(x),
+        mlp.up_proj(x),
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
 
 
 class Critic(nn.Module):
@@ -93,8 +125,7 @@ def load_critic(
     """A critic whose backbone starts from a causal language model's."""
     backbone = _pretrained(AutoModel, path, dtype, trust_remote_code)
     backbone.set_attn_implementation(ATTENTION)
-    if gradient_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    _spare_memory(backbone, gradient_checkpointing)
     return Critic(backbone).train()
 
 
@@ -148,10 +179,11 @@ def _weight(module: nn.Module | None) -> Tensor:
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(h Wᵀ / temperature) at the targets, and its entropy, a chunk of rows at a time.
+    """log softmax(h Wᵀ / temperature) at the targets, and its entropy, `chunk` ids at a time.
 
-    The backward recomputes the logits unless one chunk holds them all: ∂logp = onehot − p and
-    ∂H = −p (log p + H).
+    The forward is an online softmax over the chunks. The backward recomputes all logits but the
+    `n_kept` first chunks: ∂logp = onehot − p and ∂H = −p (log p + H). A chunk is a slice of the
+    vocabulary, not of the tokens, so that each row of the weight's gradient is one sum.
     """
 
     @staticmethod
@@ -161,56 +193,67 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         temperature: float,
-        chunk: int,
+        starts: range,
+        n_kept: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(targets), device=hidden.device)
-        entropy, normalizer = torch.zeros_like(logprobs), torch.empty_like(logprobs)
-        logp = logprobs[:0, None]
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            logits = _logits(hidden[rows], weight, temperature)
-            normalizer[rows] = logits.logsumexp(-1)
-            logp = logits.sub_(normalizer[rows, None])
-            logprobs[rows] = logp.gather(-1, targets[rows, None])[:, 0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        picked = peak = hidden.new_full((len(targets),), -torch.inf, dtype=wide)
+        total, mean = torch.zeros_like(peak), torch.zeros_like(peak)
+        kept: list[Tensor] = []
+        for start in starts:
+            raw = hidden @ weight[start : min(start + starts.step, starts.stop)].T
+            kept += [raw] if len(kept) < n_kept else []
+            logits = _divided(raw.to(wide), temperature)
+            column, inside = _place(targets, start, logits.shape[1])
+            picked = torch.where(inside, logits.gather(-1, column)[:, 0], picked)
+            before, peak = peak, torch.maximum(peak, logits.amax(-1))
+            mass, shrink = (logits - peak[:, None]).exp_(), (before - peak).exp_()
+            total = total * shrink + mass.sum(-1)
             if with_entropy:
-                entropy[rows] = -(logp.exp() * logp).sum(-1)
-        kept = logp if len(targets) <= chunk else None
-        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy, kept)
+                mean = mean * shrink + mass.mul_(logits).sum(-1)
+        normalizer = peak + total.log()
+        entropy = normalizer - mean / total
+        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy, *kept)
         ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.chunk = temperature, chunk
-        return logprobs, entropy
+        ctx.temperature, ctx.starts = temperature, starts
+        return picked - normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalizer, entropy, kept = ctx.saved_tensors
+        hidden, weight, targets, normalizer, entropy, *kept = ctx.saved_tensors
         slopes, grad_entropy = grads  # None where the loss does not use it
         slopes = torch.zeros_like(normalizer) if slopes is None else slopes
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(targets), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            if kept is None:
-                logp = _logits(hidden[rows], weight, ctx.temperature).sub_(normalizer[rows, None])
-            else:
-                logp = kept.clone()
-            factor = -slopes[rows, None]
+        grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[ctx.starts.stop :] = 0
+        for number, start in enumerate(ctx.starts):
+            rows = slice(start, min(start + ctx.starts.step, ctx.starts.stop))
+            raw = kept[number] if number < len(kept) else hidden @ weight[rows].T
+            logp = _divided(raw.to(normalizer.dtype), ctx.temperature) - normalizer[:, None]
+            factor = -slopes[:, None]
             if grad_entropy is not None:
-                factor = factor - grad_entropy[rows, None] * (logp + entropy[rows, None])
+                factor = factor - grad_entropy[:, None] * (logp + entropy[:, None])
             grad = logp.exp_().mul_(factor)
-            grad.scatter_add_(-1, targets[rows, None], slopes[rows, None])
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight
-            if grad.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, hidden[rows])
+            column, inside = _place(targets, start, grad.shape[1])
+            grad.scatter_add_(-1, column, (slopes * inside)[:, None])
+            grad = _divided(grad, ctx.temperature).to(hidden.dtype)
+            torch.mm(grad.T, hidden, out=grad_weight[rows])
+            if grad.dtype == grad_hidden.dtype:
+                grad_hidden.addmm_(grad, weight[rows])
             else:  # the sum over chunks stays in float32
-                grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+                grad_hidden += grad @ weight[rows]
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _divided(x: Tensor, temperature: float) -> Tensor:
+    return x if temperature == 1.0 else x / temperature
+
+
+def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """(A, 1) column of each target in the chunk of `width` ids from `start`; which are there."""
+    column = targets - start
+    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
 
 def token_logprobs(
@@ -224,10 +267,9 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """(T,) log π of each action token, and the policy's entropy there; 0 at other tokens.
 
-    `n_tokens` is len(tokenizer): rows beyond it are padding that nobody may sample. `chunk` is how
-    many tokens have logits at one time (default: CHUNK_LOGITS over the vocabulary).
+    `n_tokens` is len(tokenizer): rows beyond it are padding that nobody may sample. `chunk` is for
+    how many ids there are logits at one time (default: CHUNK_LOGITS over the wanted tokens).
     """
-    chunk = chunk or max(1, CHUNK_LOGITS[batch.input_ids.device.type] // n_tokens)
     view = _view(batch)
     picked, entropy = model.packed_forward(  # pyright: ignore[reportCallIssue]
         view.inputs, view.states, view.targets, temperature, n_tokens, chunk, with_entropy
@@ -248,12 +290,16 @@ def _packed_logprobs(
     targets: Tensor,
     temperature: float,
     n_tokens: int,
-    chunk: int,
+    chunk: int | None,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     hidden = _hidden(model.get_decoder(), inputs)[states]
-    weight = _weight(model.get_output_embeddings())[:n_tokens]
-    return _ChunkedLogprobs.apply(hidden, weight, targets, temperature, chunk, with_entropy)
+    weight, kind, n = _weight(model.get_output_embeddings()), hidden.device.type, len(targets) or 1
+    starts = range(0, n_tokens, chunk or max(CHUNK_LOGITS[kind] // n, 256))
+    n_kept = KEPT_LOGITS[kind] // (starts.step * n)
+    return _ChunkedLogprobs.apply(
+        hidden, weight, targets, temperature, starts, n_kept, with_entropy
+    )
 
 
 def _hidden(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
