@@ -59,9 +59,10 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.learn.batch import collate
     from rftt.learn.checkpoint import export_hf, restore
     from rftt.learn.distributed import full_weights
+    from rftt.learn.guard import Guard
     from rftt.learn.rl import AdaptiveKL
     from rftt.learn.setup import build_models, checkpoint_to_resume, checkpoints_of, rate_at
-    from rftt.learn.step import Totals, count_skipped, deal, update
+    from rftt.learn.step import Totals, deal, update
     from rftt.search.expand import speaker
     from rftt.search.samplers import check_warm
     from rftt.watch.log import Clock, RunLog
@@ -88,7 +89,7 @@ def train(cfg: RLConfig, world: World) -> None:
     budget = cfg.max_generated_tokens or math.inf  # in tokens sampled
     checkpoints = checkpoints_of(cfg, world, tokenizer, past)
     log.rewind(first_step)
-    skipped, stop = 0, stop_on_sigterm()  # updates in a row whose gradient was not finite
+    guard, stop = Guard(out / "debug", modules, world, log.info), stop_on_sigterm()
     stream = shuffled_epochs(len(problems), cfg.seed)
     order = list(islice(stream, cfg.max_steps * cfg.rollout_batch_size))
 
@@ -137,21 +138,24 @@ def train(cfg: RLConfig, world: World) -> None:
 
         # 3. Learn: a few clipped passes over the same rollouts.
         rates = {name: rate_at(cfg, peak, step, cfg.max_steps) for name, peak in peaks.items()}
-        learn = partial(rl_loss, cfg, models, vocabulary, kl.coef, learned)
+        guard.skipped, learn = 0, partial(rl_loss, cfg, models, vocabulary, kl.coef)
         for _ in range(cfg.num_ppo_epochs):
             place = 0
             for minibatch in minibatches:
                 part = batch.select(range(place, place := place + len(minibatch)))
-                norms = update(modules, optimizers, rates, part, learn, cfg, world)
-                skipped = count_skipped(norms, skipped, step)
+                names = [rollouts[i].problem.id for i in minibatch]
+                norms = update(
+                    modules, optimizers, rates, part, partial(learn, learned), cfg, world
+                )
+                guard.check(norms, step, part, names, partial(learn, Totals()))
         metrics |= learned.reduce(world, per=n_tokens * cfg.num_ppo_epochs)
         metrics |= clock.lap("train_seconds")
 
         # 4. Look: numbers, examples, a place to resume from.
         metrics |= rollout_metrics(rollouts)
         metrics["saved_share"] *= n_tokens / metrics["tokens_trained"]  # per token, not per action
-        metrics |= {"grad_norm": norms["policy"], "kl_coef": kl.coef}
-        metrics["learning_rate"] = rates["policy"]
+        metrics |= {"grad_norm": norms["policy"], "updates_skipped": float(guard.skipped)}
+        metrics |= {"kl_coef": kl.coef, "learning_rate": rates["policy"]}
         kl = kl.update(metrics.get("kl", 0.0), len(rollouts))
         spent += metrics["tokens_generated"]
         log.step(step, metrics, LINE, total=cfg.max_steps)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -37,10 +38,11 @@ def train(cfg: SFTConfig, world) -> None:
     from rftt.learn.batch import Batch
     from rftt.learn.checkpoint import export_hf, restore
     from rftt.learn.distributed import shard
+    from rftt.learn.guard import Guard
     from rftt.learn.model import add_function_rows, load_policy, token_logprobs
     from rftt.learn.offline import Sums, collate_examples, offline_loss, reference_logprobs
     from rftt.learn.setup import checkpoint_to_resume, checkpoints_of, optimizer_for, rate_at
-    from rftt.learn.step import Totals, count_skipped, per_token, update
+    from rftt.learn.step import Totals, per_token, update
     from rftt.watch.log import RunLog
 
     out = Path(cfg.output_dir)
@@ -81,37 +83,38 @@ def train(cfg: SFTConfig, world) -> None:
         f"{total_steps} steps from {first_step}"
     )
 
-    def my_share(picked: Sequence[int]) -> Batch:
+    def my_share(picked: Sequence[int]) -> tuple[Batch, list[str]]:
         size = {i: sum(len(p) + len(response) for p, response, _ in rows[i]) for i in picked}
         mine = sorted(picked, key=lambda i: -size[i])[world.rank :: world.size]
         examples, sums = [rows[i] for i in mine], [reference[i] for i in mine]
-        return collate_examples(examples, sums, each=len(rows[0])).to(world.device)
+        names = [f"example {i}" for i in mine for _ in rows[0]]
+        return collate_examples(examples, sums, each=len(rows[0])).to(world.device), names
+
+    def learn(totals: Totals, micro: Batch) -> torch.Tensor:
+        loss, metrics = offline_loss(logprobs(micro), micro, cfg)
+        totals.add({"loss": loss} | metrics)
+        return loss
 
     def evaluation() -> dict[str, float]:
-        batch, totals = my_share(range(len(train_rows), len(rows))), Totals()
+        (batch, _), totals = my_share(range(len(train_rows), len(rows))), Totals()
         values = per_token(logprobs, batch, cfg.max_tokens_per_microbatch, world)
         loss, metrics = offline_loss(values, batch, cfg)
         totals.add({"eval_loss": loss} | {f"eval_{key}": metrics[key] for key in metrics})
         return totals.reduce(world, per=world.sum(float(batch.n_terms)))
 
-    skipped, stop = 0, stop_on_sigterm()
+    guard, stop = Guard(out / "debug", modules, world, log.info), stop_on_sigterm()
     for step in range(first_step, total_steps):
         picked = order[step * cfg.train_batch_size : (step + 1) * cfg.train_batch_size]
-        batch = my_share(picked)
+        batch, names = my_share(picked)
         n_terms = world.sum(float(batch.n_terms))  # over all ranks and microbatches
-        totals = Totals()
-
-        def loss_of(micro: Batch, totals: Totals = totals):
-            loss, metrics = offline_loss(logprobs(micro), micro, cfg)
-            totals.add({"loss": loss} | metrics)
-            return loss
-
+        guard.skipped, totals = 0, Totals()
         rates = {"policy": rate_at(cfg, cfg.learning_rate, step, total_steps)}
-        norms = update(modules, optimizers, rates, batch, loss_of, cfg, world)
-        skipped = count_skipped(norms, skipped, step)
+        norms = update(modules, optimizers, rates, batch, partial(learn, totals), cfg, world)
+        guard.check(norms, step, batch, names, partial(learn, Totals()))
         metrics = totals.reduce(world, per=n_terms)
         metrics |= {
             "grad_norm": norms["policy"],
+            "updates_skipped": float(guard.skipped),
             "learning_rate": rates["policy"],
             "tokens": world.sum(float(batch.n_actions)),
         }

@@ -43,13 +43,3 @@ def test_only_matrices_decay_and_the_rate_follows_set_lr() -> None:
 def test_a_missing_bitsandbytes_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="bitsandbytes"):
         build_optimizer(nn.Linear(2, 2), name="adamw_8bit", lr=1e-3)
-
-
-def test_updates_without_a_finite_gradient_are_skipped_then_stop_the_run():
-    from rftt.learn.step import count_skipped
-    from rftt.schema import UserError
-
-    assert count_skipped({"policy": 1.0}, 2, step=5) == 0
-    assert count_skipped({"policy": float("nan")}, 0, step=5) == 1
-    with pytest.raises(UserError, match=r"step 5: no finite gradient in 3 updates in a row"):
-        count_skipped({"policy": 1.0, "critic": float("inf")}, 2, step=5)

@@ -15,7 +15,6 @@ from rftt.config import Training
 from rftt.learn.batch import Batch, empty_like
 from rftt.learn.distributed import World, clip_gradients
 from rftt.learn.optim import set_lr
-from rftt.schema import UserError
 
 
 def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
@@ -49,16 +48,20 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step of every module; returns the gradient norms before clipping.
 
-    The step is skipped, on all ranks, where a norm is not finite.
+    The step is skipped, on all ranks, where the loss or a norm is not finite; the norms say so.
 
     `loss_of` sums over tokens (DPO: pairs); the batch's on all ranks are the one denominator.
     """
     n_terms = max(world.sum(float(batch.n_terms)), 1.0)
     groups = equal_count(batch, cfg.max_tokens_per_microbatch, world)
+    total = 0.0
     for group in groups:  # each reduces its gradients: whole ones would not fit beside the model
         loss = loss_of(batch.select(group) if group else empty_like(batch))
         (loss / n_terms).backward()
+        total = total + loss.detach()
     norms = {name: clip_gradients(modules[name], cfg.max_grad_norm) for name in optimizers}
+    if not math.isfinite(world.sum(float(total))):
+        norms = dict.fromkeys(norms, math.nan)
     finite = all(map(math.isfinite, norms.values()))  # norms are global: all ranks agree
     for name, optimizer in optimizers.items():
         set_lr(optimizer, learning_rates[name])
@@ -66,17 +69,6 @@ def update(
             optimizer.step()
         optimizer.zero_grad()
     return norms
-
-
-def count_skipped(norms: Mapping[str, float], before: int, step: int, limit: int = 3) -> int:
-    """How many updates in a row had no finite gradient. Raises UserError at `limit`."""
-    skipped = 0 if all(map(math.isfinite, norms.values())) else before + 1
-    if skipped == limit:
-        raise UserError(
-            f"step {step}: no finite gradient in {limit} updates in a row; lower learning_rate, or "
-            "look at the last samples for what is wrong with them."
-        )
-    return skipped
 
 
 def deal(
