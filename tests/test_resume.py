@@ -18,11 +18,11 @@ from random import Random
 import pytest
 from conftest import ENV, ROOT
 
-from tests.small_world import GOLDEN, build, curves, metrics
+from tests.golden_world import GOLDEN, build, curves, metrics
 
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc_per_node"]
-ONE, TWO = [*PYTHON, "tests.small_world"], [*TORCHRUN, "2", "-m", "tests.small_world"]
+ONE, TWO = [*PYTHON, "tests.golden_world"], [*TORCHRUN, "2", "-m", "tests.golden_world"]
 
 
 def say(text: str) -> None:
@@ -133,7 +133,7 @@ def test_invariant_killed_and_resumed_on_two_ranks_and_nodes(small_on_two: Path)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"]
-    nodes = [*TORCHRUN, "1", "--nnodes", "2", *rendezvous, "-m", "tests.small_world"]
+    nodes = [*TORCHRUN, "1", "--nnodes", "2", *rendezvous, "-m", "tests.golden_world"]
     agents = [start(nodes, small_on_two, "broken2") for _ in range(2)]
     for agent in agents:
         finish(agent)
