@@ -260,6 +260,13 @@ PIECES = r"""
 """
 
 
+FORMS = r"""
+A+B A-B AB A\cdot{B} \frac{A}{B} \sqrt[A]{B} \sqrt{A} A^{B} (A) (A,B) [A,B) \{A,B\} |A| A! A,B A=B
+A<B A\ne{B} A\in{B} A\cup{B} \lfloor{A}\rfloor \sin{A} \ln(A) \binom{A}{B} \sum_{k=A}^{B}k \pm{A}
+\begin{pmatrix}A&B\\B&A\end{pmatrix} \begin{pmatrix}A\\B\end{pmatrix}
+"""
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     st.one_of(
@@ -270,6 +277,27 @@ def test_any_text_is_graded_without_error_and_symmetrically_invariant(text: str)
     for gold in ("7", "x^2+1", r"(1, \infty)", text):
         assert same_answer(text, gold) == same_answer(gold, text)
     extract(text, "auto")
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.recursive(
+        st.sampled_from(
+            ["2", "x", "n", "i", "\\pi", "\\infty", "5\\%", "2\\text{ cm}", "\\emptyset", "f(2)"]
+        ),
+        lambda inner: st.builds(
+            lambda form, a, b: form.replace("A", a).replace("B", b),
+            st.sampled_from(FORMS.split()),
+            inner,
+            inner,
+        ),
+        max_leaves=12,
+    ),
+    st.sampled_from(["7", "x^2+1", "(1,2)", "x>2", "\\{x\\}", "1,2"]),
+)
+def test_any_formula_is_graded_without_error_and_symmetrically_invariant(a: str, b: str) -> None:
+    assert same_answer(a, b) == same_answer(b, a)
+    assert same_answer(a, f" {a} ")
 
 
 def test_threads_and_hash_seeds_do_not_matter_invariant() -> None:

@@ -22,7 +22,7 @@ from rftt.rewards.spelling import FUNCTIONS, KINDS, NAME, NO_UNIT, UNITS
 MAX_DEPTH, MAX_ITEMS, MAX_BITS, MAX_STEPS, POINTS = 40, 60, 20_000, 5_000, 12
 MP = mpmath.MPContext()
 MP.dps = 120  # set once: what is called below only reads it, and so may run in any thread
-EPS, _INEXACT = MP.mpf(10) ** -105, (MP.mpf, MP.mpc)
+EPS, _INEXACT, _NUMBERS = MP.mpf(10) ** -105, (MP.mpf, MP.mpc), (Fraction, MP.mpf, MP.mpc)
 for _constant in (MP.pi, MP.e, MP.ln2, MP.ln10):
     _constant(prec=4000)  # kept by mpmath: no thread will replace digits that another is reading
 
@@ -110,8 +110,8 @@ def _whole(x: Any) -> int:
 
 
 _FUNCTIONS: dict[str, Any] = {
-    **{name: getattr(MP, name) for name in FUNCTIONS & {*dir(MP)}},
-    **{f"arc{name}": getattr(MP, f"a{name}") for name in ("sin", "cos", "tan")},
+    "sin": MP.sin, "cos": MP.cos, "tan": MP.tan, "sinh": MP.sinh, "cosh": MP.cosh, "tanh": MP.tanh,
+    "exp": MP.exp, "ln": MP.ln, "arcsin": MP.asin, "arccos": MP.acos, "arctan": MP.atan,
     "cot": lambda x: 1 / MP.tan(x), "sec": lambda x: 1 / MP.cos(x), "csc": lambda x: 1 / MP.sin(x),
     "log": lambda x, base=10: MP.ln(x) / MP.ln(base), "lg": lambda x: MP.ln(x) / MP.ln(10),
     "gcd": lambda *n: math.gcd(*map(_whole, n)), "lcm": lambda *n: math.lcm(*map(_whole, n)),
@@ -339,6 +339,8 @@ class Reader:
         """Exact where it can be; an odd root of a negative number is the real one."""
         if isinstance(x, np.ndarray) and y in range(1, 10):
             return np.linalg.matrix_power(x, int(y))
+        if not (isinstance(x, _NUMBERS) and isinstance(y, _NUMBERS)):
+            raise TypeError
         if x == 0:
             return Fraction(0) if MP.re(y) > 0 else 1 / Fraction(0)
         if isinstance(x, Fraction) and isinstance(y, Fraction) and y.denominator == 1:
