@@ -1,93 +1,122 @@
-"""Phase 1: problems -> trees -> curated training rows (PAPER §1).
+"""Phase 1: problems -> trees or samples -> curated training rows (PAPER §1).
 
-    python search.py configs/tiny/search.yaml [method=mcts|beam|dvts|sample] [key=value …]
+    python search.py configs/tiny/search.yaml [method=mcts|beam|dvts|sample|score] [key=value …]
 
 An ordinary instruct model is asked, act by act, to extend unfinished solutions; a tree per problem
-collects right and wrong ways; curation turns each tree into rows for train_sft.py. Writes trees/,
-data/{raw,sft}.jsonl and stats.json below output_dir. Killed and started again, it continues with
-the problems that are not in data/raw.jsonl and ends with the same rows.
+collects right and wrong ways; curation turns each tree into rows for train_sft.py. `sample` asks
+the bare question instead and caches every response, right or wrong; what is cached is scored, then
+filtered (PAPER §2). `score` does only that, to the cache of another run, and opens no model; keys
+of filters may change between two runs in one output_dir. Writes trees/, data/{raw,scored,sft,dpo}
+.jsonl and stats.json below output_dir. Killed and started again, it continues with what is not yet
+in data/raw.jsonl and data/scored.jsonl and ends with the same rows.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from urllib.parse import quote
 
-from rftt.cli import check_same_run, cli
+from rftt.cli import check_same_run, cli, load_function
 from rftt.config import SearchConfig
 from rftt.data import (
     Journal,
     load_problems,
     load_tokenizer,
     question_messages,
+    read_jsonl,
     write_json,
     write_jsonl,
 )
 from rftt.engines import open_chat
 from rftt.engines.base import Counters
+from rftt.fields import Filters
 from rftt.functions import Messages
-from rftt.rewards.grader import grade
-from rftt.schema import Problem, Reply
+from rftt.rewards.grader import extract, grade
+from rftt.rewards.prm import ProcessModel, Unscored, build_prm, ranking_warning
+from rftt.schema import Problem, Reply, UserError
 from rftt.search.beam import beam_search
-from rftt.search.curate import Rules, curate
+from rftt.search.curate import Rules, curate, curate_responses, step_texts
 from rftt.search.expand import Prompted, reply
 from rftt.search.mcts import grow
 from rftt.search.samplers import Explore, for_each, prompted_tree, tree_record
 from rftt.watch.log import RunLog
 
+Row = dict[str, Any]
+RESPONSES = ("sample", "score")
+"""Methods whose raw rows are responses; the others' are curated already."""
+
 
 def main(cfg: SearchConfig) -> None:
     out = Path(cfg.output_dir)
-    check_same_run(out / "config.yaml", asdict(cfg))
+    changeable = {field.name for field in fields(Filters)}
+    changeable |= {"prm_reduce", "max_repeats"} if cfg.method in RESPONSES else set()
+    fixed = {key: value for key, value in asdict(cfg).items() if key not in changeable}
+    check_same_run(out / "config.yaml", fixed)
+    if cfg.custom_filter is not None:
+        load_function("custom_filter", cfg.custom_filter)  # now rather than after hours
+    log = RunLog(out, asdict(cfg), enabled=True)
+    if cfg.method == "score":
+        raw = load_responses(str(cfg.raw_file))
+        log.info(f"{len(raw)} problems in {cfg.raw_file}; no model is opened, nothing is sampled")
+        write_data(cfg, log, raw)
+        return
     problems = load_problems(
         cfg.train_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
-    log = RunLog(out, asdict(cfg), enabled=True)
+
+    def n_tokens(text: str) -> int:
+        return len(tokenizer.encode(text))
+
     journal = Journal(out / "data" / "raw.jsonl")
     done = {row["id"] for row in journal.rows}
     todo = [problem for problem in problems if problem.id not in done]
     log.info(f"{len(problems)} problems, {len(done)} of them done before")
-    work = answer_and_grade if cfg.method == "sample" else grow_and_curate
-
-    async def run() -> None:
-        async with open_chat(cfg, tokenizer, out / "data" / "api.jsonl", log.info) as chat:
-            ctx = Prompted(
-                chat=chat,
-                temperature=cfg.temperature,
-                max_tokens=cfg.max_completion_length,
-                max_depth=cfg.search_depth,
-                max_direct_sentences=cfg.max_direct_sentences,
-                seed=cfg.seed,
-            )
-            with log.bar(len(todo), "problem", cfg.method) as bar:
-
-                async def finish(problem: Problem) -> None:
-                    found = await work(cfg, replace(ctx, spent=Counters()), problem)
-                    journal.append({"id": problem.id, **found})
-                    solved = sum(row["solved"] for row in journal.rows) / len(journal.rows)
-                    bar.advance(solved=solved)
-
-                await for_each(todo, finish, in_flight=cfg.problems_in_flight)
-
     try:
-        asyncio.run(run())
+        if todo:
+            asyncio.run(generate(cfg, log, tokenizer, todo, journal))
     finally:  # out of budget or interrupted: what is done is there to be used
         journal.close()
-        if journal.rows:
-            stats = finish_data(out, journal, problems, tokenizer, cfg.max_row_tokens)
-            log.info(
-                f"{cfg.method}: {stats['rows']} rows from {stats['problems']} problems, "
-                f"{stats['tokens_per_row']:,.0f} generated tokens per row: {stats['counts']}"
-            )
+        by_id = {row["id"]: row for row in journal.rows}
+        if raw := [by_id[problem.id] for problem in problems if problem.id in by_id]:
+            write_data(cfg, log, raw, None if cfg.method in RESPONSES else n_tokens)
 
 
-async def grow_and_curate(cfg: SearchConfig, ctx: Prompted, problem: Problem) -> dict[str, Any]:
+# ---- Generate: a tree or responses per problem, into data/raw.jsonl ----
+
+
+async def generate(
+    cfg: SearchConfig, log: RunLog, tokenizer: Any, todo: Sequence[Problem], journal: Journal
+) -> None:
+    work = sample_responses if cfg.method == "sample" else grow_and_curate
+    ledger = Path(cfg.output_dir) / "data" / "api.jsonl"
+    async with open_chat(cfg, tokenizer, ledger, log.info) as chat:
+        ctx = Prompted(
+            chat=chat,
+            temperature=cfg.temperature,
+            max_tokens=cfg.max_completion_length,
+            max_depth=cfg.search_depth,
+            max_direct_sentences=cfg.max_direct_sentences,
+            seed=cfg.seed,
+        )
+        with log.bar(len(todo), "problem", cfg.method) as bar:
+
+            async def finish(problem: Problem) -> None:
+                found = await work(cfg, replace(ctx, spent=Counters()), problem)
+                journal.append({"id": problem.id, **found})
+                bar.advance(solved=fmean(row["solved"] for row in journal.rows))
+
+            await for_each(todo, finish, in_flight=cfg.problems_in_flight)
+
+
+async def grow_and_curate(cfg: SearchConfig, ctx: Prompted, problem: Problem) -> Row:
     """A tree of prompted acts, kept below trees/, and the rows that curation makes of it."""
 
     async def ask(messages: Messages, act: str, problem_id: str) -> str | None:
@@ -108,7 +137,7 @@ async def grow_and_curate(cfg: SearchConfig, ctx: Prompted, problem: Problem) ->
         in_flight=cfg.leaves_in_flight,
         explore=ways[cfg.method],
     )
-    rules = Rules(cfg.max_plain_paths, cfg.min_shared_steps, cfg.max_repeats)
+    rules = Rules(cfg.max_plain_paths, cfg.min_shared_steps, cfg.max_repeats, cfg.tree_pairs)
     rows, counts = await curate(tree, problem, ask, rules)
     name = f"trees/{quote(problem.id, safe='')}.json"
     write_json(Path(cfg.output_dir) / name, tree_record(tree, problem))
@@ -120,65 +149,135 @@ async def grow_and_curate(cfg: SearchConfig, ctx: Prompted, problem: Problem) ->
     }
 
 
-async def answer_and_grade(cfg: SearchConfig, ctx: Prompted, problem: Problem) -> dict[str, Any]:
-    """Rejection sampling: the shortest distinct right answers to the bare question become rows."""
+async def sample_responses(cfg: SearchConfig, ctx: Prompted, problem: Problem) -> Row:
+    """Independent responses to the bare question, all of them, with what each of them cost."""
     messages, gold = question_messages(problem.question, cfg.system_prompt), str(problem.answer)
 
     async def answer(i: int) -> Reply:
         return await reply(ctx, messages, None, problem.id, i)
 
-    answers = await for_each(range(cfg.simulations), answer, in_flight=cfg.simulations)
-    whole = [said.text for said in answers if said.whole]
-    correct = [text for text in whole if grade(text, gold, problem.question).correct]
-    kept = sorted(dict.fromkeys(correct), key=len)[: cfg.max_plain_paths]
-    rows = [
+    responses = [
         {
-            "id": problem.id,
-            "kind": "sample",
-            "question": problem.question,
-            "answer": problem.answer,
-            "response": response,
+            "text": said.text,
+            "tokens": said.n_generated,
+            "finish": "stop" if said.whole else "length",
+            "logprob": said.logprob,
+            "answer": extract(said.text),
+            "correct": said.whole and grade(said.text, gold, problem.question).correct,
         }
-        for response in kept
+        for said in await for_each(range(cfg.simulations), answer, in_flight=cfg.simulations)
     ]
     return {
-        "rows": rows,
-        "counts": {"kept_sample": len(kept), "wrong_or_repeated": cfg.simulations - len(kept)},
-        "solved": len(correct) / cfg.simulations,
-        "generated_tokens": ctx.spent.generated_tokens,
+        "question": problem.question,
+        "answer": gold,
+        "responses": responses,
+        "solved": fmean(response["correct"] for response in responses),
     }
 
 
-def finish_data(
-    out: Path, journal: Journal, problems: list[Problem], tokenizer: Any, max_row_tokens: int
-) -> dict[str, Any]:
-    """data/sft.jsonl in the order of the problems, and stats.json with every count, so far."""
+# ---- Score: what is cached, into data/scored.jsonl ----
+
+
+def load_responses(path: str) -> list[Row]:
+    """The cache of a `method=sample`. Raises UserError on a row that is none of it."""
+    rows: dict[str, Row] = {}
+    for number, row in read_jsonl(path):
+        lacking = {"id", "question", "answer", "responses"} - set(row)
+        for response in row.get("responses", []):
+            lacking |= {"text", "tokens", "finish"} - set(response)
+        if lacking:
+            raise UserError(
+                f"{path}:{number} lacks {', '.join(sorted(lacking))}; "
+                "search.py method=sample writes such a cache to data/raw.jsonl."
+            )
+        if row["id"] in rows:
+            raise UserError(f"{path}:{number} repeats the problem {row['id']!r}.")
+        rows[row["id"]] = row
+    return list(rows.values())
+
+
+async def score(cfg: SearchConfig, log: RunLog, raw: Sequence[Row]) -> list[Row]:
+    """Every response of `raw` with the grader's verdict and, with a PRM, its process scores."""
+    journal = Journal(Path(cfg.output_dir) / "data" / "scored.jsonl")
+    done = {row["id"] for row in journal.rows}
+    todo = [row for row in raw if row["id"] not in done]
+    prm = build_prm(cfg) if todo else None
+    if prm and (warning := await ranking_warning(prm, cfg.prm_check_file)):
+        log.info(f"warning: {warning}")
+    with log.bar(len(todo), "problem", "score") as bar:
+
+        async def finish(row: Row) -> None:
+            work = [score_response(prm, row, response) for response in row["responses"]]
+            journal.append(row | {"responses": await asyncio.gather(*work)})
+            bar.advance()
+
+        await for_each(todo, finish, in_flight=cfg.problems_in_flight)
+    if prm:
+        prm.close()
+    journal.close()
     by_id = {row["id"]: row for row in journal.rows}
-    problems = [problem for problem in problems if problem.id in by_id]
-    counts: Counter[str] = Counter()
-    rows = []
-    for problem in problems:
-        record = by_id[problem.id]
-        counts.update(record["counts"])
-        for row in record["rows"]:
-            text = row.get("response") or "".join(step["text"] for step in row["steps"])
-            if len(tokenizer.encode(text)) > max_row_tokens:
+    return [by_id[row["id"]] for row in raw]
+
+
+async def score_response(prm: ProcessModel | None, problem: Row, response: Row) -> Row:
+    """A finished response is graded again, for the grader may have learnt since it was sampled."""
+    text, finished = response["text"], response["finish"] == "stop"
+    correct = finished and grade(text, problem["answer"], problem["question"]).correct
+    found = {"correct": correct, "process": None, "refused": None}
+    if prm and finished and (steps := step_texts(text)):
+        try:
+            found["process"] = await prm.score(problem["question"], steps)
+        except Unscored as refusal:
+            found["refused"] = str(refusal)
+    return response | found
+
+
+# ---- Filter, and write what trains ----
+
+
+def write_data(
+    cfg: SearchConfig,
+    log: RunLog,
+    raw: Sequence[Row],
+    n_tokens: Callable[[str], int] | None = None,
+) -> None:
+    """data/sft.jsonl and data/dpo.jsonl in the order of `raw`, and stats.json with every count."""
+    out, counts, rows = Path(cfg.output_dir), Counter[str](), []
+    if cfg.method in RESPONSES:
+        raw = [row | curate_responses(row, cfg) for row in asyncio.run(score(cfg, log, raw))]
+    for row in raw:
+        counts.update(row["counts"])
+        for made in row["rows"]:
+            if n_tokens and max(map(n_tokens, texts_of(made))) > cfg.max_row_tokens:
                 counts["row_too_long"] += 1
             else:
-                rows.append(row)
+                rows.append(made)
+    pairs = [row for row in rows if row["kind"] == "pair"]
+    rows = [row for row in rows if row["kind"] != "pair"]
     write_jsonl(out / "data" / "sft.jsonl", rows)
-    solved = sum(by_id[problem.id]["solved"] for problem in problems) / max(1, len(problems))
-    generated = sum(by_id[problem.id]["generated_tokens"] for problem in problems)
+    write_jsonl(out / "data" / "dpo.jsonl", pairs)
+    generated = sum(row["generated_tokens"] for row in raw)
     stats = {
-        "problems": len(problems),
+        "problems": len(raw),
+        "responses": sum(len(row.get("responses", [])) for row in raw),
         "rows": len(rows),
-        "solved": solved,
+        "pairs": len(pairs),
+        "solved": fmean(row["solved"] for row in raw),
         "generated_tokens": generated,
         "tokens_per_row": generated / max(1, len(rows)),
         "counts": dict(counts),
     }
     write_json(out / "stats.json", stats)
-    return stats
+    log.info(
+        f"{cfg.method}: {len(rows)} rows, {len(pairs)} pairs from {len(raw)} problems, "
+        f"{stats['tokens_per_row']:,.0f} generated tokens per row: {dict(+counts)}"
+    )
+
+
+def texts_of(row: Row) -> list[str]:
+    """The text of each response in a row of a tree."""
+    found = (row[key] for key in ("steps", "chosen", "rejected") if key in row)
+    return ["".join(step["text"] for step in steps) for steps in found]
 
 
 if __name__ == "__main__":

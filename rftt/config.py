@@ -9,22 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rftt.fields import Api, Process
+from rftt.fields import Api, Filters, Process
 from rftt.schema import UserError
-
-Script = Literal[
-    "latin",
-    "cyrillic",
-    "greek",
-    "cjk",
-    "hiragana",
-    "katakana",
-    "hangul",
-    "arabic",
-    "hebrew",
-    "thai",
-]
-"""How the Unicode names of a script's letters begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,33 +90,6 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filters:
-    """What becomes of sampled responses (search/filters.py); may change without sampling again."""
-
-    easy_query_threshold: float = 1.0
-    """Problems of which a larger share of the responses is right are left out (ms-swift's name)."""
-    hard_query_threshold: float = 0.0
-    """Problems of which a smaller share is right are left out."""
-    prm_threshold: float | None = None
-    """Responses with a lower process score are left out; None keeps all (ms-swift's name)."""
-    scripts: list[Script] = field(default_factory=list)
-    """Scripts that the prose of a response may be written in; none given: any."""
-    min_script_ratio: float = 0.9
-    """Share of its letters, outside formulas, that must be in these scripts."""
-    min_row_tokens: int = 0
-    """Rows whose response has fewer tokens than this are left out."""
-    max_row_tokens: int = 8192
-    """Rows whose response has more tokens than this are left out (PAPER §1: cutoff)."""
-    custom_filter: str | None = None
-    """module:function, called with a scored response as a dict; those it returns False on go."""
-    max_similarity: float = 1.0
-    """Of two responses whose word trigrams have a Jaccard index as high as this only the better one
-    stays; 1 drops those made of the same phrases."""
-    n_best_to_keep: int = 5
-    """Responses kept per problem (ms-swift's name and default)."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class SearchConfig(Common, Graded, Engine, Api, Filters, Process):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
@@ -138,8 +97,11 @@ class SearchConfig(Common, Graded, Engine, Api, Filters, Process):
     """JSONL of problems with gold answers."""
     max_problems: int | None = None
     """Only the first so many."""
-    method: Literal["mcts", "beam", "dvts", "sample"] = "mcts"
-    """mcts, beam, dvts: search over prompted acts. sample: plain answers to the bare question."""
+    method: Literal["mcts", "beam", "dvts", "sample", "score"] = "mcts"
+    """mcts, beam, dvts: search over prompted acts. sample: answers to the bare question, cached,
+    then scored and filtered. score: only that, with the cache in raw_file; no model is opened."""
+    raw_file: str | None = None
+    """method=score: data/raw.jsonl of another run; train_file is not read then."""
     simulations: int = 16
     """Tree search passes per problem (PAPER §1); lookaheads (beam, dvts); answers (sample)."""
     search_depth: int = 15
@@ -164,10 +126,18 @@ class SearchConfig(Common, Graded, Engine, Api, Filters, Process):
     """Disjoint correct paths kept per problem beside the merged one (PAPER §1)."""
     min_shared_steps: int = 0
     """Steps that the right and the wrong path of a pair must share."""
+    tree_pairs: bool = False
+    """Also write a pair for DPO per tree: best right and worst wrong path, widest shared prefix."""
     max_repeats: int = 2
     """A path or response with a sentence occurring more often than this is left out."""
 
     def __post_init__(self) -> None:
+        Process.__post_init__(self)
+        _require(self.method != "score" or bool(self.raw_file), "method=score needs a raw_file.")
+        _require(
+            self.prm_threshold == 0 or self.use_prm,
+            f"prm_threshold={self.prm_threshold} needs process scores; set use_prm: true.",
+        )
         if self.engine == "api":
             _require(bool(self.api_url and self.api_model), "engine=api needs api_url, api_model.")
             prices, cost = self.api_prompt_price + self.api_completion_price, self.api_max_cost

@@ -1,11 +1,16 @@
-"""Config fields that several scripts share and config.py has no room for: process rewards, APIs."""
+"""Groups of config fields that config.py has no room for: process rewards, URLs, filters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rftt.schema import UserError
+
+Script = Literal[
+    "latin", "cyrillic", "greek", "cjk", "hiragana", "katakana", "hangul", "arabic", "thai"
+]
+"""How the Unicode names of a script's letters begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +82,32 @@ class Api:
     """Seconds that one attempt may take."""
     api_attempts: int = 8
     """Before a request that keeps failing stops the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filters:
+    """What becomes of sampled responses (search/filters.py); may change without sampling again."""
+
+    easy_query_threshold: float = 1.0
+    """Problems of which a larger share of the responses is right are left out (ms-swift's name)."""
+    hard_query_threshold: float = 0.0
+    """Problems of which a smaller share is right are left out."""
+    prm_threshold: float = 0.0
+    """Responses with a lower process score are left out (ms-swift's name and default)."""
+    scripts: list[Script] = field(default_factory=list)
+    """Scripts that the prose of a response may be written in; none given: any."""
+    min_script_ratio: float = 0.9
+    """Share of its letters, outside formulas, that must be in these scripts."""
+    min_row_tokens: int = 0
+    """Rows whose response has fewer tokens than this are left out."""
+    max_row_tokens: int = 8192
+    """Rows whose response has more tokens than this are left out (PAPER §1: cutoff)."""
+    custom_filter: str | None = None
+    """module:function, called with a scored response as a dict; those it returns False on go."""
+    max_similarity: float = 1.0
+    """Of two responses whose word trigrams have a Jaccard index as high as this only the better one
+    stays; 1 drops those made of the same phrases."""
+    n_best_to_keep: int = 5
+    """Responses kept per problem (ms-swift's name and default)."""
+    max_pairs: int = 1
+    """Pairs for DPO per problem: the best kept response with the worst wrong one, and so on."""

@@ -166,6 +166,12 @@ def sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
 
 
+def segments(text: str) -> list[tuple[str, str]]:
+    """(act, text) of the segments that make up `text`; none if anything stands outside of them."""
+    found = re.findall(rf"<({'|'.join(ACTS)})>(.*?)</\1>", text, re.DOTALL)
+    return found if "".join(f"<{act}>{inner}</{act}>" for act, inner in found) == text else []
+
+
 # ---- Vocabulary ----
 
 

@@ -73,6 +73,8 @@ class Reply:
     n_generated: int = 0
     cost: float = 0.0
     """In the currency of the API's prices."""
+    logprob: float | None = None
+    """log π of the whole text as it was sampled; None from an API."""
 
     @property
     def tokens(self) -> int:

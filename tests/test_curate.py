@@ -130,6 +130,21 @@ def test_pair_is_the_best_right_and_the_worst_wrong_path_by_process_reward():
     assert bad.steps[-1].text == "\\boxed{2} 4"
 
 
+def test_pair_for_dpo_shares_the_longest_prefix_then_is_best_and_worst():
+    rules = Rules(max_plain_paths=2, min_shared_steps=0, max_repeats=2, tree_pairs=True)
+    worse = [PLAN, RIGHT[1], ("direct_answer", "3+1=4. 5. 6. \\boxed{55}")]
+    paths = (OTHER, WRONG, RIGHT, [*RIGHT[:2], ("direct_answer", "\\boxed{55}")], worse)
+    rows, counts = asyncio.run(curate(build(*paths), PROBLEM, says(), rules))
+    (pair,) = (row for row in rows if row["kind"] == "pair")
+    end = [("output", "The final answer is \\boxed{54}.")]
+    wrong_end = [("output", "The final answer is \\boxed{55}.")]
+    assert [(s["act"], s["text"]) for s in pair["chosen"]] == RIGHT + end
+    assert [(s["act"], s["text"]) for s in pair["rejected"]] == worse + wrong_end
+    assert counts["kept_pair"] == 1
+    rows, _ = asyncio.run(curate(build(RIGHT, OTHER), PROBLEM, says(), rules))
+    assert not [row for row in rows if row["kind"] == "pair"]
+
+
 def test_plain_paths_share_no_step():
     again = [PLAN, ("direct_answer", "57, 54. \\boxed{54}")]
     kept = disjoint_correct(traces(build(RIGHT, again, OTHER), PROBLEM), 2)

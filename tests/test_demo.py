@@ -102,7 +102,7 @@ def test_every_search_method_ends_in_rows_with_a_price(demo, method):
     assert stats["rows"] == kept
     assert kept > 0 or method == "sample"  # without acts, this model is seldom right
     assert stats["tokens_per_row"] == stats["generated_tokens"] / max(1, kept) > 0
-    assert f"{method}: {kept} rows from 16 problems" in done.stdout
+    assert f"{method}: {kept} rows, {stats['pairs']} pairs from 16 problems" in done.stdout
     trees = list((out / method).glob("trees/*.json"))
     assert len(trees) == (0 if method == "sample" else 16)
     for tree in trees:

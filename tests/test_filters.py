@@ -23,14 +23,14 @@ NEEDED = {"output_dir": "o", "model_name_or_path": "m", "train_file": "t"}
 
 
 def config(**changes):
-    return load_config(
-        SearchConfig, [f"{key}={value}" for key, value in (NEEDED | changes).items()]
-    )
+    process = {"use_prm": "true", "prm_url": "u"} if "prm_threshold" in changes else {}
+    given = NEEDED | process | changes
+    return load_config(SearchConfig, [f"{key}={value}" for key, value in given.items()])
 
 
 def row(text="So 4. \\boxed{4}", **changes):
     made = {"text": text, "steps": text.splitlines(), "tokens": len(text), "finish": "stop"}
-    return made | {"correct": True, "score": None} | changes
+    return made | {"correct": True, "score": None, "refused": None} | changes
 
 
 def reasons(rows, **changes):
@@ -81,6 +81,7 @@ def test_similarity_oracle_on_trigrams_counted_by_hand():
     [
         ({"finish": "length"}, {}, "unfinished"),
         ({"correct": False}, {}, "wrong"),
+        ({"refused": "too long"}, {}, "unscored"),
         ({"score": 0.89}, {"prm_threshold": 0.9}, "low_process_score"),
         ({"text": "答案是四。"}, {"scripts": "[latin]"}, "language"),
         ({"steps": ["Again.", "Again. Again."]}, {}, "repetitive"),
@@ -148,7 +149,7 @@ def test_custom_filter_is_called_with_each_row(tmp_path, monkeypatch):
             st.sampled_from(["a b c", "a b d", "a. a. a.", "四", "x" * 30, ""]),
             correct=st.booleans(),
             finish=st.sampled_from(["stop", "length"]),
-            score=st.sampled_from([None, 0.2, 0.9]),
+            score=st.sampled_from([0.2, 0.9]),
         ),
         max_size=12,
     ),

@@ -92,4 +92,5 @@ async def engine_chat(
     capped = replace(sampling, max_tokens=min(sampling.max_tokens, room), stop_ids=stop)
     completion = await engine.generate(prompt, capped)
     text = decode(tokenizer, completion.token_ids, skip_special=True)
-    return Reply(text, completion.finish == "stop", len(prompt), len(completion.token_ids))
+    whole, logprob = completion.finish == "stop", sum(completion.logprobs)
+    return Reply(text, whole, len(prompt), len(completion.token_ids), logprob=logprob)

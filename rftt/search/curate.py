@@ -1,8 +1,9 @@
-"""A finished tree -> training rows: pair choice, cross verification, branch merging (PAPER §1).
+"""A finished tree, or scored responses, -> training rows (PAPER §1: pair choice, branch merging).
 
 From each tree come at most one merged row, shared prefix + wrong suffix + <verify> + <refine> +
-correct suffix + <output>, and a few plain correct rows that share no step. Every row says where it
-comes from, and every row that is left out is counted under a reason.
+correct suffix + <output>, and a few plain correct rows that share no step; if asked for, also a
+pair for DPO. Independent responses become rows as they are (rejection sampling), and pairs. Every
+row says where it comes from, and all that is left out is counted under a reason.
 """
 
 from __future__ import annotations
@@ -12,11 +13,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rftt.functions import Messages, ask_refine, ask_verify
+from rftt.config import SearchConfig
+from rftt.functions import Messages, ask_refine, ask_verify, segments
 from rftt.rewards.grader import grade
+from rftt.rewards.prm import path_score
 from rftt.schema import Problem, Step, Trace
 from rftt.search.expand import visible
-from rftt.search.filters import follows_grammar, leaks, repeats
+from rftt.search.filters import (
+    follows_grammar,
+    leaks,
+    rank,
+    repeats,
+    select,
+    share_solved,
+)
 from rftt.search.mcts import Tree
 
 Ask = Callable[[Messages, str, str], Awaitable[str | None]]
@@ -29,6 +39,7 @@ class Rules:
     max_plain_paths: int
     min_shared_steps: int
     max_repeats: int
+    tree_pairs: bool = False
 
 
 def traces(tree: Tree, problem: Problem) -> list[Trace]:
@@ -76,6 +87,17 @@ def choose_pair(usable: Sequence[Trace], rules: Rules) -> tuple[Trace, Trace] | 
             if n >= rules.min_shared_steps and follows_grammar(acts):
                 return good, bad
     return "no_shared_prefix"
+
+
+def widest_pair(usable: Sequence[Trace]) -> tuple[Trace, Trace] | None:
+    """(best right, worst wrong) path among those that share the longest prefix: a pair for DPO."""
+    pairs = [(a, b) for a in usable for b in usable if a.correct and not b.correct and b.answer]
+
+    def preference(pair: tuple[Trace, Trace]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+        good, bad = pair
+        return shared(good, bad), quality(good), tuple(-x for x in quality(bad))
+
+    return max(pairs, key=preference, default=None)
 
 
 def disjoint_correct(usable: Sequence[Trace], at_most: int) -> list[Trace]:
@@ -141,12 +163,17 @@ async def curate(
         counts[merged] += 1
     else:
         rows.insert(0, merged)
+    if rules.tree_pairs and (wide := widest_pair(usable)):
+        good, bad = map(plain, wide)
+        chosen = good | {"kind": "pair", "chosen": good["steps"], "rejected": bad["steps"]}
+        rows.append({key: chosen[key] for key in chosen if key != "steps"})
     return [row for row in rows if _sound(row, problem, counts)], counts
 
 
 def _sound(row: Row, problem: Problem, counts: Counter[str]) -> bool:
     """Whether the written row, read as a response, ends in the right answer."""
-    response = "".join(f"<{s['act']}>{s['text']}</{s['act']}>" for s in row["steps"])
+    steps = row.get("steps") or row["chosen"]
+    response = "".join(f"<{s['act']}>{s['text']}</{s['act']}>" for s in steps)
     sound = grade(response, str(problem.answer), problem.question).correct
     counts[f"kept_{row['kind']}" if sound else "row_ends_wrong"] += 1
     return sound
@@ -168,3 +195,49 @@ def _row(kind: str, trace: Trace, steps: list[Row], *, shared: int, failed: list
         "path_nodes": list(trace.nodes),
         "failed_nodes": failed,
     }
+
+
+# ---- Independent responses ----
+
+
+def step_texts(response: str) -> list[str]:
+    """The steps of a response as repeats and process rewards see them: its segments, or lines."""
+    found = [text for _, text in segments(response)] or response.splitlines()
+    return [text for text in found if text.strip()]
+
+
+def curate_responses(problem: Row, cfg: SearchConfig) -> Row:
+    """A problem's scored responses -> rows, best first, then pairs of best right and worst wrong.
+
+    `counts` are of responses: those kept, and the reason of every other one.
+    """
+    responses = [
+        response
+        | {"sample": i, "steps": step_texts(response["text"])}
+        | {"score": path_score(cfg, process) if (process := response["process"]) else None}
+        for i, response in enumerate(problem["responses"])
+    ]
+    kept, counts = select(responses, cfg)
+    wrong = [r for r in responses if r["finish"] == "stop" and not r["correct"]]
+    worst = sorted((r for r in wrong if r["tokens"] <= cfg.max_row_tokens), key=rank)
+    source = {key: problem[key] for key in ("id", "question", "answer")}
+    rows = []
+    for good in kept:
+        steps = _steps_of(good)
+        said = {"steps": steps} if steps else {"response": good["text"]}
+        rows.append(source | {"kind": "sample", "sample": good["sample"]} | said)
+    for good, bad in list(zip(kept, worst, strict=False))[: cfg.max_pairs]:
+        sides = {"chosen": good, "rejected": bad}
+        said = {name: _steps_of(side) or side["text"] for name, side in sides.items()}
+        rows.append(source | {"kind": "pair", "samples": [good["sample"], bad["sample"]]} | said)
+    return {
+        "rows": rows,
+        "counts": counts,
+        "solved": share_solved(responses),
+        "generated_tokens": sum(response["tokens"] for response in responses),
+    }
+
+
+def _steps_of(response: Row) -> list[Row]:
+    """The functional segments of a response; none of one that is plain text."""
+    return [{"act": act, "text": text} for act, text in segments(response["text"])]

@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 from rftt.cli import load_function
 from rftt.config import SearchConfig
@@ -20,7 +20,8 @@ from rftt.functions import sentences, successors
 from rftt.schema import UserError
 
 Row = dict[str, Any]
-"""A scored response: text, steps (their texts), tokens, finish, correct, score (PRM) or None."""
+"""A scored response: text, steps (their texts), tokens, finish, correct, score (PRM) or None,
+refused (why the PRM would not score it) or None."""
 Filter = Callable[[Sequence[Row], SearchConfig], list[bool]]
 
 
@@ -61,10 +62,10 @@ NOT_PROSE = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?[a-z_]
 
 
 def script_ratio(text: str, scripts: Sequence[str]) -> float:
-    """Share of the letters of the prose in `text` that belong to `scripts`; 1 without letters."""
+    """Share of the prose's letters that belong to `scripts`; 1 without letters, or scripts."""
     letters = [letter for letter in NOT_PROSE.sub(" ", text) if letter.isalpha()]
-    names = (unicodedata.name(letter, "").lower() for letter in letters)
-    return sum(name.startswith(tuple(scripts)) for name in names) / len(letters) if letters else 1.0
+    names = [unicodedata.name(letter, "").lower() for letter in letters]
+    return fmean(name.startswith(tuple(scripts)) for name in names) if names and scripts else 1.0
 
 
 def ngrams(text: str, n: int = 3) -> frozenset[tuple[str, ...]]:
@@ -87,52 +88,23 @@ def rank(row: Row) -> tuple[float, int, int]:
     return row["score"] or 0.0, -repeats(row["steps"]), -len(row["text"])
 
 
-def too_easy(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    return [fmean(row["correct"] for row in rows) <= cfg.easy_query_threshold] * len(rows)
+def each(stays: Callable[[Row, SearchConfig], bool]) -> Filter:
+    """A filter that looks at one response at a time."""
+    return lambda rows, cfg: [stays(row, cfg) for row in rows]
 
 
-def too_hard(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    return [fmean(row["correct"] for row in rows) >= cfg.hard_query_threshold] * len(rows)
-
-
-def unfinished(rows: Sequence[Row], _: SearchConfig) -> list[bool]:
-    return [row["finish"] == "stop" for row in rows]
-
-
-def wrong(rows: Sequence[Row], _: SearchConfig) -> list[bool]:
-    return [row["correct"] for row in rows]
-
-
-def low_process_score(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    bar = cfg.prm_threshold
-    return [bar is None or row["score"] is None or row["score"] >= bar for row in rows]
-
-
-def language(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    wanted = cfg.scripts
-    return [not wanted or script_ratio(row["text"], wanted) >= cfg.min_script_ratio for row in rows]
-
-
-def repetitive(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    return [repeats(row["steps"]) <= cfg.max_repeats for row in rows]
-
-
-def length(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    return [cfg.min_row_tokens <= row["tokens"] <= cfg.max_row_tokens for row in rows]
+def share_solved(rows: Sequence[Row]) -> float:
+    return fmean(row["correct"] for row in rows)
 
 
 def custom(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
     """The user's own: called with one row, says whether it stays."""
     if cfg.custom_filter is None:
         return [True] * len(rows)
-    function = load_function("custom_filter", cfg.custom_filter)
-    verdicts: list[bool] = []
-    for row in rows:
-        verdict = function(row)
-        if not isinstance(verdict, bool):
-            raise UserError(f"custom_filter={cfg.custom_filter} returned {verdict!r}, not a bool.")
-        verdicts.append(verdict)
-    return verdicts
+    verdicts = list(map(load_function("custom_filter", cfg.custom_filter), rows))
+    if others := [verdict for verdict in verdicts if not isinstance(verdict, bool)]:
+        raise UserError(f"custom_filter={cfg.custom_filter} returned {others[0]!r}, not a bool.")
+    return cast("list[bool]", verdicts)
 
 
 def near_duplicate(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
@@ -146,22 +118,21 @@ def near_duplicate(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
     return verdicts
 
 
-def beyond_n_best(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    return [i < cfg.n_best_to_keep for i in range(len(rows))]
-
-
 FILTERS: dict[str, Filter] = {
-    "too_easy": too_easy,
-    "too_hard": too_hard,
-    "unfinished": unfinished,
-    "wrong": wrong,
-    "low_process_score": low_process_score,
-    "language": language,
-    "repetitive": repetitive,
-    "length": length,
+    "too_easy": lambda rows, cfg: [share_solved(rows) <= cfg.easy_query_threshold] * len(rows),
+    "too_hard": lambda rows, cfg: [share_solved(rows) >= cfg.hard_query_threshold] * len(rows),
+    "unfinished": each(lambda row, _: row["finish"] == "stop"),
+    "wrong": each(lambda row, _: row["correct"]),
+    "unscored": each(lambda row, _: row["refused"] is None),
+    "low_process_score": each(lambda row, cfg: (row["score"] or 0.0) >= cfg.prm_threshold),
+    "language": each(
+        lambda row, cfg: script_ratio(row["text"], cfg.scripts) >= cfg.min_script_ratio
+    ),
+    "repetitive": each(lambda row, cfg: repeats(row["steps"]) <= cfg.max_repeats),
+    "length": each(lambda row, cfg: cfg.min_row_tokens <= row["tokens"] <= cfg.max_row_tokens),
     "custom": custom,
     "near_duplicate": near_duplicate,
-    "beyond_n_best": beyond_n_best,
+    "beyond_n_best": lambda rows, cfg: [i < cfg.n_best_to_keep for i in range(len(rows))],
 }
 """Reason -> who stays. The share solved is of all responses, so those two come first; what costs
 time comes late, and n best are the best of all that is fit."""
