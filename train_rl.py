@@ -33,6 +33,8 @@ from rftt.functions import function_ids, has_function_tokens
 from rftt.schema import Problem, Rollout, UserError, seed_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
     from rftt.learn.batch import Batch
@@ -60,9 +62,9 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.learn.checkpoint import export_hf, restore
     from rftt.learn.distributed import full_weights
     from rftt.learn.guard import Guard
-    from rftt.learn.rl import AdaptiveKL
+    from rftt.learn.rl import AdaptiveKL, critic_metrics
     from rftt.learn.setup import build_models, checkpoint_to_resume, checkpoints_of, rate_at
-    from rftt.learn.step import Totals, deal, update
+    from rftt.learn.step import Totals, deal, score_tokens, update, weigh
     from rftt.search.expand import speaker
     from rftt.search.samplers import check_warm
     from rftt.watch.log import Clock, RunLog
@@ -90,8 +92,8 @@ def train(cfg: RLConfig, world: World) -> None:
     checkpoints = checkpoints_of(cfg, world, tokenizer, past)
     log.rewind(first_step)
     guard, stop = Guard(out / "debug", modules, world, log.info), stop_on_sigterm()
-    stream = shuffled_epochs(len(problems), cfg.seed)
-    order = list(islice(stream, cfg.max_steps * cfg.rollout_batch_size))
+    taken = past.get("problems_taken", 0)
+    stream = (problems[i] for i in islice(shuffled_epochs(len(problems), cfg.seed), taken, None))
 
     for step in range(first_step, cfg.max_steps):
         if spent >= budget:
@@ -110,13 +112,11 @@ def train(cfg: RLConfig, world: World) -> None:
             metrics |= {"eval/greedy": accuracy} | clock.lap("eval_seconds")
             if saved:
                 checkpoints.rate(step, accuracy)
-        picked = order[step * cfg.rollout_batch_size : (step + 1) * cfg.rollout_batch_size]
-        mine = [(group, problems[i]) for group, i in enumerate(picked)][world.rank :: world.size]
         explorer = replace(policy, seed=seed_for(cfg.seed, "step", step))
         trees = out / "trees" / f"step_{step:06d}" if due and world.is_main else None
-        found = asyncio.run(explore(cfg, explorer, mine, trees))
+        explored, rollouts, n = fill_batch(cfg, step, explorer, stream, world, trees, log.info)
         engine.sleep()
-        rollouts = sorted(chain(*world.gather(found)), key=lambda rollout: rollout.group)
+        taken += n
         metrics |= clock.lap("search_seconds")
 
         # 2. Score: how good was every token?
@@ -134,6 +134,7 @@ def train(cfg: RLConfig, world: World) -> None:
         batch = score_tokens(cfg, models, batch, vocabulary, world, scored)
         advantages, returns = estimate_advantages(cfg, batch, rollouts, own, kl.coef, world)
         batch = batch.replace(advantages=advantages, returns=returns)
+        metrics |= critic_metrics(batch.values, returns, batch.action_mask, world.sum)
         metrics |= scored.reduce(world, per=n_tokens) | clock.lap("score_seconds")
 
         # 3. Learn: a few clipped passes over the same rollouts.
@@ -143,6 +144,7 @@ def train(cfg: RLConfig, world: World) -> None:
             place = 0
             for minibatch in minibatches:
                 part = batch.select(range(place, place := place + len(minibatch)))
+                part = weigh(part, cfg, world)
                 names = [rollouts[i].problem.id for i in minibatch]
                 norms = update(
                     modules, optimizers, rates, part, partial(learn, learned), cfg, world
@@ -152,7 +154,8 @@ def train(cfg: RLConfig, world: World) -> None:
         metrics |= clock.lap("train_seconds")
 
         # 4. Look: numbers, examples, a place to resume from.
-        metrics |= rollout_metrics(rollouts)
+        metrics |= rollout_metrics(explored) | {"tokens_trained": float(sum(sizes))}
+        metrics |= {"groups_dropped": float(n - len({r.group for r in rollouts}))}
         metrics["saved_share"] *= n_tokens / metrics["tokens_trained"]  # per token, not per action
         metrics |= {"grad_norm": norms["policy"], "updates_skipped": float(guard.skipped)}
         metrics |= {"kl_coef": kl.coef, "learning_rate": rates["policy"]}
@@ -163,7 +166,7 @@ def train(cfg: RLConfig, world: World) -> None:
             write_jsonl(out / "samples" / f"step_{step:06d}.jsonl", examples(rollouts, tokenizer))
         stopped = world.max(float(stop.is_set())) > 0
         if due or stopped or step + 1 == cfg.max_steps or spent >= budget:
-            extra = {"kl_coef": kl.coef, "tokens_generated": spent}
+            extra = {"kl_coef": kl.coef, "tokens_generated": spent, "problems_taken": taken}
             checkpoints.save(step + 1, modules, optimizers, extra)
         if stopped:
             checkpoints.close()
@@ -183,6 +186,44 @@ def agreed(checksums: list[float]) -> float:
     if not max(checksums) - min(checksums) <= 1e-9 * max(checksums):  # NaN differs, too
         raise UserError(f"the ranks' engines hold different weights: checksums {checksums}.")
     return checksums[0]
+
+
+def fill_batch(
+    cfg: RLConfig,
+    step: int,
+    policy: Learned,
+    stream: Iterator[Problem],
+    world: World,
+    trees: Path | None,
+    say: Callable[[str], None],
+) -> tuple[list[Rollout], list[Rollout], int]:
+    """All rollouts of a step, those to learn from, and how many problems were picked. Collective.
+
+    Each of `resample_rounds` replaces the problems whose rollouts all earned the same.
+    """
+    from rftt.learn.rl import informative
+
+    explored: list[Rollout] = []
+    new: list[Rollout] = []
+    kept: list[Rollout] = []
+    n_picked = 0
+    for _ in range(1 + cfg.resample_rounds):
+        n_missing = cfg.rollout_batch_size - len({rollout.group for rollout in kept})
+        picked = list(enumerate(islice(stream, n_missing), n_picked))
+        n_picked += n_missing
+        found = asyncio.run(explore(cfg, policy, picked[world.rank :: world.size], trees))
+        new = sorted(chain(*world.gather(found)), key=lambda rollout: rollout.group)
+        rewards = [sum(rollout.step_rewards) for rollout in new]
+        differ = informative(rewards, [rollout.group for rollout in new])
+        kept += [rollout for rollout, keep in zip(new, differ, strict=True) if keep]
+        explored += new
+    if not kept:
+        solved = sum(rollout.outcome for rollout in explored) / len(explored)
+        say(
+            f"step {step}: all {n_picked} groups have equal rewards; nothing to learn (solve rate "
+            f"{solved:.2f}). Too easy, too hard, or answers that do not parse: read samples/."
+        )
+    return explored, (kept or new) if cfg.resample_rounds else explored, n_picked
 
 
 async def explore(
@@ -256,44 +297,6 @@ def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], wor
 # ---- 2. Score ----
 
 
-def score_tokens(
-    cfg: RLConfig,
-    models: dict[str, Any],
-    batch: Batch,
-    vocabulary: int,
-    world: World,
-    totals: Totals,
-) -> Batch:
-    """What the policy before the update, the reference and the critic say of every token."""
-    from rftt.learn.model import token_logprobs, token_values
-    from rftt.learn.rl import kl_estimate
-    from rftt.learn.step import per_token
-
-    def logprobs(name: str) -> Tensor:
-        return per_token(
-            lambda micro: token_logprobs(models[name], micro, cfg.temperature, vocabulary)[0],
-            batch,
-            cfg.max_tokens_per_microbatch,
-            world,
-        )
-
-    old, mask = logprobs("policy"), batch.action_mask
-    batch = batch.replace(old_logprobs=old)
-    if "reference" in models:
-        ref = logprobs("reference")
-        batch = batch.replace(ref_logprobs=ref)
-        totals.add({"kl": (kl_estimate(old, ref, "k3") * mask).sum()})
-    if "critic" in models:
-        values = per_token(
-            lambda micro: token_values(models["critic"], micro),
-            batch,
-            cfg.max_tokens_per_microbatch,
-            world,
-        )
-        batch = batch.replace(values=values)
-    return batch
-
-
 def estimate_advantages(
     cfg: RLConfig,
     batch: Batch,
@@ -308,6 +311,8 @@ def estimate_advantages(
     mask, lengths, old, values = batch.action_mask, batch.lengths, batch.old_logprobs, batch.values
     assert old is not None, "score_tokens comes first"
     rewards = token_rewards(batch.rewards, old, batch.ref_logprobs, mask, kl_coef)
+    if cfg.whiten_rewards:  # also those on tokens that are no actions
+        rewards = whiten(rewards, mask | (rewards != 0), world.sum, shift_mean=False)
     match cfg.advantage_estimator:
         case "ppo":
             assert values is not None, "ppo has a critic"
@@ -350,7 +355,8 @@ def rl_loss(
     weights, mismatch = importance_weights(
         old, micro.sampling_logprobs, mask, cfg.importance_cap or math.inf
     )
-    weights = weights if cfg.importance_cap else mask.float()
+    per_token = mask.float() if micro.loss_weights is None else micro.loss_weights
+    weights = weights * per_token if cfg.importance_cap else per_token
     if cfg.forced_actions == "weigh" and micro.forced is not None:
         # The tree takes an act with certainty, the policy with probability π: with this weight,
         # trying every act once is the policy gradient summed over the acts.
@@ -368,10 +374,10 @@ def rl_loss(
     totals.add(mismatch | clipping | {"policy_loss": loss, "entropy": entropy.sum()})
     totals.add({"saved_share": float(micro.n_saved())})
     if cfg.advantage_estimator == "grpo" and micro.ref_logprobs is not None:
-        penalty = kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * mask
+        penalty = kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * per_token
         loss = loss + kl_coef * penalty.sum()
     if cfg.entropy_coef:
-        loss = loss - cfg.entropy_coef * entropy.sum()
+        loss = loss - cfg.entropy_coef * (entropy * per_token).sum()
     if micro.values is not None and micro.returns is not None:
         values = token_values(models["critic"], micro)
         critic_loss, clipping = value_loss(

@@ -27,7 +27,7 @@ C = TypeVar("C")
 
 MAY_BE_ZERO = (
     *("seed", "eval_steps", "save_steps", "save_total_limit", "max_eval_problems", "num_samples"),
-    *("min_shared_steps", "max_plain_paths", "max_direct_sentences", "n_guard"),
+    *("min_shared_steps", "resample_rounds", "max_plain_paths", "max_direct_sentences", "n_guard"),
     *("min_row_tokens", "port"),
 )
 """Every other whole number counts something of which there must be one at least."""

@@ -262,6 +262,13 @@ class RLConfig(Common, Graded, Engine, Training, Process):
     """Clip range of the critic's step."""
     critic_learning_rate: float = 9e-6
     """Peak rate of the critic (OpenRLHF)."""
+    whiten_rewards: bool = False
+    """ppo, reinforce++: divide token rewards by their standard deviation over the batch (TRL)."""
+    resample_rounds: int = 0
+    """Times that problems whose rollouts all earned the same give way to new ones in a step (DAPO's
+    dynamic sampling); what differs by then is learned from. 0 is off."""
+    loss_normalization: Literal["token", "sequence"] = "token"
+    """token: every action token counts the same (DAPO); sequence: every rollout does (GRPO)."""
     scale_rewards: bool = True
     """grpo: divide by the group's standard deviation."""
     entropy_coef: float = 0.0

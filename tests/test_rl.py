@@ -120,7 +120,10 @@ def test_a_group_of_equal_outcomes_teaches_nothing_invariant() -> None:
 
 def test_sequence_weights_match_their_oracle() -> None:
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
-    close(rl.sequence_weights(mask, (4, 2, 2)), [0, 0.5, 0.5, 0, 0, 1, 0, 0])
+    weights = rl.sequence_weights(mask, (4, 2, 2), lambda t: t)
+    close(weights, [0, 0.75, 0.75, 0, 0, 1.5, 0, 0])  # 3 actions over 2 documents with any
+    x = torch.arange(8.0)
+    assert (weights * x).sum().item() / 3 == pytest.approx(((1 + 2) / 2 + 5) / 2)
 
 
 @settings(deadline=None, max_examples=60)
@@ -218,14 +221,15 @@ def test_importance_weights_match_their_oracle() -> None:
     assert metrics["mismatch_capped_share"].item() == 1
 
 
-def test_explained_variance_matches_its_oracle() -> None:
+def test_critic_metrics_match_their_oracle() -> None:
     values, returns = torch.randn(2, 30)
     mask = torch.rand(30) < 0.8
     expected = 1 - (returns - values)[mask].var() / returns[mask].var()
-    assert rl.explained_variance(values, returns, mask, lambda t: t) == pytest.approx(
-        expected.item(), rel=1e-4
-    )
-    assert rl.explained_variance(values, torch.ones(30), mask, lambda t: t) == 0.0
+    found = rl.critic_metrics(values, returns, mask, lambda t: t)
+    assert found == {"explained_variance": pytest.approx(expected.item(), rel=1e-4)}
+    equal = rl.critic_metrics(values, torch.ones(30), mask, lambda t: t)
+    assert equal == {"explained_variance": 0.0}
+    assert rl.critic_metrics(None, None, mask, lambda t: t) == {}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from rftt.config import RLConfig
 from rftt.learn.batch import collate_rows
-from rftt.learn.step import Totals, deal, equal_count, per_token
+from rftt.learn.step import Totals, deal, equal_count, per_token, weigh
 
 
 @dataclass
@@ -69,3 +70,19 @@ def test_totals_sum_or_take_the_largest_over_microbatches_and_ranks():
     totals.add({"loss": 4.0, "ratio_max": torch.tensor(1.2)})
     assert totals.reduce(Ranks(others=2.0), per=4) == {"loss": 2.0, "ratio_max": 2.0}
     assert totals.reduce(Ranks(), per=0) == {"loss": 6.0, "ratio_max": 1.5}
+
+
+def test_invariant_sequence_normalization_is_the_mean_of_the_means() -> None:
+    """Σ weight · loss over n_terms equals the mean over rollouts of their mean over tokens."""
+    cfg = RLConfig(
+        output_dir="", model_name_or_path="", train_file="", learning_rate=1.0,
+        loss_normalization="sequence",
+    )  # fmt: skip
+    batch = batch_of([4, 9, 3])
+    losses = torch.arange(16.0)
+    weights = weigh(batch, cfg, Ranks()).loss_weights
+    means = [x[2:].mean() for x in losses.split(batch.lengths)]
+    found = (weights * losses).sum() / batch.n_terms
+    assert found.item() == pytest.approx(torch.stack(means).mean().item())
+    plain = RLConfig(output_dir="", model_name_or_path="", train_file="", learning_rate=1.0)
+    assert weigh(batch, plain, Ranks()) is batch

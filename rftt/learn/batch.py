@@ -41,6 +41,8 @@ class Batch:
     values: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    loss_weights: Tensor | None = None
+    """(T,) float32, averaging 1 over the action tokens; None: every token counts the same."""
     forced: Tensor | None = None
     """(T,) bool: openers that the tree chose, not the policy."""
     group: Tensor | None = None

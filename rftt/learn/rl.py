@@ -156,10 +156,15 @@ def informative(outcomes: list[float], groups: list[int]) -> list[bool]:
     return [len(seen[group]) > 1 for group in groups]
 
 
-def sequence_weights(mask: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(T,) 1 / (actions in the token's document): GRPO's mean over tokens, then over rollouts."""
+def sequence_weights(mask: Tensor, lengths: Sequence[int], world_sum: WorldSum) -> Tensor:
+    """(T,) ∝ 1 / (actions in the token's document): GRPO's mean over tokens, then over rollouts.
+
+    Over all ranks they average 1 per action token, so that a mean over tokens becomes that mean.
+    """
     counts = document_sums(torch.ones_like(mask, dtype=torch.float32), mask, lengths)
-    return counts.clamp(min=1).reciprocal()[_time_axis(mask, lengths)[0]] * mask
+    n_actions, n_documents = world_sum(torch.stack([counts.sum(), (counts > 0).float().sum()]))
+    weights = n_actions / n_documents.clamp(min=1) / counts.clamp(min=1)
+    return weights[_time_axis(mask, lengths)[0]] * mask
 
 
 # ---- Losses ----
@@ -232,14 +237,19 @@ def importance_weights(
     return ratio.clamp(max=cap) * mask, metrics
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, world_sum: WorldSum) -> float:
-    """1 − Var(R − V) / Var(R) over all ranks; 0 where the returns do not vary."""
+def critic_metrics(
+    values: Tensor | None, returns: Tensor | None, mask: Tensor, world_sum: WorldSum
+) -> dict[str, float]:
+    """1 − Var(R − V) / Var(R) over all ranks; 0 where returns do not vary, {} without critic."""
+    if values is None or returns is None:
+        return {}
     target, error = returns[mask].double(), (returns - values)[mask].double()
     moments = [target.new_tensor(len(target)), target.sum(), error.sum()]
     moments += [target.square().sum(), error.square().sum()]
     n, target_sum, error_sum, target_square, error_square = world_sum(torch.stack(moments)).tolist()
     variance = target_square - target_sum**2 / max(n, 1)
-    return 1.0 - (error_square - error_sum**2 / max(n, 1)) / variance if variance > 1e-12 else 0.0
+    unexplained = error_square - error_sum**2 / max(n, 1)
+    return {"explained_variance": 1.0 - unexplained / variance if variance > 1e-12 else 0.0}
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:

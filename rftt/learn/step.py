@@ -7,14 +7,17 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rftt.config import Training
+from rftt.config import RLConfig, Training
 from rftt.learn.batch import Batch, empty_like
 from rftt.learn.distributed import World, clip_gradients
+from rftt.learn.model import token_logprobs, token_values
 from rftt.learn.optim import set_lr
+from rftt.learn.rl import kl_estimate, sequence_weights
 
 
 def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
@@ -35,6 +38,49 @@ def per_token(
             else:
                 function(empty_like(batch))
     return result
+
+
+def score_tokens(
+    cfg: RLConfig,
+    models: dict[str, Any],
+    batch: Batch,
+    vocabulary: int,
+    world: World,
+    totals: Totals,
+) -> Batch:
+    """What the policy before the update, the reference and the critic say of every token."""
+
+    def logprobs(name: str) -> Tensor:
+        return per_token(
+            lambda micro: token_logprobs(models[name], micro, cfg.temperature, vocabulary)[0],
+            batch,
+            cfg.max_tokens_per_microbatch,
+            world,
+        )
+
+    old, mask = logprobs("policy"), batch.action_mask
+    batch = batch.replace(old_logprobs=old)
+    if "reference" in models:
+        ref = logprobs("reference")
+        batch = batch.replace(ref_logprobs=ref)
+        totals.add({"kl": (kl_estimate(old, ref, "k3") * mask).sum()})
+    if "critic" in models:
+        values = per_token(
+            lambda micro: token_values(models["critic"], micro),
+            batch,
+            cfg.max_tokens_per_microbatch,
+            world,
+        )
+        batch = batch.replace(values=values)
+    return batch
+
+
+def weigh(batch: Batch, cfg: RLConfig, world: World) -> Batch:
+    """A minibatch with the weights of its tokens, where they are not all the same."""
+    if cfg.loss_normalization == "token":
+        return batch
+    weights = sequence_weights(batch.action_mask, batch.lengths, world.sum)
+    return batch.replace(loss_weights=weights)
 
 
 def update(
