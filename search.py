@@ -1,6 +1,7 @@
 """Phase 1: problems -> trees or samples -> curated training rows (PAPER §1).
 
     python search.py configs/tiny/search.yaml [method=mcts|beam|dvts|sample|score] [key=value …]
+    torchrun --nproc_per_node N search.py …           (each rank takes its share of the problems)
 
 An ordinary instruct model is asked, act by act, to extend unfinished solutions; a tree per problem
 collects right and wrong ways; curation turns each tree into rows for train_sft.py. `sample` asks
@@ -20,13 +21,14 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from rftt.cli import check_same_run, cli, load_function
 from rftt.config import SearchConfig
 from rftt.data import (
     Journal,
+    gather_parts,
     load_problems,
     load_tokenizer,
     question_messages,
@@ -48,24 +50,40 @@ from rftt.search.mcts import grow
 from rftt.search.samplers import Explore, for_each, prompted_tree, tree_record
 from rftt.watch.log import RunLog
 
+if TYPE_CHECKING:
+    from rftt.learn.distributed import World
+
 Row = dict[str, Any]
 RESPONSES = ("sample", "score")
 """Methods whose raw rows are responses; the others' are curated already."""
 
 
 def main(cfg: SearchConfig) -> None:
-    out = Path(cfg.output_dir)
+    from rftt.learn.distributed import joined
+
+    with joined(cfg.device) as world:
+        search(cfg, world)
+
+
+def search(cfg: SearchConfig, world: World) -> None:
+    from rftt.learn.distributed import open_part
+
+    if cfg.engine == "api" and cfg.method != "score" and world.size > 1:
+        raise UserError("engine=api has one ledger: run one process, raise api_max_concurrent.")
+    out, file = Path(cfg.output_dir), Path(cfg.output_dir) / "data" / "raw.jsonl"
     changeable = {field.name for field in fields(Filters)}
     changeable |= {"prm_reduce", "max_repeats"} if cfg.method in RESPONSES else set()
     fixed = {key: value for key, value in asdict(cfg).items() if key not in changeable}
     check_same_run(out / "config.yaml", fixed)
     if cfg.custom_filter is not None:
         load_function("custom_filter", cfg.custom_filter)  # now rather than after hours
-    log = RunLog(out, asdict(cfg), enabled=True)
+    log = RunLog(out, asdict(cfg), enabled=world.is_main)
     if cfg.method == "score":
         raw = load_responses(str(cfg.raw_file))
         log.info(f"{len(raw)} problems in {cfg.raw_file}; no model is opened, nothing is sampled")
-        write_data(cfg, log, raw)
+        scored = asyncio.run(score(cfg, log, raw, world))
+        if world.is_main:
+            write_data(cfg, log, scored)
         return
     problems = load_problems(
         cfg.train_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
@@ -75,25 +93,33 @@ def main(cfg: SearchConfig) -> None:
     def n_tokens(text: str) -> int:
         return len(tokenizer.encode(text))
 
-    journal = Journal(out / "data" / "raw.jsonl")
-    done = {row["id"] for row in journal.rows}
-    todo = [problem for problem in problems if problem.id not in done]
+    journal, done = open_part(file, world)
+    left = [problem for problem in problems if problem.id not in done]
     log.info(f"{len(problems)} problems, {len(done)} of them done before")
     try:
-        if todo:
-            asyncio.run(generate(cfg, log, tokenizer, todo, journal))
+        if left:  # on any rank: its engine may be one of several that open together
+            share = left[world.rank :: world.size]
+            asyncio.run(generate(cfg, log, world, tokenizer, share, journal))
+            journal = gather_parts(file) if world.is_main else journal
     finally:  # out of budget or interrupted: what is done is there to be used
         journal.close()
         by_id = {row["id"]: row for row in journal.rows}
-        if raw := [by_id[problem.id] for problem in problems if problem.id in by_id]:
-            write_data(cfg, log, raw, None if cfg.method in RESPONSES else n_tokens)
+        raw = [by_id[problem.id] for problem in problems if problem.id in by_id]
+        if raw and world.is_main:  # alone: a closed vLLM has taken the process group with it
+            raw = asyncio.run(score(cfg, log, raw)) if cfg.method == "sample" else raw
+            write_data(cfg, log, raw, None if cfg.method == "sample" else n_tokens)
 
 
 # ---- Generate: a tree or responses per problem, into data/raw.jsonl ----
 
 
 async def generate(
-    cfg: SearchConfig, log: RunLog, tokenizer: Any, todo: Sequence[Problem], journal: Journal
+    cfg: SearchConfig,
+    log: RunLog,
+    world: World,
+    tokenizer: Any,
+    todo: Sequence[Problem],
+    journal: Journal,
 ) -> None:
     work = sample_responses if cfg.method == "sample" else grow_and_curate
     ledger = Path(cfg.output_dir) / "data" / "api.jsonl"
@@ -114,6 +140,8 @@ async def generate(
                 bar.advance(solved=fmean(row["solved"] for row in journal.rows))
 
             await for_each(todo, finish, in_flight=cfg.problems_in_flight)
+        journal.close()
+        world.barrier()  # before an in-process vLLM closes, which ends the process group
 
 
 async def grow_and_curate(cfg: SearchConfig, ctx: Prompted, problem: Problem) -> Row:
@@ -196,11 +224,23 @@ def load_responses(path: str) -> list[Row]:
     return list(rows.values())
 
 
-async def score(cfg: SearchConfig, log: RunLog, raw: Sequence[Row]) -> list[Row]:
-    """Every response of `raw` with the grader's verdict and, with a PRM, its process scores."""
-    journal = Journal(Path(cfg.output_dir) / "data" / "scored.jsonl")
-    done = {row["id"] for row in journal.rows}
-    todo = [row for row in raw if row["id"] not in done]
+async def score(
+    cfg: SearchConfig, log: RunLog, raw: Sequence[Row], world: World | None = None
+) -> list[Row]:
+    """Every response of `raw` with the grader's verdict and, with a PRM, its process scores.
+
+    With a `world` each rank scores its share, and rank 0 alone gets them all.
+    """
+    from rftt.learn.distributed import open_part
+
+    file = Path(cfg.output_dir) / "data" / "scored.jsonl"
+    if world:
+        journal, done = open_part(file, world)
+        todo = [row for row in raw if row["id"] not in done][world.rank :: world.size]
+    else:
+        journal = Journal(file)
+        done = {row["id"] for row in journal.rows}
+        todo = [row for row in raw if row["id"] not in done]
     prm = build_prm(cfg) if todo else None
     if prm and (warning := await ranking_warning(prm, cfg.prm_check_file)):
         log.info(f"warning: {warning}")
@@ -214,6 +254,12 @@ async def score(cfg: SearchConfig, log: RunLog, raw: Sequence[Row]) -> list[Row]
         await for_each(todo, finish, in_flight=cfg.problems_in_flight)
     if prm:
         prm.close()
+    journal.close()
+    if world:
+        world.barrier()
+        if not world.is_main:
+            return []
+    journal = gather_parts(file)
     journal.close()
     by_id = {row["id"]: row for row in journal.rows}
     return [by_id[row["id"]] for row in raw]
@@ -244,7 +290,7 @@ def write_data(
     """data/sft.jsonl and data/dpo.jsonl in the order of `raw`, and stats.json with every count."""
     out, counts, rows = Path(cfg.output_dir), Counter[str](), []
     if cfg.method in RESPONSES:
-        raw = [row | curate_responses(row, cfg) for row in asyncio.run(score(cfg, log, raw))]
+        raw = [row | curate_responses(row, cfg) for row in raw]
     for row in raw:
         counts.update(row["counts"])
         for made in row["rows"]:

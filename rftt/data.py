@@ -97,6 +97,25 @@ class Journal:
         self._file.close()
 
 
+def part_of(path: Path, rank: int) -> Path:
+    """The journal of one rank among several; rank 0 writes the whole one."""
+    return path.with_suffix(f".rank{rank}{path.suffix}") if rank else path
+
+
+def gather_parts(path: Path) -> Journal:
+    """The journal of rank 0 with the rows of all others, whose files are then gone."""
+    whole = Journal(path)
+    known = {row["id"] for row in whole.rows}
+    for part in sorted(path.parent.glob(path.with_suffix(f".rank*{path.suffix}").name)):
+        rows = Journal(part)
+        rows.close()
+        for row in rows.rows:
+            if row["id"] not in known:  # killed between two of these, it would come again
+                whole.append(row)
+        part.unlink()
+    return whole
+
+
 # ---- Problems ----
 
 

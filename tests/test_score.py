@@ -7,6 +7,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from conftest import run
 
 import search
 from rftt.cli import load_config
@@ -169,6 +170,27 @@ def test_score_killed_asks_only_for_the_rest_and_ends_the_same(tmp_path, cache, 
     by_id = {row["id"]: row for row in after.pop("scored")}
     assert by_id == {row["id"]: row for row in before.pop("scored")}
     assert after == before
+
+
+@pytest.mark.dist
+def test_ranks_share_the_cache_and_no_remainder_is_lost(tmp_path, cache):
+    """Four problems on three ranks, one of which was scored by a run before."""
+    one = score(tmp_path, cache)
+    files = {name: tmp_path / "out" / "data" / f"{name}.jsonl" for name in ("scored", "sft", "dpo")}
+    before = {name: rows(path) for name, path in files.items()}
+    files["scored"].write_text(files["scored"].read_text().splitlines(keepends=True)[0])
+    run(
+        "torchrun", "--nproc_per_node=3", "search.py", f"output_dir={tmp_path / 'out'}",
+        "model_name_or_path=no/such/model", "method=score", "train_file=no-such-file",
+        f"raw_file={cache}", "max_repeats=3", "device=cpu",
+    )  # fmt: skip
+    assert json.loads((tmp_path / "out" / "stats.json").read_text()) == one
+    after = {name: rows(path) for name, path in files.items()}
+    assert sorted(row["id"] for row in after["scored"]) == ["p0", "p1", "p2", "p3"]
+    assert (after["sft"], after["dpo"]) == (before["sft"], before["dpo"])
+    assert {path.name for path in files["scored"].parent.iterdir()} == {
+        p.name for p in files.values()
+    }
 
 
 def test_pairs_are_best_right_and_worst_wrong(tmp_path, cache, prm):

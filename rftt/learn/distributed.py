@@ -10,8 +10,10 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +29,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from rftt.data import Journal, gather_parts, part_of
 from rftt.schema import UserError
 
 TIMEOUT = timedelta(hours=4)
@@ -92,19 +95,39 @@ def open_world(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), torch.device(name), mesh)
 
 
-def close_world(world: World) -> None:
+def close_world(world: World, *, wait: bool = True) -> None:
     """Leave the process group. Call it after the function that owned the models has returned.
 
     A gloo thread that outlives the interpreter can abort the process at exit. Destroying the group
     joins its threads, but only once nobody holds it: sharded models do, in reference cycles, and
     the mesh does, which torch's own caches never let go.
     """
-    if dist.is_initialized():  # an in-process vLLM that was closed has taken the group with it
+    if wait and dist.is_initialized():  # an in-process vLLM that closed took the group with it
         world.barrier()
     world.mesh._pg_registry.clear()
     gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """A world for ranks that share work but no model. One that fails does not wait for the rest."""
+    world = open_world(device)
+    try:
+        yield world
+    finally:
+        close_world(world, wait=False)
+
+
+def open_part(path: Path, world: World) -> tuple[Journal, set[str]]:
+    """This rank's part of a journal, and the ids that any rank has done before. Collective."""
+    if world.is_main:
+        gather_parts(path).close()
+    world.barrier()
+    done = {row["id"] for row in Journal(path).rows}
+    world.barrier()
+    return Journal(part_of(path, world.rank)), done
 
 
 def shard(
