@@ -70,7 +70,7 @@ class Training:
     weight_decay: float = 0.0
     """AdamW, decoupled."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit needs bitsandbytes."""
+    """adamw_8bit needs bitsandbytes and a GPU; we have not run it, under FSDP2 or without."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm (PAPER §1)."""
     max_tokens_per_microbatch: int = 16384
