@@ -43,14 +43,16 @@ _LAST = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\d[\d,]*(?:\.\d+)?(?:/\
 def _boxed(text: str) -> str | None:
     """The last box, if it is finished; boxes joined by a comma, `and` or `or` are one list."""
     found: list[re.Match[str]] = []
-    later = len(text)
-    for head in reversed([*_HEAD.finditer(text)]):
-        box = _BOX.match(text, head.start())
+    at = later = len(text)
+    while (at := max(text.rfind(name, 0, at) for name in ("\\boxed", "\\fbox", "\\framebox"))) >= 0:
+        if not _HEAD.match(text, at):
+            continue
+        box = _BOX.match(text, at)
         if not box or not box.end() <= later or len(found) > MAX_ITEMS:
             break
         if found and not (later < box.end() + 60 and _JOINT.fullmatch(text, box.end(), later)):
             break
-        found, later = [box, *found], box.start()
+        found, later = [box, *found], at
     parts = [(box[2] or box[1]).strip() for box in found]
     return ", ".join(parts) if parts and all(parts) else None
 
@@ -85,6 +87,8 @@ def parse_gold(gold: str) -> str | None:
 
 
 # 2. Comparing
+
+_RELATIONS = {"=", "<", "≤", "<<", "<≤", "≤<", "≤≤", "∈", "≠", "∖"}
 
 
 def _close(x: Any, y: Any) -> bool:
@@ -130,9 +134,6 @@ def equal(a: Any, b: Any) -> bool:
     return same and len(parts[0]) == len(parts[1]) and all(map(equal, *parts))
 
 
-_RELATIONS = {"=", "<", "≤", "<<", "<≤", "≤<", "≤≤", "∈", "≠", "∖"}
-
-
 def _agree(a: tuple[str, ...], b: tuple[str, ...], marks: set[str], bare: bool = False) -> bool:
     """Are two answers equal wherever both are defined? If only one has a unit, also without it."""
     agreed, scales = 0, ({}, {})
@@ -164,8 +165,7 @@ def _spellings(text: str, both: str) -> list[str]:
 
 def _compare(a: str, b: str) -> tuple[bool, str]:
     """(the same answer?, the rule that decided)"""
-    first: tuple[str, ...] = ()
-    second: tuple[str, ...] = ()
+    first, second = (), ()
     try:
         first, second = tokens(a), tokens(b)
         if first == second:
@@ -238,22 +238,11 @@ def grade(
 # 3. The command line
 
 
-def _outcome(row: dict[str, Any], answer_format: str) -> tuple[str, str]:
-    """(what the verdict is beside the label, its rule); a surprise is shown and counted."""
-    try:
-        verdict = grade(row["response"], row["gold"], row.get("question"), answer_format)
-    except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as error:
-        sys.stderr.write(f"error: {row.get('id')}: {error!r}\n")
-        return "error", ""
-    if row.get("label") is None or verdict.correct == bool(row["label"]):
-        return "unlabelled" if row.get("label") is None else "right", verdict.rule
-    outcome = f"false {'positive' if verdict.correct else 'negative'}"
-    sys.stderr.write(f"{outcome}: {row.get('id')} {verdict}\n")
-    return outcome, verdict.rule
-
-
 def main(arguments: list[str]) -> None:
-    """A table by category, then one JSON line: `FILE.jsonl [answer_format=boxed|gsm8k|auto]`."""
+    """A table by category, then one JSON line: `FILE.jsonl [answer_format=boxed|gsm8k|auto]`.
+
+    Milliseconds are CPU time: other work on the machine does not count.
+    """
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
     files = [a for a in arguments if "=" not in a]
     if len(files) != 1 or {*options} - {"answer_format"}:
@@ -261,25 +250,33 @@ def main(arguments: list[str]) -> None:
     with open(files[0], encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
     table: dict[str, Counter[str]] = {}
-    times, too_big = [], 0
+    times: list[float] = []
     for row in rows:
-        begin = time.perf_counter()
-        outcome, rule = _outcome(row, options.get("answer_format", "auto"))
-        times.append(1000 * (time.perf_counter() - begin))
-        too_big += rule == "too big"
+        begin, form = time.process_time(), options.get("answer_format", "auto")
+        label = None if row.get("label") is None else bool(row["label"])
+        try:
+            verdict = grade(row["response"], row["gold"], row.get("question"), form)
+            wrong = "false positive" if verdict.correct else "false negative"
+            outcome = {None: "unlabelled", verdict.correct: "right"}.get(label, wrong)
+        except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as surprise:
+            verdict, outcome = Verdict(False, None, "", "", repr(surprise)), "error"
+        times.append(1000 * (time.process_time() - begin))
+        if outcome not in ("right", "unlabelled"):
+            sys.stderr.write(f"{outcome}: {row.get('id')} {verdict}\n")
         for key in (row.get("category", "none"), "all"):
             table.setdefault(key, Counter())[outcome] += 1
-    rate = {key: n["right"] / max(1, n.total() - n["unlabelled"]) for key, n in table.items()}
+        table["all"]["too big"] += verdict.rule == "too big"
     for key, n in sorted(table.items(), key=lambda item: (item[0] == "all", item[0])):
+        labelled = n.total() - n["unlabelled"] - n["too big"]
         sys.stdout.write(
-            f"{key:16} {n.total():6} {rate[key]:7.3f}"
+            f"{key:16} {labelled:6} {n['right'] / max(1, labelled):7.3f}"
             f"  false + {n['false positive']:3}  false - {n['false negative']:3}\n"
         )
     total, times = table.get("all", Counter()), sorted(times) or [0.0]
     summary = {
-        "n": len(rows), "accuracy": rate.get("all", 0.0), "errors": total["error"],
+        "n": len(rows), "accuracy": total["right"] / max(1, len(rows) - total["unlabelled"]),
         "false_positives": total["false positive"], "false_negatives": total["false negative"],
-        "timeouts": too_big,  # no clock: beyond a bound
+        "errors": total["error"], "timeouts": total["too big"],  # no clock: beyond a bound
         "pairs_per_second": round(1000 * len(rows) / max(sum(times), 1e-9), 1),
         **{f"p{p}_ms": round(times[len(times) * p // 100], 3) for p in (50, 99)},
         "max_ms": round(times[-1], 3),

@@ -53,6 +53,7 @@ def world(
     `marks` are the tokens of both answers: with factorials, floors or sums, n is a whole number.
     """
     whole = bool(marks & {*"!⌊⌈ΣΠ", "binom", "(-1)^"})
+    bound = {index for t, index in zip(found, found[3:], strict=False) if t in "ΣΠ"}
     made: list[Any] = []
     for token, before in zip(found, ("", *found), strict=False):
         if token[0] == '"' or token in "%°":
@@ -60,10 +61,12 @@ def world(
             money = kind in ("dollar", "euro", "pound", "yen")
             if not (money or re.search(r'[\w)}⦄⟧"°%/|⌋⌉]$', before)):
                 raise SyntaxError
-            if kind not in KINDS and (len(kind) < 4 or kind in NO_UNIT):
+            if kind not in KINDS and (len(token) < 6 or kind in NO_UNIT):
                 raise SyntaxError
             base = {"": 1, "%": 1, "°": MP.pi / 180}.get(kind) or _drawn(f"unit {kind}", point)
             made.append(Fraction(1) if bare and kind else size * base)
+        elif token in bound:
+            made.append(token)
         elif token in _CONSTANTS:
             made.append(_CONSTANTS[token])
         elif NAME.fullmatch(token):

@@ -121,7 +121,7 @@ _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # what concerns more than one 
         (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\R\s*)?(?:\||:|\\mid)(?=.*[<>=≤≥≠∈]|.*\\[gln][et])",
          r"\\{"),  # {x | x > 3}
         (rf"(?<=[\d)}}\"])\s*((?:{_SHORT})\b|[A-Za-z]{{4,}})(?![\"\w(])", r' "\1"'),  # 5 cm, 5 pens
-        (r"(?<=\")\s*/\s*([a-z])\b(?!\")", r'/"\1"'),
+        (r"(?<=\")\s*(?:/|per\b)\s*([a-z]+)\b(?!\")", r'/"\1"'),
         (r"^(\s*\$*\w+)\s*(?:\\approx|≈)", r"\1="),  # x ≈ 11 says 11, but x = 1/3 ≈ 0.33 says 1/3
         (r"(?:\\approx|\\simeq|≈).*", ""),
     ]
