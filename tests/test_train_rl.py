@@ -10,11 +10,11 @@ from torch import Tensor
 from rftt.config import RLConfig
 from rftt.learn.batch import collate
 from rftt.learn.model import Critic, prepare
-from rftt.learn.step import Totals, deal, equal_count
+from rftt.learn.step import Totals, deal, equal_count, score_tokens
 from rftt.schema import Problem, Rollout
 from tests.learners import VOCABULARY, tiny_model
 from tests.test_step import Ranks
-from train_rl import estimate_advantages, rl_loss, score_tokens
+from train_rl import estimate_advantages, rl_loss
 
 Estimator = Literal["ppo", "reinforce++", "grpo"]
 
