@@ -145,6 +145,15 @@ CASES = [
     ("1½", "1.5", True),
     ("(1,2)", "[1,2]", False),
     ("(1,2)", r"\{1,2\}", False),
+    ("f(x) = x^2", "y = x^2", True),
+    ("f(1) = 2, f(2) = 3", "f(1) = 3, f(2) = 2", False),
+    (r"12 \text{ square units}", "12", True),
+    ("12", r"12 \text{ or more}", False),
+    ("12", r"\approx 12", True),
+    ("60 km/h", "60 km per hour", True),
+    (r"1\frac12 \text{ cups}", "1.5", True),
+    (r"\sum_{k=1}^{2009} k", "2019045", True),
+    (r"\text{ellipse}", "an ellipse", True),
 ]  # fmt: skip
 
 

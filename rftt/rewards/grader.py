@@ -113,7 +113,9 @@ def _named(shape: Any) -> bool:
 def equal(a: Any, b: Any) -> bool:
     """Are two shapes the same answer, as far as this world can tell?"""
     related = [isinstance(s, Group) and s.kind in _RELATIONS for s in (a, b)]
-    if all(related) and None not in (a.difference, b.difference):
+    names = [s.name if relation else "" for s, relation in zip((a, b), related, strict=True)]
+    alike = ("(" in names[0]) == ("(" in names[1])  # f(x) = x+1 may be y = x+1, but x = 1 not y = 1
+    if all(related) and alike and None not in (a.difference, b.difference):
         return a.kind == b.kind and _close(a.difference, b.difference)
     a, b = (s.parts[0] if relation else s for s, relation in zip((a, b), related, strict=True))
     kinds = [s.kind if isinstance(s, Group) else "" for s in (a, b)]

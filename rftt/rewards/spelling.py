@@ -21,7 +21,7 @@ FUNCTIONS = {
 _SPELT = {  # the token that the reader knows: other ways of writing it ("" for none)
     "≤": r"\le \leq \leqslant \leqq ⩽ <= =<", "≥": r"\ge \geq \geqslant \geqq ⩾ >=", "<": r"\lt",
     ">": r"\gt", "=": r"\equiv ≡", "≠": r"\ne \neq != /=", "∈": r"\in",
-    "±": r"\pm", "∓": r"\mp", "-": "− – — ‐", "^": "**", "/": r"\div ÷ : per", "'": "’ ′",
+    "±": r"\pm", "∓": r"\mp", "-": "− – — ‐", "^": "**", "/": r"\div ÷ ⁄ : per", "'": "’ ′",
     "·": r"\cdot \times \ast × ⋅ ∙ • ∗ *", "∅": r"\emptyset \varnothing ⌀", "π": r"\pi pi",
     "∞": r"\infty infinity inf", "|": r"\lvert \rvert \vert \mid ∣", "⌊": r"\lfloor", "ℝ": r"\R",
     "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil", "(": r"\langle \lparen ⟨ 〈", "√": r"\sqrt",
@@ -73,7 +73,7 @@ _TOKEN = re.compile(  # f(x) and, left of =, P(A) are names; 6.7e-5, 5e3 and 1e-
     rf"[fg]'*\([^()]*\)|{_LETTER}(?:\([^()]*\)(?=\s*[=<≤]))?|\\[A-Za-z]+|\\.|\"[^\"]*\"|\*\*|[<>!/]="
     r"|=<|(?:\d+\.\d+[eE][+-]?|\d+[eE]|1[eE]-)\d{1,3}\b|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S"
 )
-_WORD = re.compile(r"(?=.*[a-z]).{4,}|.[eiou].|..[eiou]|(?i:no|yes|odd)")  # not mn, RC, abc
+_WORD = re.compile(r"(?=.*[a-z]).{4,}|.[eiou].|..[eiou]|(?i:no|yes|odd|an)")  # not mn, RC, abc
 _MATRIX = r"\s*\{(?:array|[pbB]?(?:small)?matrix)\}"
 
 
@@ -116,13 +116,13 @@ _REWRITES: list[tuple[re.Pattern[str], Any]] = [  # what concerns more than one 
         (r"\\([dt]?(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\\\1{\2}"),
         (r"(?<=\d) (\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}"),  # 1 4/5 and 1\frac45 are sums
         (r"(?<![\d.^_])(\d+)\s*(\\[dtc]?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"(\1+\2)"),
-        (r"\b(?:sq(?:uare)?|(cubic))\b\"?\s*\"?([a-z]+)\"?",
+        (r"\"?\b(?:sq(?:uare)?|(cubic))\b\"?\s*\"?([a-z]+)\"?",
          lambda m: f'"{m[2]}"^{2 + bool(m[1])}'),
         (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\R\s*)?(?:\||:|\\mid)(?=.*[<>=≤≥≠∈]|.*\\[gln][et])",
          r"\\{"),  # {x | x > 3}
         (rf"(?<=[\d)}}\"])\s*((?:{_SHORT})\b|[A-Za-z]{{4,}})(?![\"\w(])", r' "\1"'),  # 5 cm, 5 pens
         (r"(?<=\")\s*(?:/|per\b)\s*([a-z]+)\b(?!\")", r'/"\1"'),
-        (r"^(\s*\$*\w+)\s*(?:\\approx|≈)", r"\1="),  # x ≈ 11 says 11, but x = 1/3 ≈ 0.33 says 1/3
+        (r"^(\s*\$*\w*)\s*(?:\\approx|≈)", r"\1="),  # x ≈ 11 says 11, but x = 1/3 ≈ 0.33 says 1/3
         (r"(?:\\approx|\\simeq|≈).*", ""),
     ]
 ]
@@ -137,7 +137,7 @@ def tokens(text: str) -> tuple[str, ...]:
     for pattern, new in () if text.isdecimal() else _REWRITES:
         text = pattern.sub(new, text)
     found: list[str] = []
-    for token in _TOKEN.findall(text.strip(" *")):
+    for token in _TOKEN.findall(text.strip(" *=")):
         word = token.strip('"')
         token = _SAME.get(word.lower() if word.isalpha() else word, "".join(token.split()))
         known = not token.isalpha() or token in _SPELT or token in UNITS or _WORD.fullmatch(token)
