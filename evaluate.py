@@ -1,9 +1,11 @@
 """How good is a model? Greedy, avg@k, pass@k, maj@k, best@k, per level, search at inference.
 
     python evaluate.py configs/tiny/evaluate.yaml model_name_or_path=… eval_file=… [key=value …]
+    torchrun --nproc_per_node N evaluate.py …        (each rank takes its share of the problems)
 
 Reads any of the usual benchmark files as they are. The search never sees a gold answer: its
-problems carry none, and a path is worth what other paths of its tree agree on. Accuracy after k
+problems carry none, and a path is worth what other paths of its tree agree on, or what a process
+reward model (use_prm) thinks of it. Accuracy after k
 simulations is the majority over the first k paths of one tree. Writes eval/<set>.jsonl, one line
 per problem, and eval/summary.json below output_dir; started again, it does only the rest.
 """
@@ -11,97 +13,76 @@ per problem, and eval/summary.json below output_dir; started again, it does only
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rftt.cli import check_same_run, cli
 from rftt.config import EvalConfig
-from rftt.data import Journal, decode, load_problems, load_tokenizer, write_json
+from rftt.data import Row, decode, gather_parts, load_problems, load_tokenizer, write_json
 from rftt.functions import function_ids, has_function_tokens
 from rftt.rewards.audit import audit
 from rftt.rewards.grader import canonical, grade
-from rftt.schema import Problem, Rollout
-from rftt.watch.metrics import majority, mean_ci, pass_at_k
+from rftt.rewards.prm import ProcessModel, build_prm
+from rftt.schema import Problem, Rollout, Step
+from rftt.search.beam import explorer
+from rftt.search.expand import Learned, speaker
+from rftt.search.samplers import (
+    check_prompts,
+    encode_question,
+    for_each,
+    learned_tree,
+    processed,
+    sample,
+    tree_rollouts,
+)
+from rftt.watch.metrics import majority, mean_ci, paired_bootstrap, pass_at_k
+
+if TYPE_CHECKING:
+    from rftt.learn.distributed import World
 
 
 def main(cfg: EvalConfig) -> None:
+    from rftt.learn.distributed import joined
+
+    if cfg.audit:
+        audit_grader(cfg, Path(cfg.output_dir) / "eval" / "audit.json")
+    else:
+        with joined(cfg.device) as world:
+            evaluate(cfg, world)
+
+
+def evaluate(cfg: EvalConfig, world: World) -> None:
     # Heavy imports wait until the config is known to be good.
     from rftt.engines import build_engine
-    from rftt.search.expand import speaker
-    from rftt.search.samplers import encode_question, for_each, learned_tree, sample, tree_rollouts
+    from rftt.learn.distributed import open_part
     from rftt.watch.log import RunLog
 
     out, name = Path(cfg.output_dir), Path(cfg.eval_file).stem
-    if cfg.audit:
-        audit_grader(cfg, out / "eval" / "audit.json")
-        return
     check_same_run(out / "config.yaml", asdict(cfg))
     problems = load_problems(
         cfg.eval_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
-    speaks = bool(cfg.simulations) or has_function_tokens(tokenizer)
-    log = RunLog(out, asdict(cfg), enabled=True)
+    check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
+    ids = None
+    if cfg.simulations or has_function_tokens(tokenizer):
+        ids = function_ids(tokenizer)
+    log = RunLog(out, asdict(cfg), enabled=world.is_main)
+    file = out / "eval" / f"{name}.jsonl"
+    journal, done = open_part(file, world)
+    todo = [problem for problem in problems if problem.id not in done][world.rank :: world.size]
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
-    ids = function_ids(tokenizer) if speaks else None
+    prm = build_prm(cfg)
     policy = speaker(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
-    greedy = replace(policy, temperature=0.0)
-
-    def verdicts(problem: Problem, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
-        """The gold answer is looked at here, when every response is finished."""
-        found = []
-        for rollout in rollouts:
-            text = decode(tokenizer, rollout.response_ids)
-            gold = str(problem.answer)
-            verdict = grade(text, gold, problem.question, answer_format=cfg.answer_format)
-            found.append(
-                {
-                    "answer": rollout.answer,
-                    "correct": verdict.correct,
-                    "tokens": rollout.n_generated,
-                    "logprob": fmean(rollout.sampling_logprobs),
-                }
-            )
-        return found
-
-    async def answer(problem: Problem) -> dict[str, Any]:
-        hidden = replace(problem, answer=None, solution=None)
-        prompt = encode_question(policy, problem, cfg.system_prompt)
-        best = await sample(greedy, hidden, prompt, n=1, group=0)
-        samples = await sample(policy, hidden, prompt, n=cfg.num_samples, group=0)
-        row = {
-            "id": problem.id,
-            "level": problem.level,
-            "gold": problem.answer,
-            "response": decode(tokenizer, best[0].response_ids),
-            "greedy": verdicts(problem, best)[0],
-            "samples": verdicts(problem, samples),
-        }
-        if cfg.simulations:
-            tree = await learned_tree(
-                policy,
-                hidden,
-                prompt,
-                simulations=max(cfg.simulations),
-                exploration_weight=cfg.exploration_weight,
-                in_flight=cfg.leaves_in_flight,
-            )
-            paths = tree_rollouts(policy, tree, hidden, prompt, group=0, mask_forced=False)
-            row["search"] = verdicts(problem, paths)
-        return row
-
-    journal = Journal(out / "eval" / f"{name}.jsonl")
-    done = {row["id"] for row in journal.rows}
-    todo = [problem for problem in problems if problem.id not in done]
 
     async def run() -> None:
         with log.bar(len(todo), "problem", name) as bar:
 
             async def finish(problem: Problem) -> None:
-                journal.append(await answer(problem))
+                journal.append(await answer(cfg, policy, prm, problem))
                 solved = sum(row["greedy"]["correct"] for row in journal.rows) / len(journal.rows)
                 bar.advance(greedy=solved)
 
@@ -109,12 +90,78 @@ def main(cfg: EvalConfig) -> None:
 
     asyncio.run(run())
     journal.close()
+    world.barrier()  # before an in-process vLLM closes, which ends the process group
     engine.close()
-    order = {problem.id: i for i, problem in enumerate(problems)}
-    rows = sorted(journal.rows, key=lambda row: order[row["id"]])
-    summary = {"set": name, **summarise(rows, cfg.num_samples, cfg.simulations, cfg.seed)}
-    write_json(out / "eval" / "summary.json", summary)
-    log.info(table(summary))
+    if prm:
+        prm.close()
+    if world.is_main:
+        by_id = {row["id"]: row for row in gather_parts(file).rows}
+        rows = [by_id[problem.id] for problem in problems]
+        summary = {"set": name, **summarise(rows, cfg.num_samples, cfg.simulations, cfg.seed)}
+        write_json(out / "eval" / "summary.json", summary)
+        log.info(table(summary))
+
+
+async def answer(
+    cfg: EvalConfig, policy: Learned, prm: ProcessModel | None, problem: Problem
+) -> Row:
+    """One line of eval/<set>.jsonl: greedy, samples and search, none of which saw the gold one."""
+    hidden = replace(problem, answer=None, solution=None)
+    prompt = encode_question(policy, problem, cfg.system_prompt)
+    value = processed(policy, prm, hidden, cfg.prm_reduce) if prm else None
+    best = await sample(replace(policy, temperature=0.0), hidden, prompt, n=1, group=0)
+    samples = await sample(policy, hidden, prompt, n=cfg.num_samples, group=0)
+    scores = [await value(steps_of(rollout)) if value else None for rollout in samples]
+    row = {
+        "id": problem.id,
+        "level": problem.level,
+        "gold": problem.answer,
+        "response": decode(policy.tokenizer, best[0].response_ids),
+        "greedy": verdict(cfg, policy, problem, best[0]),
+        "samples": [
+            verdict(cfg, policy, problem, rollout, score)
+            for rollout, score in zip(samples, scores, strict=True)
+        ],
+    }
+    if cfg.simulations:
+        tree = await learned_tree(
+            policy,
+            hidden,
+            prompt,
+            simulations=max(cfg.simulations),
+            exploration_weight=cfg.exploration_weight,
+            in_flight=cfg.leaves_in_flight,
+            explore=explorer(cfg.search_method, cfg),
+            value=value,
+        )
+        paths = tree_rollouts(policy, tree, hidden, prompt, group=0, mask_forced=False)
+        row["search"] = [
+            verdict(cfg, policy, problem, rollout, leaf.value_sum if prm else None)
+            for rollout, leaf in zip(paths, tree.leaves(), strict=True)
+        ]
+    return row
+
+
+def steps_of(rollout: Rollout) -> list[Step]:
+    """A response cut into its steps again; the last one knows the answer."""
+    starts = (0, *(end + 1 for end in rollout.step_ends))
+    spans = zip(starts, rollout.step_ends, strict=False)
+    steps = [Step("", "", rollout.response_ids[start : end + 1]) for start, end in spans]
+    return [*steps[:-1], replace(steps[-1], answer=rollout.answer)]
+
+
+def verdict(
+    cfg: EvalConfig, policy: Learned, problem: Problem, rollout: Rollout, score: float | None = None
+) -> Row:
+    """The gold answer is looked at here, when the response is finished."""
+    text, gold = decode(policy.tokenizer, rollout.response_ids), str(problem.answer)
+    return {
+        "answer": rollout.answer,
+        "correct": grade(text, gold, problem.question, answer_format=cfg.answer_format).correct,
+        "tokens": rollout.n_generated,
+        "logprob": fmean(rollout.sampling_logprobs),
+        "score": score,
+    }
 
 
 def audit_grader(cfg: EvalConfig, file: Path) -> None:
@@ -137,7 +184,7 @@ def audit_grader(cfg: EvalConfig, file: Path) -> None:
 
 
 def summarise(
-    rows: list[dict[str, Any]], num_samples: int, simulations: list[int], seed: int
+    rows: list[Row], num_samples: int, simulations: list[int], seed: int
 ) -> dict[str, Any]:
     """Every figure with its 95 % bootstrap interval over problems."""
 
@@ -156,7 +203,7 @@ def summarise(
             k: interval([pass_at_k(num_samples, c, k) for c in right]) for k in powers
         }
         summary["maj@k"] = {k: accuracy_at(rows, "samples", k, seed) for k in powers}
-        summary["best@k"] = {k: accuracy_at(rows, "samples", k, seed, likeliest) for k in powers}
+        summary["best@k"] = {k: accuracy_at(rows, "samples", k, seed, best) for k in powers}
     levels = sorted({str(row["level"]) for row in rows})
     summary["levels"] = {
         level: {"n": len(group), "greedy": sum(r["greedy"]["correct"] for r in group) / len(group)}
@@ -164,26 +211,47 @@ def summarise(
         if (group := [row for row in rows if str(row["level"]) == level])
     }
     summary["search"] = {k: accuracy_at(rows, "search", k, seed) for k in simulations}
+    if num_samples:
+        summary["equal_tokens"] = {
+            k: at_equal_tokens(rows, k, num_samples, found["tokens"], seed)
+            for k, found in summary["search"].items()
+        }
     return summary
 
 
-def vote(responses: list[dict[str, Any]]) -> bool:
+def at_equal_tokens(rows: list[Row], k: int, n_max: int, tokens: float, seed: int) -> Row:
+    """maj@n and best@n for the largest n that costs no more than k simulations, and what search
+    gains over them on the same problems."""
+    cost = [accuracy_at(rows, "samples", n, seed)["tokens"] for n in range(1, n_max + 1)]
+    n = max(1, sum(spent <= tokens for spent in cost))
+    searched = [float(vote(row["search"][:k])) for row in rows]
+    found: Row = {"n": n, "tokens": cost[n - 1]}
+    for name, choose in (("maj", vote), ("best", best)):
+        plain = [float(choose(row["samples"][:n])) for row in rows]
+        gain = paired_bootstrap(searched, plain, seed=seed)
+        found[name] = fmean(plain)
+        found[f"search - {name}"] = dict(zip(("mean", "low", "high"), gain, strict=True))
+    return found
+
+
+def vote(responses: list[Row]) -> bool:
     """Whether the most frequent answer is right."""
     winner = majority([response["answer"] for response in responses], canonical)
     return any(r["correct"] for r in responses if r["answer"] == winner and winner is not None)
 
 
-def likeliest(responses: list[dict[str, Any]]) -> bool:
-    """Whether best-of-n is right: without a PRM, the response of highest mean log-prob."""
-    return max(responses, key=lambda response: response["logprob"])["correct"]
+def best(responses: list[Row]) -> bool:
+    """Whether best-of-n is right: by the PRM's score; without one by the mean log-prob."""
+    by = "logprob" if responses[0].get("score") is None else "score"
+    return max(responses, key=lambda response: response[by])["correct"]
 
 
 def accuracy_at(
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     kind: str,
     k: int,
     seed: int,
-    choose: Callable[[list[dict[str, Any]]], bool] = vote,
+    choose: Callable[[list[Row]], bool] = vote,
 ) -> dict[str, float]:
     """Accuracy of the choice among each problem's first k responses, and what they cost."""
     right = [float(choose(row[kind][:k])) for row in rows]
@@ -210,6 +278,13 @@ def table(summary: dict[str, Any]) -> str:
         lines += [
             f"{label + str(k):11} {percent(figure)}  {figure['tokens']:.0f} tokens"
             for k, figure in summary.get(key, {}).items()
+        ]
+    for k, found in summary.get("equal_tokens", {}).items():
+        n, cost = found["n"], f"{found['tokens']:.0f} tokens"
+        lines += [
+            f"search {k} - {name}@{n}: {percent(found[f'search - {name}'])}  over "
+            f"{100 * found[name]:.1f} % for {cost}"
+            for name in ("maj", "best")
         ]
     lines += [
         f"level {level:5} {100 * figure['greedy']:5.1f} %  of {figure['n']}"

@@ -18,7 +18,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -43,11 +42,10 @@ from rftt.functions import Messages
 from rftt.rewards.grader import extract, grade
 from rftt.rewards.prm import ProcessModel, Unscored, build_prm, ranking_warning
 from rftt.schema import Problem, Reply, UserError
-from rftt.search.beam import beam_search
+from rftt.search.beam import explorer
 from rftt.search.curate import Rules, curate, curate_responses, step_texts
 from rftt.search.expand import Prompted, reply
-from rftt.search.mcts import grow
-from rftt.search.samplers import Explore, for_each, prompted_tree, tree_record
+from rftt.search.samplers import for_each, prompted_tree, tree_record
 from rftt.watch.log import RunLog
 
 if TYPE_CHECKING:
@@ -135,7 +133,10 @@ async def generate(
         with log.bar(len(todo), "problem", cfg.method) as bar:
 
             async def finish(problem: Problem) -> None:
-                found = await work(cfg, replace(ctx, spent=Counters()), problem)
+                own = replace(ctx, spent=Counters())
+                found = await work(cfg, own, problem)
+                if not own.spent.requests and "counts" in found:
+                    found["counts"] = {"prompt_too_long": 1}
                 journal.append({"id": problem.id, **found})
                 bar.advance(solved=fmean(row["solved"] for row in journal.rows))
 
@@ -151,19 +152,13 @@ async def grow_and_curate(cfg: SearchConfig, ctx: Prompted, problem: Problem) ->
         said = await reply(ctx, messages, act, problem_id, "curate", act)
         return said.text if said.whole else None
 
-    beam = partial(beam_search, branching=cfg.beam_branching)
-    ways: dict[str, Explore] = {
-        "mcts": grow,
-        "beam": partial(beam, width=cfg.beam_width),
-        "dvts": partial(beam, width=1, subtrees=cfg.beam_width),
-    }
     tree = await prompted_tree(
         ctx,
         problem,
         simulations=cfg.simulations,
         exploration_weight=cfg.exploration_weight,
         in_flight=cfg.leaves_in_flight,
-        explore=ways[cfg.method],
+        explore=explorer(cfg.method, cfg),
     )
     rules = Rules(cfg.max_plain_paths, cfg.min_shared_steps, cfg.max_repeats, cfg.tree_pairs)
     rows, counts = await curate(tree, problem, ask, rules)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rftt.fields import Api, Filters, Process
+from rftt.fields import Api, Beam, Filters, Process
 from rftt.schema import UserError
 
 
@@ -90,7 +90,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(Common, Graded, Engine, Api, Filters, Process):
+class SearchConfig(Common, Graded, Engine, Api, Filters, Beam, Process):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
     train_file: str
@@ -108,10 +108,6 @@ class SearchConfig(Common, Graded, Engine, Api, Filters, Process):
     """Steps on a path at most (PAPER §1)."""
     exploration_weight: float = 2.0
     """c of UCT (PAPER §1)."""
-    beam_width: int = 2
-    """Nodes that beam keeps per level; dvts: independent subtrees (search-and-learn: N / M)."""
-    beam_branching: int = 2
-    """Acts explored below each of them (search-and-learn: M, its beam_width)."""
     leaves_in_flight: int = 4
     """Simulations of one tree that run at once, kept apart by virtual loss; 1 is textbook MCTS."""
     problems_in_flight: int = 64
@@ -315,7 +311,7 @@ class RLConfig(Common, Graded, Engine, Training, Process):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Common, Graded, Engine, Process):
+class EvalConfig(Common, Graded, Engine, Beam, Process):
     """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
 
     eval_file: str
@@ -330,6 +326,8 @@ class EvalConfig(Common, Graded, Engine, Process):
     """Response tokens at most."""
     simulations: list[int] = field(default_factory=list)
     """Accuracy of search at inference after each of these numbers of simulations."""
+    search_method: Literal["mcts", "beam", "dvts"] = "mcts"
+    """How that search explores; without a PRM, paths are worth their agreement with others."""
     search_depth: int = 18
     """Depth at which the tree still chooses (PAPER §1); free rollouts may run deeper."""
     exploration_weight: float = 2.0
@@ -345,6 +343,7 @@ class EvalConfig(Common, Graded, Engine, Process):
     respelled answers are paid and near misses refused."""
 
     def __post_init__(self) -> None:
+        Process.__post_init__(self)
         _require_ids(self)
 
 

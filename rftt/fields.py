@@ -111,3 +111,11 @@ class Filters:
     """Responses kept per problem (ms-swift's name and default)."""
     max_pairs: int = 1
     """Pairs for DPO per problem: the best kept response with the worst wrong one, and so on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beam:
+    beam_width: int = 2
+    """Nodes that beam keeps per level; dvts: independent subtrees (search-and-learn: N / M)."""
+    beam_branching: int = 2
+    """Acts explored below each of them (search-and-learn: M, its beam_width)."""

@@ -1,5 +1,7 @@
 """Tiny random models of three families, batches and rollouts, for the tests of rftt/learn."""
 
+from typing import Any
+
 import torch
 from transformers import (
     Gemma3ForCausalLM,
@@ -38,6 +40,26 @@ def tiny_model(family: str = "qwen2", *, tied: bool = True, seed: int = 0) -> Pr
         case "gemma":
             return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **GEMMA))
     raise ValueError(family)
+
+
+def random_qwen2(vocab_size: int, *, seed: int = 0, **changes: Any) -> Qwen2ForCausalLM:
+    """Grouped queries, heads of a width that vLLM takes, weights so wide that context matters."""
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.12,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(**sizes | changes)).eval()
 
 
 def rows(lengths: list[int], seed: int = 0) -> list[tuple[list[int], list[int], list[bool]]]:

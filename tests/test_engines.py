@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from rftt.config import SearchConfig
 from rftt.engines import build_engine
@@ -18,6 +18,7 @@ from rftt.engines.base import Engine, checksum
 from rftt.engines.loop import StepLoop
 from rftt.engines.slots import pick
 from rftt.schema import Completion, Sampling, UserError
+from tests.learners import random_qwen2
 
 N_TOKENS = 61
 """Ids of the tokenizer; the model has rows for three more."""
@@ -26,25 +27,7 @@ MODELS = {"tied": True, "untied": False}
 
 
 def make_model(tied: bool, seed: int = 0) -> Qwen2ForCausalLM:
-    """Random Qwen2 with grouped queries whose tokens depend on the context, unlike at 0.02."""
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-            tie_word_embeddings=tied,
-            initializer_range=0.12,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-    )
-    return model.eval()
+    return random_qwen2(64, seed=seed, tie_word_embeddings=tied)
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "not enough memory": ("evaluate", ["max_num_seqs=1000000000000"],
         ["not enough memory", "max_num_seqs", "rftt.doctor"]),
     "prompt too long": ("evaluate", ["max_model_len=4"],
-        ["prompt tokens", "problem train-1", "max_model_len is 4"]),
+        ["do not fit max_model_len=4", "problems train-1", "raise it"]),
     "resume mismatch": ("train_rl", ["output_dir={bad}/begun", "kl_coef=0.5"],
         ["was begun with kl_coef=0.01, now it is 0.5", "begun", "use a new output_dir"]),
     "output exists": ("train_rl", ["output_dir={bad}/begun", "resume_from_checkpoint=never"],

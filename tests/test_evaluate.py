@@ -1,8 +1,16 @@
 """evaluate.py's figures on made-up responses whose choices can be read off."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
-from evaluate import summarise, table
+import pytest
+
+from evaluate import steps_of, summarise, table
+from rftt.rewards.prm import Unscored
+from rftt.schema import Problem
+from rftt.search.samplers import learned_tree, processed, sample, tree_rollouts
+from tests.test_expand import CLOSE, PROBLEM, learned, segment
 
 
 def response(answer: str | None, logprob: float, *, tokens: int = 10) -> dict[str, Any]:
@@ -40,3 +48,66 @@ def test_oracle_vote_and_best_of_n_choose_differently_at_the_same_price() -> Non
     assert [summary["search"][k]["tokens"] for k in (1, 2)] == [9, 13]
     assert summary["pass@k"][4]["mean"] == 1.0
     assert "best@4       50.0 %" in table({"set": "made up"} | summary)
+
+
+def test_oracle_best_of_n_goes_by_the_process_score_where_there_is_one() -> None:
+    scored = [r | {"score": score} for r, score in zip(ROWS[0]["samples"], (0.1, 0.2, 0.9, 0.3),
+                                                       strict=True)]  # fmt: skip
+    summary = summarise([ROWS[0] | {"samples": scored}], 4, [], seed=0)
+    assert [summary["best@k"][k]["accuracy"] for k in (1, 2, 4)] == [1.0, 0.0, 1.0]
+
+
+def test_oracle_plain_choices_at_the_tokens_of_the_search() -> None:
+    """Two simulations cost 13 tokens: one sample of 10 fits, two do not."""
+    found = summarise(ROWS, 4, [1, 2], seed=0)["equal_tokens"]
+    assert [found[k]["n"] for k in (1, 2)] == [1, 1]
+    assert found[2]["tokens"] == 10
+    assert found[2]["maj"] == found[2]["best"] == 0.5  # the first samples are 7 and 8
+    assert found[1]["search - maj"]["mean"] == 0.5  # both searches answer 7 first
+    dear = [row | {"search": [r | {"tokens": 15} for r in row["search"]]} for row in ROWS]
+    found = summarise(dear, 4, [2], seed=0)["equal_tokens"][2]
+    assert (found["n"], found["tokens"], found["maj"]) == (3, 30, 0.5)
+    text = table({"set": "made up"} | summarise(dear, 4, [2], seed=0))
+    assert "search 2 - maj@3:" in text
+    assert "over 50.0 % for 30 tokens" in text
+
+
+class Judge:
+    """A process model that likes steps which mention y and refuses what holds a question mark."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, list[str]]] = []
+
+    async def score(self, question: str, steps: Sequence[str]) -> list[float]:
+        self.asked.append((question, list(steps)))
+        if any("?" in step for step in steps):
+            raise Unscored("a question mark")
+        return [0.8 if "y" in step else 0.4 for step in steps]
+
+    def close(self) -> None: ...
+
+
+def test_search_at_inference_is_valued_by_the_process_model_and_sees_no_gold_answer() -> None:
+    bodies = [[100 + ord(letter), CLOSE[act]] for letter, act in (("y", "clarify"),
+              ("n", "analysis"), ("?", "next_step"))]  # fmt: skip
+    ends = segment("output", "\\boxed{4}")
+    ctx, judge = learned([[*body, *ends] for body in bodies] + [[165] * 5]), Judge()
+    hidden = Problem(PROBLEM.id, PROBLEM.question)
+    value = processed(ctx, judge, hidden, "mean")
+    how = {"simulations": 4, "exploration_weight": 9.0, "in_flight": 1}
+    tree = asyncio.run(learned_tree(ctx, hidden, [7], value=value, **how))  # type: ignore[arg-type]
+    values = sorted(leaf.value_sum for leaf in tree.leaves())
+    assert values == pytest.approx([0.0, 0.0, 0.4, 0.6])  # cut off, refused, n, y
+    assert len(judge.asked) == 3  # a path without an answer is not shown to it
+    assert judge.asked[0] == (PROBLEM.question, ["y", "\\boxed{4}"])
+    rollouts = tree_rollouts(ctx, tree, hidden, [7], group=0, mask_forced=False)
+    again = [asyncio.run(value(steps_of(rollout))) for rollout in rollouts]
+    assert again == pytest.approx([leaf.value_sum for leaf in tree.leaves()])
+
+
+def test_a_plain_response_is_one_step_to_the_process_model() -> None:
+    ctx, judge = learned(["It is \\boxed{4}"]), Judge()
+    [rollout] = asyncio.run(sample(ctx, PROBLEM, [7], n=1, group=0))
+    value = processed(ctx, judge, PROBLEM, "mean")
+    assert asyncio.run(value(steps_of(rollout))) == pytest.approx(0.4)
+    assert judge.asked == [(PROBLEM.question, ["It is \\boxed{4}"])]

@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rftt.data import write_jsonl
 from rftt.functions import add_function_tokens
 from rftt.schema import UserError
 from rftt.tiny import build_tokenizer
 from tests.conftest import run
+from tests.learners import random_qwen2
 from train_rl import agreed
 
 SETTINGS = {
@@ -44,20 +43,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("world")
     tokenizer = build_tokenizer()
     add_function_tokens(tokenizer)
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            num_key_value_heads=3,
-            max_position_embeddings=128,
-            tie_word_embeddings=True,
-            initializer_range=0.1,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    model = random_qwen2(
+        len(tokenizer), max_position_embeddings=128, eos_token_id=tokenizer.eos_token_id
     )
     model.save_pretrained(path / "model")
     tokenizer.save_pretrained(path / "model")
@@ -109,7 +96,7 @@ def test_vllm_refuses_in_one_line_what_it_cannot_run(world: Path, tmp_path: Path
     config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     (tmp_path / "narrow/config.json").write_text(json.dumps(config))
     for change, message in (
-        ({"model_name_or_path": tmp_path / "narrow"}, "attention heads of 24"),
+        ({"model_name_or_path": tmp_path / "narrow"}, "attention heads of 16"),
         ({"max_model_len": 4096}, "max_model_len (4096) is greater than"),
     ):
         done = run(sys.executable, *arguments(world, tmp_path / "x", **change), check=False)

@@ -4,9 +4,9 @@ A level explores acts below every node kept and keeps the best nodes one step de
 keeps the best `width` of all; DVTS (diverse verifier tree search, Hugging Face's search-and-learn)
 the best one of each of `subtrees`, which share nothing but the root. Departures:
 
-1. Nothing here scores an unfinished path (there is no PRM), so a candidate is worth what a
-   lookahead from it earns: `expand` finishes the path, by random acts in phase 1, and `value`
-   grades its answer. This is lookahead search (arXiv 2408.03314) with the whole rest looked at.
+1. Only finished paths are valued, so a candidate is worth what a lookahead from it earns: `expand`
+   finishes the path, by random acts in phase 1, and `value` (grader, PRM, agreement) judges it.
+   This is lookahead search (arXiv 2408.03314) with the whole rest looked at.
 2. Lookaheads stay in the tree: curation reads them like any other path, and their next node is a
    candidate of the next level that is already paid for.
 3. `simulations` bounds the lookaheads of all levels, so that every method has the same budget.
@@ -15,9 +15,11 @@ the best one of each of `subtrees`, which share nothing but the root. Departures
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from rftt.search.mcts import Choice, Expand, Node, Tree, Value, settle
-from rftt.search.samplers import for_each
+from rftt.fields import Beam
+from rftt.search.mcts import Choice, Expand, Node, Tree, Value, grow, settle
+from rftt.search.samplers import Explore, for_each
 
 
 async def beam_search(
@@ -51,6 +53,17 @@ async def beam_search(
             await settle(tree, choice, steps, value)
             candidates[i].append(choice.node.children[-1])
         kept = [best(tree, nodes, width) for nodes in candidates]
+
+
+def explorer(method: str, cfg: Beam) -> Explore:
+    """How `method` grows a tree."""
+    beam = partial(beam_search, branching=cfg.beam_branching)
+    ways: dict[str, Explore] = {
+        "mcts": grow,
+        "beam": partial(beam, width=cfg.beam_width),
+        "dvts": partial(beam, width=1, subtrees=cfg.beam_width),
+    }
+    return ways[method]
 
 
 def best(tree: Tree, candidates: Sequence[Node], n: int) -> list[Node]:

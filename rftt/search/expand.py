@@ -55,7 +55,7 @@ class Prompted:
     max_direct_sentences: int
     seed: int
     spent: Counters = field(default_factory=Counters)
-    """Only generated tokens: those of the problem that a copy of this works on."""
+    """Replies and their tokens, of the problem that a copy of this works on."""
 
 
 def visible(steps: Sequence[Step]) -> str:
@@ -68,6 +68,7 @@ async def reply(ctx: Prompted, messages: Messages, act: str | None, *key: object
     limit = min(FUNCTIONS[act].max_tokens, ctx.max_tokens) if act else ctx.max_tokens
     sampling = Sampling(limit, ctx.temperature, seed=seed_for(ctx.seed, *key))
     said = await ctx.chat(messages, sampling)
+    ctx.spent.requests += said.n_prompt > 0  # else the messages left no room for a reply
     ctx.spent.generated_tokens += said.n_generated
     return replace(said, text=clip_reply(act, said.text)) if act else said
 

@@ -14,11 +14,12 @@ from functools import partial
 from itertools import accumulate
 from math import exp
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rftt.data import decode, encode_chat, question_messages
-from rftt.functions import successors
+from rftt.functions import Phase, successors
 from rftt.rewards.grader import canonical, grade
+from rftt.rewards.prm import ProcessModel, Unscored, reduce, segment_text
 from rftt.schema import Problem, Rollout, Step, UserError, seed_for
 from rftt.search.expand import (
     Learned,
@@ -94,6 +95,32 @@ def agreement() -> Value:
     return value
 
 
+def processed(
+    ctx: Learned, prm: ProcessModel, problem: Problem, how: Literal["min", "mean", "last", "prod"]
+) -> Value:
+    """What a process reward model thinks of an answered path; of one that it refuses, nothing."""
+
+    async def value(steps: Sequence[Step]) -> float:
+        if steps[-1].answer is None:
+            return 0.0
+        texts = [segment_text(ctx.tokenizer, step.token_ids, ctx.ids) for step in steps]
+        try:
+            return reduce(await prm.score(problem.question, texts), how)
+        except Unscored:
+            return 0.0
+
+    return value
+
+
+def _tree(ctx: Prompted | Learned, problem: Problem, phase: Phase, weight: float) -> Tree:
+    return Tree(
+        partial(successors, phase=phase),
+        max_depth=ctx.max_depth,
+        exploration_weight=weight,
+        seed=seed_for(ctx.seed, problem.id),
+    )
+
+
 # ---- Phase 1 ----
 
 
@@ -107,12 +134,7 @@ async def prompted_tree(
     explore: Explore = grow,
 ) -> Tree:
     """Functional tree search with prompts; leaf value = the grader's verdict (PAPER §1)."""
-    tree = Tree(
-        partial(successors, phase="prompted"),
-        max_depth=ctx.max_depth,
-        exploration_weight=exploration_weight,
-        seed=seed_for(ctx.seed, problem.id),
-    )
+    tree = _tree(ctx, problem, "prompted", exploration_weight)
     expand = partial(expand_prompted, ctx, problem)
     value = graded(problem, visible)
     await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
@@ -131,14 +153,10 @@ async def learned_tree(
     exploration_weight: float,
     in_flight: int,
     explore: Explore = grow,
+    value: Value | None = None,
 ) -> Tree:
-    """Tree over functional tokens. Without a gold answer, paths are valued by agreement."""
-    tree = Tree(
-        partial(successors, phase="learned"),
-        max_depth=ctx.max_depth,
-        exploration_weight=exploration_weight,
-        seed=seed_for(ctx.seed, problem.id),
-    )
+    """Tree over functional tokens. Without `value` the gold answer is, or agreement, if hidden."""
+    tree = _tree(ctx, problem, "learned", exploration_weight)
     tree.act_logprobs = await root_act_logprobs(ctx, problem, prompt)
 
     async def expand(choice: Choice) -> list[Step]:
@@ -148,7 +166,8 @@ async def learned_tree(
     def text_of(steps: Sequence[Step]) -> str:
         return decode(ctx.tokenizer, [token for step in steps for token in step.token_ids])
 
-    value = agreement() if problem.answer is None else graded(problem, text_of)
+    if value is None:
+        value = agreement() if problem.answer is None else graded(problem, text_of)
     await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
     return tree
 
@@ -256,6 +275,26 @@ def _rollout(
         n_generated=len(tokens),
         answer=steps[-1].answer,
     )
+
+
+def check_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    system_prompt: str | None,
+    max_model_len: int,
+) -> None:
+    """Before the run: raise UserError where a question leaves no room for a response."""
+    long = [
+        problem.id
+        for problem in problems
+        if len(encode_chat(tokenizer, question_messages(problem.question, system_prompt)))
+        >= max_model_len - 1
+    ]
+    if long:
+        raise UserError(
+            f"{len(long)} prompts do not fit max_model_len={max_model_len}: problems "
+            f"{', '.join(long[:5])}{' …' * (len(long) > 5)}; raise it or leave them out."
+        )
 
 
 def encode_question(ctx: Learned, problem: Problem, system_prompt: str | None) -> list[int]:
