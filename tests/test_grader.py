@@ -150,6 +150,8 @@ CASES = [
     (r"12 \text{ square units}", "12", True),
     ("12", r"12 \text{ or more}", False),
     ("12", r"\approx 12", True),
+    ("7", "7/", False),
+    ("n", r"n \text{ even}", False),
     ("60 km/h", "60 km per hour", True),
     (r"1\frac12 \text{ cups}", "1.5", True),
     (r"\sum_{k=1}^{2009} k", "2019045", True),

@@ -58,7 +58,7 @@ KINDS = {kind for kind, _ in UNITS.values()}
 _SHORT = "|".join(word for word in UNITS if 1 < len(word) < 4)
 NO_UNIT = {
     "maybe", "unless", "except", "than", "least", "most", "about", "from", "only", "wrong", "more",
-    "less", "when", "with",
+    "less", "when", "with", "never", "even", "odd",
 }
 _GREEK = (
     "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|"
@@ -142,7 +142,7 @@ def tokens(text: str) -> tuple[str, ...]:
         token = _SAME.get(word.lower() if word.isalpha() else word, "".join(token.split()))
         known = not token.isalpha() or token in _SPELT or token in UNITS or _WORD.fullmatch(token)
         found += [token] if known else token  # mn is m times n
-    while found and found[-1] in (*".,:;/", '"."', ""):
+    while found and found[-1] in (*".,:;", '"."', ""):
         found.pop()
     return tuple(token for token in found if token)
 
