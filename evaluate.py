@@ -67,9 +67,8 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
-    ids = None
-    if cfg.simulations or has_function_tokens(tokenizer):
-        ids = function_ids(tokenizer)
+    speaks = bool(cfg.simulations) or has_function_tokens(tokenizer)
+    ids = function_ids(tokenizer) if speaks else None
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     file = out / "eval" / f"{name}.jsonl"
     journal, done = open_part(file, world)
@@ -119,8 +118,7 @@ async def answer(
         "response": decode(policy.tokenizer, best[0].response_ids),
         "greedy": verdict(cfg, policy, problem, best[0]),
         "samples": [
-            verdict(cfg, policy, problem, rollout, score)
-            for rollout, score in zip(samples, scores, strict=True)
+            verdict(cfg, policy, problem, *one) for one in zip(samples, scores, strict=True)
         ],
     }
     if cfg.simulations:
