@@ -39,17 +39,11 @@ def audit(golds: list[str]) -> dict[str, Any]:
         tried = [(new, answer) for answer in answers if (new := change(answer)) != answer]
         return [sum(same_answer(*pair) is paid for pair in tried), len(tried)]
 
-    boxed = {gold: rf"\boxed{{{parse_gold(gold)}}}" for gold in golds}
-    in_words = [answer for answer in answers if _rule(answer) in ("words", "too big")]
+    other = {answer: grade(r"\boxed{0.123}", answer).rule for answer in answers}
     return {
         "n": len(golds),
-        "unusable": [gold for gold in golds if not grade(boxed[gold], gold).correct],
-        "words": in_words,
+        "unusable": [g for g in golds if not grade(rf"\boxed{{{parse_gold(g)}}}", g).correct],
+        "words": [answer for answer in answers if other[answer] in ("words", "too big")],
         "false_negatives": {name: misjudged(change, False) for name, change in _RESPELT.items()},
         "false_positives": {name: misjudged(change, True) for name, change in _CHANGED.items()},
     }
-
-
-def _rule(answer: str) -> str:
-    """What decides about an answer that is not this one."""
-    return grade(r"\boxed{0.123}", answer).rule

@@ -196,8 +196,7 @@ def _key(shape: Any) -> str:
     if isinstance(shape, Group) and shape.kind in _RELATIONS:
         return _key(shape.difference if shape.parts == (None,) else shape.parts[0])
     if isinstance(shape, Group):
-        keys = [_key(part) for part in shape.parts]
-        keys = sorted(keys) if shape.kind == "{}" else keys
+        keys = (sorted if shape.kind == "{}" else list)(map(_key, shape.parts))
         return f"{shape.kind[0]}{', '.join(keys)}{shape.kind[-1]}"
     whole = isinstance(shape, Fraction) and shape.denominator == 1 and abs(shape) < 10**100
     return str(shape) if whole else str(MP.nstr(MP.convert(shape), 40)).removesuffix(".0")

@@ -59,9 +59,8 @@ def world(
         if token[0] == '"' or token in "%°":
             kind, size = _unit(token)
             money = kind in ("dollar", "euro", "pound", "yen")
-            if not (money or re.search(r'[\w)}⦄⟧"°%/|⌋⌉]$', before)):
-                raise SyntaxError
-            if kind not in KINDS and (len(token) < 6 or kind in NO_UNIT):
+            known = kind in KINDS or (len(token) > 5 and kind not in NO_UNIT)
+            if not known or not (money or re.search(r'[\w)}⦄⟧"°%/|⌋⌉]$', before)):
                 raise SyntaxError
             base = {"": 1, "%": 1, "°": MP.pi / 180}.get(kind) or _drawn(f"unit {kind}", point)
             made.append(Fraction(1) if bare and kind else size * base)
@@ -365,8 +364,8 @@ def read(found: tuple[str, ...], marks: set[str], point: int, bare: bool, scales
     """Everything, as one shape; with ±, what it is with + and what with -."""
     shapes: list[Any] = []
     for sign in "+-" if {*found} & {*"±∓"} else "+":
-        made = world(found, marks, point, bare, sign)
-        reader = Reader(found, made, "i" not in marks, scales.setdefault(sign, {}))
+        made, scale = world(found, marks, point, bare, sign), scales.setdefault(sign, {})
+        reader = Reader(found, made, "i" not in marks, scale)
         cells = reader.cells(";", ",")
         if reader.peek() or not cells:
             raise SyntaxError
