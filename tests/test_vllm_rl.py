@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -91,10 +90,11 @@ def test_invariant_engine_follows_the_learner(launcher: str, world: Path, tmp_pa
 
 @pytest.mark.vllm
 def test_vllm_refuses_in_one_line_what_it_cannot_run(world: Path, tmp_path: Path) -> None:
-    config = json.loads((world / "model/config.json").read_text())
-    shutil.copytree(world / "model", tmp_path / "narrow")
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-    (tmp_path / "narrow/config.json").write_text(json.dumps(config))
+    tokenizer = build_tokenizer()
+    add_function_tokens(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "narrow")
+    narrow = random_qwen2(len(tokenizer), num_attention_heads=4, num_key_value_heads=4)
+    narrow.save_pretrained(tmp_path / "narrow")
     for change, message in (
         ({"model_name_or_path": tmp_path / "narrow"}, "attention heads of 16"),
         ({"max_model_len": 4096}, "max_model_len (4096) is greater than"),
