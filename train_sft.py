@@ -62,6 +62,8 @@ def train(cfg: SFTConfig, world) -> None:
     add_function_rows(model, tokenizer, new_tokens)
     shard(model, world, param_dtype=getattr(torch, cfg.dtype), cpu_offload=cfg.fsdp_cpu_offload)
     optimizer = optimizer_for(cfg, model, cfg.learning_rate)
+    if cfg.initial_state:  # weights and moments of another run; steps and schedule are this one's
+        restore(Path(cfg.initial_state), {"policy": model}, {"policy": optimizer}, world)
 
     def logprobs(batch: Batch):
         return token_logprobs(model, batch, 1.0, len(tokenizer))[0]

@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (
     *("api_max_concurrent", "api_timeout_s", "api_attempts"),
     *("max_generated_tokens", "resume_from_checkpoint", "overwrite_output_dir", "output_dir"),
     *("prm_url", "prm_timeout_s", "prm_tries", "prm_max_concurrency", "prm_max_tokens_per_batch"),
+    "iterations",
 )
 """Keys that a continued run may change: place, budget, speed and what it shows, not results."""
 
@@ -71,9 +72,14 @@ def given(argv: Sequence[str]) -> dict[str, tuple[Any, str]]:
     values: dict[str, tuple[Any, str]] = {}
     for argument in argv:
         key, equals, text = argument.partition("=")
-        values |= (
-            {key: (_yaml_value(text), "on the command line")} if equals else _read_yaml(argument)
-        )
+        group, dot, name = key.partition(".")
+        inside, _ = values.get(group, ({}, ""))
+        if equals and dot and isinstance(inside, dict):  # train.learning_rate=1e-3
+            values[group] = (inside | {name: _yaml_value(text)}, "on the command line")
+        elif equals:
+            values[key] = (_yaml_value(text), "on the command line")
+        else:
+            values |= _read_yaml(argument)
     return values
 
 
@@ -207,6 +213,8 @@ def _check(key: str, value: Any, hint: Any, where: str) -> Any:
         if value not in choices:
             allowed = ", ".join(map(str, choices))
             raise UserError(f"config: {key}={value!r} is not one of {allowed} ({where}).")
+        return value
+    if origin is dict and isinstance(value, dict):
         return value
     if origin is list and isinstance(value, list):
         return [_check(key, item, choices[0], where) for item in value]

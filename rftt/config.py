@@ -175,6 +175,8 @@ class SFTConfig(Common, Training):
     """Keep the wrong branch of a merged row out of the loss."""
     eval_steps: int = 50
     """Optimizer steps between two evaluation losses; every checkpoint has one."""
+    initial_state: str | None = None
+    """Checkpoint folder of another run: start with its weights and its optimizer's moments."""
 
     def __post_init__(self) -> None:
         smoothing = self.label_smoothing

