@@ -67,7 +67,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
-    speaks = bool(cfg.simulations) or has_function_tokens(tokenizer)
+    speaks = bool(cfg.simulations or cfg.forbidden_acts) or has_function_tokens(tokenizer)
     ids = function_ids(tokenizer) if speaks else None
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     file = out / "eval" / f"{name}.jsonl"
@@ -76,6 +76,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
     prm = build_prm(cfg)
     policy = speaker(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
+    policy = replace(policy, forbidden=tuple(cfg.forbidden_acts))
 
     async def run() -> None:
         with log.bar(len(todo), "problem", name) as bar:

@@ -13,6 +13,12 @@ from rftt.fields import Api, Beam, Filters, Process
 from rftt.schema import UserError
 
 
+Act = Literal[
+    "clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine"
+]
+"""Functional tokens that a response can do without."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Common:
     output_dir: str
@@ -340,6 +346,9 @@ class EvalConfig(Common, Graded, Engine, Beam, Process):
     """Problems evaluated at once."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
+    forbidden_acts: list[Act] = field(default_factory=list)
+    """Functional tokens that may not be opened, neither by the policy nor by the search: what is an
+    act worth to this model? (PAPER §1: one act masked)"""
     audit: bool = False
     """Instead of a model, judge the grader: which gold answers of eval_file it reads, and whether
     respelled answers are paid and near misses refused."""

@@ -41,6 +41,8 @@ class Sampling:
     """Makes the request's tokens independent of the batch it happens to share (`seed_for`)."""
     stop_ids: tuple[int, ...] = ()
     """Generation ends with the first of these; it stays in `token_ids`."""
+    banned_ids: tuple[int, ...] = ()
+    """Never sampled; log-probs are those of what is left."""
     watch_ids: tuple[int, ...] = ()
     """Ids (the openers) whose log-probs are wanted wherever a segment may begin."""
     watch_after: tuple[int, ...] = ()

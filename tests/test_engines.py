@@ -246,6 +246,24 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(engine: Engine) -> None:
         assert agrees_with_model(model, prompt, completion, 1.0) < 1e-4
 
 
+def test_oracle_banned_ids_are_never_sampled_and_the_rest_is_renormalised(engine: Engine) -> None:
+    """Beside requests that may sample them, and greedily too."""
+    model, banned = make_model(tied=False), tuple(range(16, 40))
+    prompts = random_prompts(24)
+    how = [
+        Sampling(max_tokens=20, temperature=float(i % 3 > 0), seed=i, banned_ids=banned * (i % 2))
+        for i in range(24)
+    ]
+    got = sample(engine, *zip(prompts, how, strict=True))
+    assert all(set(completion.token_ids) & set(banned) for completion in got[::2])
+    for prompt, completion in list(zip(prompts, got, strict=True))[1::2]:
+        assert not set(completion.token_ids) & set(banned)
+        table = reference_logprobs(model, prompt, completion.token_ids)
+        left = table.index_fill(1, torch.tensor(banned), -math.inf).log_softmax(-1)
+        own = left[range(20), list(completion.token_ids)]
+        assert (own - torch.tensor(completion.logprobs).double()).abs().max() < 1e-4
+
+
 def test_cancelled_request_frees_its_place(engine: Engine) -> None:
     before = engine.counters.steps
 

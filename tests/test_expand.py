@@ -9,7 +9,7 @@ import pytest
 
 from rftt.engines import engine_chat
 from rftt.engines.base import Counters
-from rftt.functions import ACTS, CLOSERS, OPENERS, FunctionIds
+from rftt.functions import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
 from rftt.schema import Completion, Problem, Step
 from rftt.search.expand import Learned, Prompted, cut, expand_learned, expand_prompted
 from rftt.search.mcts import Tree
@@ -217,6 +217,17 @@ def test_invariant_rollouts_share_prefixes_and_pay_for_them_once():
         assert rollout.step_ends[-1] == len(rollout.response_ids) - 1
         assert not rollout.action_mask[0]  # every path begins with an opener the tree chose
         assert rollout.finish == "stop"
+
+
+@pytest.mark.parametrize("act", ["clarify", "next_step"])
+def test_a_forbidden_act_is_opened_by_nobody(act):
+    replies = [[165, *segment("output", "\\boxed{4}")] for _ in range(9)]
+    ctx = learned(replies, forbidden=(act,))
+    tree = asyncio.run(
+        learned_tree(ctx, PROBLEM, [7], simulations=4, exploration_weight=2.0, in_flight=1)
+    )
+    assert all(OPEN[act] in sampling.banned_ids for _, sampling in ctx.engine.asked)
+    assert {node.act for node in tree.root.children} <= {*ROOT["learned"]} - {act}
 
 
 def test_plain_samples_have_no_steps():

@@ -69,6 +69,7 @@ def check_request(
 ) -> None:
     """Raise UserError for a request that no engine could run as asked."""
     ids = (*prompt_ids, *sampling.stop_ids, *sampling.watch_ids, *sampling.watch_after)
+    ids += sampling.banned_ids
     if not prompt_ids or sampling.max_tokens < 1:
         raise UserError("an engine needs at least one prompt token and max_tokens of at least 1.")
     if len(prompt_ids) + sampling.max_tokens > max_model_len:

@@ -98,9 +98,10 @@ class Slots:
         self.top_p = empty(n_slots, dtype=torch.float)
         self.uniforms = empty(n_slots, max_len, dtype=torch.float)
         self.logprobs = empty(n_slots, max_len, dtype=torch.float)
-        self.kinds: dict[tuple[tuple[int, ...], ...], int] = {}  # (stop, watch, after) -> row
+        self.kinds: dict[tuple[tuple[int, ...], ...], int] = {}  # (stop, watch, after, ban) -> row
         self.stops = empty(0, n_tokens, dtype=torch.bool)  # (K, V)
         self.closers = empty(0, n_tokens, dtype=torch.bool)  # (K, V)
+        self.banned = empty(0, n_tokens, dtype=torch.bool)  # (K, V)
         self.generator = torch.Generator()
 
     def forget(self) -> None:
@@ -209,15 +210,17 @@ class Slots:
             self.kv[: old.shape[0], :, :, :, : old.shape[4]] = old
 
     def _kind(self, sampling: Sampling) -> int:
-        """Row of `stops` and `closers` for these ids; few requests differ in them."""
-        key = (sampling.stop_ids, sampling.watch_ids, sampling.watch_after)
+        """Row of `stops`, `closers`, `banned` for these ids; few requests differ in them."""
+        key = (sampling.stop_ids, sampling.watch_ids, sampling.watch_after, sampling.banned_ids)
         if key not in self.kinds:
             self.kinds[key] = len(self.kinds)
-            stops, closers = self.stops.new_zeros(2, 1, self.n_tokens)
+            stops, closers, banned = self.stops.new_zeros(3, 1, self.n_tokens)
             stops[0, list(sampling.stop_ids)] = True
             closers[0, list(sampling.watch_after if sampling.watch_ids else ())] = True
+            banned[0, list(sampling.banned_ids)] = True
             self.stops = torch.cat((self.stops, stops))
             self.closers = torch.cat((self.closers, closers))
+            self.banned = torch.cat((self.banned, banned))
         return self.kinds[key]
 
     # ---- One token for every row ----
@@ -228,6 +231,8 @@ class Slots:
         slots = self.every[run]
         length, count = self.length[run], self.count[run]
         logits = self._forward(self.tokens[slots, length][:, None], run, length[:, None])
+        if any(banned for *_, banned in self.kinds):
+            logits = logits.masked_fill(self.banned[self.kind[run]], -torch.inf)
         greedy = self.temperature[run] == 0
         temperature = self.temperature[run].masked_fill(greedy, 1.0)
         logprobs = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
@@ -252,7 +257,7 @@ class Slots:
     def _watch(self, logprobs: Tensor) -> Watched:
         """Log-probs of each row's watched ids, where a segment may begin with this token."""
         watched: Watched = []
-        for (_, ids, _), kind in self.kinds.items():
+        for (_, ids, *_), kind in self.kinds.items():
             slots = (self.begins[: self.n] & (self.kind[: self.n] == kind)).nonzero()[:, 0]
             values = logprobs[slots][:, list(ids)].tolist()
             positions = self.count[slots].tolist()

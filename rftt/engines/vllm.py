@@ -202,6 +202,7 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         top_p=sampling.top_p,
         seed=sampling.seed,
         stop_token_ids=list(sampling.stop_ids),
+        logit_bias=dict.fromkeys(sampling.banned_ids, -100.0) or None,
         ignore_eos=True,
         logprobs=None if sampling.watch_ids else 0,
         logprob_token_ids=list(sampling.watch_ids) or None,

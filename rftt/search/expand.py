@@ -123,6 +123,8 @@ class Learned:
     seed: int
     stepwise: bool = False
     answer_format: str = "boxed"
+    forbidden: tuple[str, ...] = ()
+    """Acts that neither the policy nor a tree may open."""
 
     @property
     def functions(self) -> FunctionIds:
@@ -145,6 +147,7 @@ class Learned:
             self.temperature,
             seed=seed_for(self.seed, *key),
             stop_ids=self.stops,
+            banned_ids=tuple(self.functions.open[act] for act in self.forbidden),
             watch_ids=self.ids.openers if self.ids else (),
             watch_after=self.ids.closers if self.ids else (),
         )

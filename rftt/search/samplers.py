@@ -112,9 +112,15 @@ def processed(
     return value
 
 
-def _tree(ctx: Prompted | Learned, problem: Problem, phase: Phase, weight: float) -> Tree:
+def _tree(
+    ctx: Prompted | Learned,
+    problem: Problem,
+    phase: Phase,
+    weight: float,
+    forbidden: Sequence[str] = (),
+) -> Tree:
     return Tree(
-        partial(successors, phase=phase),
+        lambda act: tuple(a for a in successors(act, phase) if a not in forbidden),
         max_depth=ctx.max_depth,
         exploration_weight=weight,
         seed=seed_for(ctx.seed, problem.id),
@@ -156,7 +162,7 @@ async def learned_tree(
     value: Value | None = None,
 ) -> Tree:
     """Tree over functional tokens. Without `value` the gold answer is, or agreement, if hidden."""
-    tree = _tree(ctx, problem, "learned", exploration_weight)
+    tree = _tree(ctx, problem, "learned", exploration_weight, ctx.forbidden)
     tree.act_logprobs = await root_act_logprobs(ctx, problem, prompt)
 
     async def expand(choice: Choice) -> list[Step]:
