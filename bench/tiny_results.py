@@ -1,6 +1,9 @@
-"""The tables of docs/results.md out of runs/results_tiny.sh: python bench/tiny_results.py RUN…
+"""The tables of docs/results.md: python bench/tiny_results.py [chain|forgetting|controls] RUN…
 
-Each RUN is the output folder of one seed. Prints a table per question, then one JSON object.
+Each RUN is the output folder of one seed, written by runs/results_tiny.sh (chain),
+runs/forgetting_tiny.sh or runs/controls_tiny.sh. Prints tables, then one JSON object. Intervals are
+95 % bootstraps over the problems of all seeds together, paired where two models are compared: they
+say how well these models were measured, not how another seed would have come out.
 """
 
 from __future__ import annotations
@@ -8,7 +11,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from statistics import mean
+from statistics import fmean, mean
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.watch.metrics import mean_ci, paired_bootstrap
 
 MODELS = {
     "base": "base model, direct answers",
@@ -25,11 +31,27 @@ def summary(run: Path, model: str) -> dict | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def tokens(run: Path, model: str) -> float | None:
-    file = run / model / "metrics.jsonl"
-    if not model.startswith("rl") or not file.exists():
+def total(run: Path, key: str) -> float | None:
+    """Sum of a key over the steps of a training run; None where there is no such run."""
+    file = run / "metrics.jsonl"
+    if not file.exists():
         return None
-    return sum(json.loads(line)["tokens_generated"] for line in file.read_text().splitlines())
+    return sum(json.loads(line)[key] for line in file.read_text().splitlines())
+
+
+def scores(folder: Path) -> dict[str, list[float]] | None:
+    """Per problem, in the order of ids: greedy right or wrong, and the share of samples right."""
+    files = [
+        file for file in folder.glob("eval/*.jsonl") if (folder / "eval/summary.json").exists()
+    ]
+    if not files:
+        return None
+    rows = [json.loads(line) for line in files[0].read_text().splitlines()]
+    rows.sort(key=lambda row: row["id"])
+    return {
+        "greedy": [float(row["greedy"]["correct"]) for row in rows],
+        "sampled": [fmean(s["correct"] for s in row["samples"]) for row in rows],
+    }
 
 
 def cells(values: list[float]) -> str:
@@ -37,7 +59,30 @@ def cells(values: list[float]) -> str:
     return f"**{100 * mean(values):.1f}** ({each})"
 
 
-def main(runs: list[Path]) -> None:
+def measured(
+    runs: list[Path], name: str, against: str | None = None
+) -> dict[str, tuple[str, str, int]]:
+    """metric -> (mean and each seed, interval or paired change against another, seeds)."""
+    found: dict[str, tuple[str, str, int]] = {}
+    pairs = [(scores(run / name), scores(run / (against or name))) for run in runs]
+    whole = [(a, b) for a, b in pairs if a and b]
+    for metric in ("greedy", "sampled") if whole else ():
+        now = [x for a, _ in whole for x in a[metric]]
+        before = [x for _, b in whole for x in b[metric]]
+        each = cells([fmean(a[metric]) for a, _ in whole])
+        if against:
+            change, low, high = (100 * x for x in paired_bootstrap(now, before))
+            found[metric] = (each, f"{change:+.1f} [{low:+.1f}, {high:+.1f}]", len(whole))
+        else:
+            _, low, high = (100 * x for x in mean_ci(now))
+            found[metric] = (each, f"[{low:.1f}, {high:.1f}]", len(whole))
+    return found
+
+
+# ---- The tables ----
+
+
+def chain(runs: list[Path]) -> dict:
     result: dict[str, dict] = {}
     print(
         f"| model ({len(runs)} seeds) | greedy % | sampled % | maj@8 % | million tokens sampled |"
@@ -47,7 +92,8 @@ def main(runs: list[Path]) -> None:
         found = [s for run in runs if (s := summary(run, model))]
         if not found:
             continue
-        spent = [t / 1e6 for run in runs if (t := tokens(run, model)) is not None]
+        drawn = [total(run / model, "tokens_generated") for run in runs if model.startswith("rl")]
+        spent = [t / 1e6 for t in drawn if t is not None]
         greedy = [s["greedy"]["mean"] for s in found]
         sampled = [s["sampled"]["mean"] for s in found]
         majority = [s["maj@k"]["8"]["accuracy"] for s in found]
@@ -65,8 +111,35 @@ def main(runs: list[Path]) -> None:
             shown = " | ".join(f"{100 * value:.1f}" for value in row) + " |" * (5 - len(ks))
             print(f"| {MODELS[model]}, {label} | {shown} | {cost:.0f} |")
             result[f"{model} {kind}"] = {"accuracy": row, "tokens": cost}
-    print(json.dumps(result))
+    return result
 
+
+TEACHERS = {
+    "base": "base model",
+    "gold": "plain SFT on written solutions",
+    "sampled": "rejection sampling from the base model",
+}
+
+
+def forgetting(runs: list[Path]) -> dict:
+    result: dict[str, dict] = {}
+    print("| model | set | greedy % | change | sampled % | change | tokens trained on |")
+    print("|---|---|---|---|---|---|---|")
+    for model, label in TEACHERS.items():
+        for kind in ("test", "guard"):
+            name, base = f"forgetting/eval-{model}-{kind}", f"forgetting/eval-base-{kind}"
+            found = measured(runs, name, base)
+            tokens = [total(run / "forgetting" / model, "tokens") for run in runs]
+            cost = f"{mean(t for t in tokens if t is not None):,.0f}" if any(tokens) else ""
+            row = [x for metric in ("greedy", "sampled") for x in found[metric][:2]]
+            print(f"| {label} | {kind} | {' | '.join(row)} | {cost} |")
+            result[f"{model} {kind}"] = {metric: found[metric] for metric in found}
+    return result
+
+
+TABLES = {"chain": chain, "forgetting": forgetting}
 
 if __name__ == "__main__":
-    main([Path(argument) for argument in sys.argv[1:]])
+    kind = sys.argv[1] if sys.argv[1] in TABLES else "chain"
+    folders = [Path(argument) for argument in sys.argv[1:] if argument not in TABLES]
+    print(json.dumps(TABLES[kind](folders)))

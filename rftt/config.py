@@ -12,7 +12,6 @@ from typing import Literal
 from rftt.fields import Api, Beam, Filters, Process
 from rftt.schema import UserError
 
-
 Act = Literal[
     "clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine"
 ]

@@ -272,10 +272,11 @@ def load_rows(
     """Read SFT or DPO rows; returns examples and how many rows exceed `max_length`: those are out.
 
     A row is {"question", "steps": [{"act", "text"}, …]} or, for a plain chain of thought,
-    {"question", "response"}; with `pairs` {"question", "chosen", "rejected"}, each of them steps or
-    text. `mask_wrong` leaves the steps marked `"wrong": true` out of the loss: the model learns to
-    mend a mistake without learning to make it. Without `functional` tokens the same steps are
-    written as plain lines: the control that shows what the tokens are worth.
+    {"question", "response"} (a data set's own "solution" will do); with `pairs` {"question",
+    "chosen", "rejected"}, each of them steps or text. `mask_wrong` leaves the steps marked
+    `"wrong": true` out of the loss: the model learns to mend a mistake without learning to make it.
+    Without `functional` tokens the same steps are written as plain lines: the control that shows
+    what the tokens are worth.
     """
     examples: list[Example] = []
     too_long = 0
@@ -306,7 +307,7 @@ def _responses(row: Row, pairs: bool, where: str) -> list[str | list[Row]]:
         responses = [row.get("chosen"), row.get("rejected")]
         lacks, name = "lacks 'chosen' or 'rejected', text or steps", "dpo"
     else:
-        responses = [row.get("steps") or row.get("response")]
+        responses = [row.get("steps") or row.get("response") or row.get("solution")]
         lacks, name = "has neither 'steps' nor 'response'", "sft"
     if not all(isinstance(response, str | list) and response for response in responses):
         raise UserError(

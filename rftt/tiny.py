@@ -7,9 +7,8 @@ model learns to reply to the prompts of rftt/functions.py until it is an imperfe
 it follows every instruction and errs by itself. Nothing else in rftt/ knows that it is tiny.
 
 Acts differ in how far they can be trusted, so that choosing among them matters: `analysis` and
-`subquestion` spell sums out ("19*3=57"), `next_step` and `direct_answer` only name results.
-Checking can pay: `verify` spells out what a terse step named. An answer never equals an earlier
-value of its problem, so that checks seldom leak it. PAPER §1.
+`subquestion` spell sums out ("19*3=57"), `next_step` and `direct_answer` only name results, which
+`verify` spells out. No answer equals an earlier value: checks seldom leak it. PAPER §1.
 """
 
 from __future__ import annotations
@@ -375,22 +374,23 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], 
 
 
 def main(config: TinyConfig) -> None:
-    folder, rng = Path(config.output_dir), Random(config.seed)
-    seen: set[str] = set()
+    folder, rng, seen = Path(config.output_dir), Random(config.seed), set[str]()
     for name, n in (("test", config.n_test), ("train", config.n_train)):
         rows = []
         for i in range(n):
             tale = make_tale(rng, seen)
             seen.add(tale.question)
-            gold = {"answer": str(tale.values[-1]), "level": len(tale.changes)}
-            rows.append({"id": f"{name}-{i}", "problem": tale.question} | gold)
+            own = Random(f"{config.seed}-{name}-{i}")  # solutions do not move the problems
+            lines = write_path(tale, (0, tale.start), None, own, None)
+            row = {"id": f"{name}-{i}", "problem": tale.question, "solution": text_of(lines)}
+            rows.append(row | {"answer": str(tale.values[-1]), "level": len(tale.changes)})
         write_jsonl(folder / f"{name}.jsonl", rows)
     guard = dict(make_guard(rng, seen) for _ in range(config.n_guard))
     rows = [{"id": f"guard-{i}", "problem": q, "answer": guard[q]} for i, q in enumerate(guard)]
     write_jsonl(folder / "guard.jsonl", rows)
-    held_out = seen | set(guard)
+    seen |= set(guard)
     tokenizer = build_tokenizer()
-    model = train_model(config, tokenizer, iter(lambda: make_pair(rng, held_out), None))
+    model = train_model(config, tokenizer, iter(lambda: make_pair(rng, seen), None))
     for part in (model, tokenizer):
         part.save_pretrained(folder / "base.tmp")
     (folder / "base.tmp").rename(folder / "base")  # a base that is there is whole

@@ -35,4 +35,4 @@ PY
   rl rl-cot "$OUT/sft-cot/hf" sampling_method=normal
   evaluate rl-cot "$OUT/rl-cot/hf"
 done
-python bench/tiny_results.py outputs/tiny-seed*
+python bench/tiny_results.py chain outputs/tiny-seed*
