@@ -137,7 +137,51 @@ def forgetting(runs: list[Path]) -> dict:
     return result
 
 
-TABLES = {"chain": chain, "forgetting": forgetting}
+CELLS = {
+    ("yes", "yes", "no"): "rl",
+    ("yes", "yes", "yes"): "rl-prm",
+    ("yes", "no", "no"): "rl-normal",
+    ("yes", "no", "yes"): "rl-normal-prm",
+    ("no", "yes", "no"): "impossible: a tree over functional tokens needs the tokens",
+    ("no", "yes", "yes"): "impossible: a tree over functional tokens needs the tokens",
+    ("no", "no", "no"): "rl-cot",
+    ("no", "no", "yes"): "rl-cot-prm",
+}
+"""(functional tokens, tree, PRM) in RL -> the run."""
+FORBIDDEN = ("clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine")
+
+
+def controls(runs: list[Path]) -> dict:
+    result: dict[str, dict] = {}
+    print(
+        "| tokens | tree | PRM | greedy % | against tokens + tree | sampled % | against tokens + ",
+        end="",
+    )
+    print("tree | seeds | million tokens sampled |\n|---|---|---|---|---|---|---|---|---|")
+    for cell, name in CELLS.items():
+        found = measured(runs, f"eval-{name}", "eval-rl") if " " not in name else {}
+        drawn = [total(run / name, "tokens_generated") for run in runs] if found else []
+        spent = [t / 1e6 for t in drawn if t is not None]
+        row = [x for figures in found.values() for x in figures[:2]]
+        row += [str(found["greedy"][2]), f"{mean(spent):.2f}" if spent else ""] if found else []
+        row = row or [name if " " in name else "not run", *[""] * 5]
+        print(f"| {' | '.join([*cell, *row])} |")
+        if found:
+            result[name] = {metric: list(figures) for metric, figures in found.items()}
+    print("\n| act that is forbidden | model | greedy % | change | sampled % | change | seeds |")
+    print("|---|---|---|---|---|---|---|")
+    for model in ("rl", "sft"):
+        for act in ("none", *FORBIDDEN):
+            name, whole = f"masked/eval-{model}-{act}", f"masked/eval-{model}-none"
+            found = measured(runs, name, whole)
+            row = [x for figures in found.values() for x in figures[:2]] or ["not run", "", "", ""]
+            n = str(found["greedy"][2]) if found else ""
+            print(f"| {act} | {MODELS[model]} | {' | '.join(row)} | {n} |")
+            result[f"{model} without {act}"] = {m: list(figures) for m, figures in found.items()}
+    return result
+
+
+TABLES = {"chain": chain, "forgetting": forgetting, "controls": controls}
 
 if __name__ == "__main__":
     kind = sys.argv[1] if sys.argv[1] in TABLES else "chain"
