@@ -31,6 +31,8 @@ MAY_BE_ZERO = (
     *("min_row_tokens", "port"),
 )
 """Every other whole number counts something of which there must be one at least."""
+OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory")
+"""What torch says, which is not imported here."""
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a script that SIGTERM has stopped; started again, it goes on."""
 FREE_TO_CHANGE = (
@@ -96,22 +98,30 @@ def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None =
     if not argv or argv[0] in ("-h", "--help"):
         sys.stdout.write(describe(schema))
         raise SystemExit(0 if argv else 2)
-    signal.signal(signal.SIGTERM, _exit_now)
+    asked = threading.Event()
+
+    def exit_now(_signal: int, _frame: object) -> None:
+        asked.set()
+        raise SystemExit(STOPPED)
+
+    signal.signal(signal.SIGTERM, exit_now)
     try:
         main(load_config(schema, argv))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    except (RuntimeError, MemoryError) as error:  # torch, which is not imported here, has its own
-        known = ("out of memory", "can't allocate memory")
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in known):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        sys.stderr.write(
-            "error: not enough memory; set gradient_checkpointing or fsdp_cpu_offload: true, or a "
-            f"smaller max_tokens_per_microbatch or max_num_seqs, and see rftt.doctor ({reason}).\n"
-        )
-        raise SystemExit(2) from None
+    except BaseException as error:
+        if asked.is_set():  # libraries wrap what a handler raises (torch's CheckpointException)
+            raise SystemExit(STOPPED) from None
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+            reason = " ".join(str(error).split())[:200]
+            sys.stderr.write(
+                "error: not enough memory; set gradient_checkpointing or fsdp_cpu_offload: true, "
+                "or a smaller max_tokens_per_microbatch or max_num_seqs, and see rftt.doctor "
+                f"({reason}).\n"
+            )
+            raise SystemExit(2) from None
+        raise
 
 
 def stop_on_sigterm() -> threading.Event:
@@ -119,10 +129,6 @@ def stop_on_sigterm() -> threading.Event:
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     return asked
-
-
-def _exit_now(_signal: int, _frame: object) -> None:
-    raise SystemExit(STOPPED)
 
 
 def load_function(key: str, name: str) -> Callable[..., object]:

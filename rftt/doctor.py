@@ -78,8 +78,6 @@ def device(cfg: Config) -> Finding:
     n = torch.cuda.device_count() if cfg.device != "cpu" else 0
     if cfg.device == "cuda" and not n:
         raise UserError("device=cuda is not available here; use auto or cpu.")
-    if n and cfg.dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise UserError(f"{torch.cuda.get_device_name()} has no bfloat16; set dtype: float32.")
     name = f"{n} x {torch.cuda.get_device_name()}" if n else f"{os.cpu_count()} CPUs"
     return Finding(f"{name}, {cfg.dtype}")
 
@@ -139,9 +137,7 @@ def process_rewards(cfg: SearchConfig | RLConfig | EvalConfig) -> Finding:
         warning = asyncio.run(ranking_warning(prm, cfg.prm_check_file))
     finally:
         prm.close()
-    if warning:
-        return Finding(warning, "fail")
-    return Finding("it ranks the right steps above the wrong ones of the check")
+    return Finding(warning, "fail") if warning else Finding("ranks right steps above wrong ones")
 
 
 def memory(cfg: Config) -> Finding:

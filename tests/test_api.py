@@ -153,6 +153,7 @@ def test_reply_carries_text_tokens_and_cost(
     }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("fault", "billed"),
     [
@@ -177,6 +178,7 @@ def test_passing_faults_are_retried_and_count_when_they_may_be_billed(
     assert ask()[1] == spending  # started again, it knows of all of them
 
 
+@pytest.mark.faults
 def test_time_out_is_retried_and_counts(server: Server, ask: Ask) -> None:
     server.delay_s = 1.0
     with pytest.raises(UserError, match=r"failed 2 times, the last time: ReadTimeout"):
@@ -184,6 +186,7 @@ def test_time_out_is_retried_and_counts(server: Server, ask: Ask) -> None:
     assert len(server.seen) == ask()[1].unanswered == 2
 
 
+@pytest.mark.faults
 def test_server_that_is_not_there_costs_nothing(ask: Ask) -> None:
     with pytest.raises(UserError, match=r"failed 2 times, the last time: Connect"):
         ask(0, url="http://127.0.0.1:9/v1", attempts=2)

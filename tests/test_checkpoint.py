@@ -38,6 +38,7 @@ def test_resume_equals_an_unbroken_run_to_the_bit_invariant(world: World, tmp_pa
     assert resumed.history == unbroken.history
 
 
+@pytest.mark.faults
 def test_killed_at_any_moment_it_ends_in_the_same_weights_invariant(
     world: World, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def damage(path: Path, how: str) -> None:
             (path / "COMPLETE").write_bytes(b"\x00" * 10)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "marker"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     world: World, tmp_path: Path, how: str
@@ -130,6 +132,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(world: World, tmp_path: 
         assert torch.equal(exported.state_dict()[name], wanted[name])
 
 
+@pytest.mark.faults
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(world: World, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     policy = shard(prepare(tiny_model()), world)

@@ -72,6 +72,10 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "wrong type": ("train_rl", ["max_steps=many"], ["max_steps='many' is not a int"]),
     "incompatible": ("train_rl", ["num_generations=1", "train_batch_size=2"],
         ["num_generations=1", "zero advantages with grpo", "use at least 2"]),
+    "no PRM to use": ("train_rl", ["use_prm=true"],
+        ["use_prm: true needs prm_model_name_or_path or prm_url."]),
+    "NaN": ("train_sft", ["train_file={bad}/rows.jsonl", "learning_rate=1e30", "eval_ratio=0"],
+        ["NaN or infinite at step", "sample id", "Batch dumped to", "lower learning_rate"]),
     "batch not divisible": ("train_rl", ["train_batch_size=3"],
         ["rollout_batch_size 2 x num_generations 2 = 4", "train_batch_size 3", "nearest: 2, 4."]),
     "unsafe sampling": ("train_rl", ["top_p=0.9"],
@@ -117,6 +121,9 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     path = tmp_path_factory.mktemp("bad")
     (path / "rl.yaml").write_text("max_steps: 3\nlearing_rate: 1e-6\n")
     write(path / "empty.jsonl")
+    steps = [{"act": "output", "text": "\\boxed{2}"}]
+    rows = [{"question": "1+1?", "steps": steps}] * 8
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write(path / "broken.jsonl", GOOD)
     with open(path / "broken.jsonl", "a", encoding="utf-8") as file:
         file.write('{"problem": \n')
@@ -164,6 +171,15 @@ def test_an_engine_out_of_step_is_named(
         distributed, "full_weights", lambda model: (w for w in whole(model) if w[0] != lost)
     )
     assert f"load_weights: {lost} never came: the engine is a step behind" in fails("train_rl")
+
+
+def test_a_step_from_which_nothing_can_be_learnt_is_told(world: Path, tmp_path: Path) -> None:
+    """A random model never answers: every group has equal rewards. The run goes on."""
+    out = tmp_path / "out"
+    run("python", ROOT / "train_rl.py", *settings("train_rl", world, out, "max_steps=1"))
+    told = (out / "log.txt").read_text()
+    assert "step 0: all 2 groups have equal rewards; nothing to learn (solve rate 0.00)" in told
+    assert "answers that do not parse: read samples/." in told
 
 
 @pytest.mark.dist

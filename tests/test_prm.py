@@ -476,6 +476,7 @@ def test_a_path_goes_out_in_the_official_words(script: Script, remote: RemotePRM
     assert script.seen == [{"input": expected}] * 2
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "fault",
     [
@@ -501,6 +502,7 @@ def test_faults_are_retried_and_never_become_numbers(
     assert len(script.seen) == 6
 
 
+@pytest.mark.faults
 def test_a_server_that_hangs_is_given_up(script: Script, remote: RemotePRM) -> None:
     script.script, script.delay_s = [GOOD], 1.0
     started = time.monotonic()
@@ -509,6 +511,7 @@ def test_a_server_that_hangs_is_given_up(script: Script, remote: RemotePRM) -> N
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.faults
 def test_a_server_that_is_not_there_is_named(script: Script) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
