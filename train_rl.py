@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rftt.cli import STOPPED, cli, load_function, stop_on_sigterm
+from rftt.cli import STOPPED, cli, stop_on_sigterm
 from rftt.config import RLConfig
 from rftt.data import (
     decode,
@@ -65,6 +65,8 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.learn.rl import AdaptiveKL, critic_metrics
     from rftt.learn.setup import build_models, checkpoint_to_resume, checkpoints_of, rate_at
     from rftt.learn.step import Totals, deal, score_tokens, update, weigh
+    from rftt.rewards.compose import reward
+    from rftt.rewards.prm import open_prm
     from rftt.search.expand import speaker
     from rftt.search.samplers import check_warm
     from rftt.watch.log import Clock, RunLog
@@ -77,10 +79,10 @@ def train(cfg: RLConfig, world: World) -> None:
     eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     speaks = cfg.sampling_method == "mcts" or has_function_tokens(tokenizer)
-    ids = function_ids(tokenizer) if speaks else None
-    vocabulary = len(tokenizer)
+    ids, vocabulary = function_ids(tokenizer) if speaks else None, len(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
     engine = build_engine(cfg, cfg.model_name_or_path, vocabulary)  # before FSDP takes the device
+    pay = partial(reward, cfg, tokenizer, ids, open_prm(cfg, log.info), world.gather, log.info)
     models, modules, optimizers, peaks = build_models(cfg, world)
     policy = speaker(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
     past = restore(checkpoint, modules, optimizers, world) if checkpoint else {}
@@ -98,8 +100,7 @@ def train(cfg: RLConfig, world: World) -> None:
     for step in range(first_step, cfg.max_steps):
         if spent >= budget:
             break
-        clock, scored, learned = Clock(), Totals(), Totals()
-        norms: dict[str, float] = {}
+        clock, scored, learned, norms = Clock(), Totals(), Totals(), dict[str, float]()
         due = bool(cfg.save_steps) and (step + 1) % cfg.save_steps == 0
 
         # 1. Explore: the newest weights search for solutions.
@@ -114,7 +115,7 @@ def train(cfg: RLConfig, world: World) -> None:
                 checkpoints.rate(step, accuracy)
         explorer = replace(policy, seed=seed_for(cfg.seed, "step", step))
         trees = out / "trees" / f"step_{step:06d}" if due and world.is_main else None
-        explored, rollouts, n = fill_batch(cfg, step, explorer, stream, world, trees, log.info)
+        explored, rollouts, n = fill_batch(cfg, step, explorer, stream, world, trees, pay, log.info)
         engine.sleep()
         taken += n
         metrics |= clock.lap("search_seconds")
@@ -122,13 +123,12 @@ def train(cfg: RLConfig, world: World) -> None:
         # 2. Score: how good was every token?
         n_minibatches = max(1, round(len(rollouts) / cfg.train_batch_size))
         sizes = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
-        groups = [rollout.group for rollout in rollouts] if cfg.packing == "tree" else None
+        tree = cfg.packing == "tree"
+        groups = [rollout.group for rollout in rollouts] if tree else None
         minibatches = deal(sizes, n_minibatches, seed_for(cfg.seed, "deal", step), world, groups)
         own = [i for minibatch in minibatches for i in minibatch]
         batch = collate(
-            [rollouts[i] for i in own],
-            mask_truncated=cfg.mask_truncated_completions,
-            tree=cfg.packing == "tree",
+            [rollouts[i] for i in own], mask_truncated=cfg.mask_truncated_completions, tree=tree
         ).to(world.device)
         n_tokens = world.sum(float(batch.n_actions))
         batch = score_tokens(cfg, models, batch, vocabulary, world, scored)
@@ -195,6 +195,7 @@ def fill_batch(
     stream: Iterator[Problem],
     world: World,
     trees: Path | None,
+    pay: Callable[[list[Rollout]], list[Rollout]],
     say: Callable[[str], None],
 ) -> tuple[list[Rollout], list[Rollout], int]:
     """All rollouts of a step, those to learn from, and how many problems were picked. Collective.
@@ -211,8 +212,7 @@ def fill_batch(
         n_missing = cfg.rollout_batch_size - len({rollout.group for rollout in kept})
         picked = list(enumerate(islice(stream, n_missing), n_picked))
         n_picked += n_missing
-        found = asyncio.run(explore(cfg, policy, picked[world.rank :: world.size], trees))
-        new = sorted(chain(*world.gather(found)), key=lambda rollout: rollout.group)
+        new = pay(asyncio.run(explore(cfg, policy, picked[world.rank :: world.size], trees)))
         rewards = [sum(rollout.step_rewards) for rollout in new]
         differ = informative(rewards, [rollout.group for rollout in new])
         kept += [rollout for rollout, keep in zip(new, differ, strict=True) if keep]
@@ -229,33 +229,16 @@ def fill_batch(
 async def explore(
     cfg: RLConfig, policy: Learned, problems: list[tuple[int, Problem]], trees: Path | None
 ) -> list[Rollout]:
-    """Rollouts of every (group, problem), each graded and with a reward on every step."""
-    from rftt.rewards.compose import RewardScheme, score
-    from rftt.search.samplers import (
-        encode_question,
-        for_each,
-        learned_tree,
-        sample,
-        tree_record,
-        tree_rollouts,
-    )
-
-    scheme = RewardScheme(
-        correct=cfg.correct_reward,
-        wrong=cfg.wrong_reward,
-        no_answer=cfg.no_answer_reward,
-        blend=cfg.reward_scheme == "blend",
-        whole_segments=cfg.malformed_responses == "reject" and policy.ids is not None,
-        custom=load_function("reward_function", own) if (own := cfg.reward_function) else None,
-    )
+    """Rollouts of every (group, problem)."""
+    from rftt.search import samplers as search
 
     async def one(item: tuple[int, Problem]) -> list[Rollout]:
         group, problem = item
         own = replace(policy, seed=seed_for(policy.seed, group))  # a problem may come twice
-        prompt = encode_question(own, problem, cfg.system_prompt)
+        prompt = search.encode_question(own, problem, cfg.system_prompt)
         if cfg.sampling_method == "normal":
-            return await sample(own, problem, prompt, n=cfg.num_generations, group=group)
-        tree = await learned_tree(
+            return await search.sample(own, problem, prompt, n=cfg.num_generations, group=group)
+        tree = await search.learned_tree(
             own,
             problem,
             prompt,
@@ -264,16 +247,13 @@ async def explore(
             in_flight=cfg.leaves_in_flight,
         )
         if trees and group == 0:
-            write_json(trees / "0.json", tree_record(tree, problem, policy.tokenizer))
+            write_json(trees / "0.json", search.tree_record(tree, problem, policy.tokenizer))
         mask_forced = cfg.forced_actions == "mask"
-        return tree_rollouts(policy, tree, problem, prompt, group=group, mask_forced=mask_forced)
+        return search.tree_rollouts(
+            policy, tree, problem, prompt, group=group, mask_forced=mask_forced
+        )
 
-    found = await for_each(problems, one, in_flight=max(1, len(problems)))
-    return [
-        score(rollout, decode(policy.tokenizer, rollout.response_ids), scheme)
-        for rollouts in found
-        for rollout in rollouts
-    ]
+    return list(chain(*await search.for_each(problems, one, in_flight=max(1, len(problems)))))
 
 
 def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], world: World) -> float:

@@ -231,13 +231,13 @@ class RLConfig(Common, Graded, Engine, Training, Process):
     wrong_reward: float = 0.1
     """An answer that is wrong (PAPER §1)."""
     no_answer_reward: float = 0.0
-    """No answer at all (PAPER §1, without a PRM)."""
+    """No answer at all (PAPER §1); with a PRM the last step earns its own score instead."""
     reward_function: str | None = None
     """module:function called with the Problem and the decoded response: what the last step earns,
     instead of the three above."""
     reward_scheme: Literal["paper", "blend"] = "paper"
     """blend: 0.6 x correct + 0.4 x PRM on the last step, as in the official code. A process score
-    is 0 without a PRM (PAPER §1), and none is wired in yet."""
+    is 0 without a PRM (PAPER §1)."""
     mask_truncated_completions: bool = False
     """Leave responses that ran out of tokens out of the loss (TRL's name)."""
     # -- learn

@@ -138,6 +138,8 @@ class Rollout:
     answer: str | None = None
     outcome: float = 0.0
     """1 if the grader accepts the answer, else 0."""
+    step_scores: tuple[float, ...] = ()
+    """(S,) process score of each step, in [0, 1]; empty without a process reward model."""
     step_rewards: tuple[float, ...] = ()
     """(S,) reward on the last token of each step (rewards/compose.py)."""
     nodes: tuple[int, ...] = ()

@@ -1,9 +1,18 @@
 """Rewards: the paper's amounts, the blend, and what counts as an answer at all."""
 
+import asyncio
+from dataclasses import replace
+from itertools import accumulate
+
 import pytest
 
-from rftt.rewards.compose import RewardScheme, score
+from rftt.config import RLConfig
+from rftt.data import eos_id
+from rftt.functions import add_function_tokens, function_ids, render
+from rftt.rewards.compose import RewardScheme, reward, reward_all, score
+from rftt.rewards.prm import Unscored
 from rftt.schema import Problem, Rollout, UserError
+from rftt.tiny import build_tokenizer
 
 PAPER = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0)
 BLEND = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0, blend=True)
@@ -80,3 +89,98 @@ def test_a_users_function_must_return_a_number(value):
     own = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0, custom=lambda problem, text: value)
     with pytest.raises(UserError, match=r"reward_function returned .* for problem p"):
         score(rollout("4"), text("4"), own)
+
+
+# ---- With a process reward model ----
+
+STEPS = (("analysis", "16+3=19."), ("next_step", "so \\boxed{19}."), ("output", "\\boxed{19}"))
+
+
+class Marks:
+    """ProcessModel whose score of a step is its length in hundredths; `refuses` names a step."""
+
+    def __init__(self, refuses=None, down=False):
+        self.refuses, self.down, self.seen = refuses, down, []
+
+    async def score(self, question, steps):
+        self.seen.append((question, list(steps)))
+        if self.down:
+            raise UserError("prm_url x not reachable after 3 tries")
+        if self.refuses in steps:
+            raise Unscored("path of 9 tokens; the process reward model reads 8")
+        return [len(step) / 100 for step in steps]
+
+    def close(self): ...
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """(tokenizer, ids, a rollout of STEPS with end of text)."""
+    tokenizer = build_tokenizer()
+    add_function_tokens(tokenizer)
+    ids = function_ids(tokenizer)
+    pieces = [render([step], tokenizer, ids) for step in STEPS]
+    pieces[-1].append(eos_id(tokenizer))
+    tokens = [token for piece in pieces for token in piece]
+    ends = tuple(end - 1 for end in accumulate(map(len, pieces)))
+    made = replace(
+        rollout("19", acts=tuple(act for act, _ in STEPS), gold="19"),
+        response_ids=tuple(tokens),
+        step_ends=ends,
+    )
+    return tokenizer, ids, made
+
+
+def config(**changes):
+    needed = {"output_dir": "o", "model_name_or_path": "m", "train_file": "t", "learning_rate": 1}
+    return RLConfig(**needed, use_prm=True, prm_url="http://x", **changes)
+
+
+def rewarded(spoken, prm, rollouts=None, **changes):
+    tokenizer, ids, made = spoken
+    return asyncio.run(reward_all(config(**changes), tokenizer, ids, prm, rollouts or [made]))
+
+
+def test_oracle_each_step_is_read_between_its_delimiters_and_earns_its_own_score(spoken):
+    prm = Marks()
+    (scored,) = rewarded(spoken, prm)
+    texts = [text for _, text in STEPS]
+    assert prm.seen == [("2+2?", texts)]
+    scores = [len(text) / 100 for text in texts]
+    assert scored.step_scores == pytest.approx(scores)
+    assert scored.step_rewards == pytest.approx([*scores[:-1], 1.0])
+    (blended,) = rewarded(spoken, prm, reward_scheme="blend")
+    assert blended.step_rewards == pytest.approx([*scores[:-1], 0.6 + 0.4 * scores[-1]])
+
+
+def test_a_response_without_answer_ends_with_its_own_score(spoken):
+    """PAPER §1: σ while there is no answer."""
+    _, _, made = spoken
+    (scored,) = rewarded(spoken, Marks(), [replace(made, answer=None, finish="length")])
+    assert scored.step_rewards == scored.step_scores
+    assert scored.outcome == 0.0
+
+
+def test_refused_paths_are_left_out_and_counted(spoken):
+    _, _, made = spoken
+    short = replace(made, response_ids=made.response_ids[: made.step_ends[0] + 1])
+    short = replace(short, step_ends=made.step_ends[:1], acts=made.acts[:1])
+    prm = Marks(refuses=STEPS[1][1])
+    kept = rewarded(spoken, prm, [made, short, made])
+    assert [len(r.step_scores) for r in kept] == [1]
+    said = []
+    tokenizer, ids, _ = spoken
+    assert reward(config(), tokenizer, ids, prm, lambda x: [x], said.append, [made, short]) == kept
+    assert said == ["the PRM refuses 1 paths: they are left out"]
+    with pytest.raises(UserError, match=r"refuses all of 2 paths; the first: path of 9 tokens"):
+        rewarded(spoken, prm, [made, made])
+
+
+def test_a_prm_that_is_down_stops_the_round_with_a_count(spoken):
+    with pytest.raises(UserError, match=r"after 3 tries; 1 of 1 paths unscored$"):
+        rewarded(spoken, Marks(down=True))
+
+
+def test_without_a_prm_steps_earn_nothing(spoken):
+    (scored,) = rewarded(spoken, None)
+    assert (scored.step_rewards, scored.step_scores) == ((0.0, 0.0, 1.0), ())

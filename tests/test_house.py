@@ -425,7 +425,7 @@ def logged_keys(tree: ast.AST) -> set[str]:
 def test_documented_metrics_are_the_logged_ones() -> None:
     text = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)) - {"acts/<act>"}
-    rooms = ("learn/rl", "learn/step", "watch/metrics")
+    rooms = ("learn/rl", "learn/step", "rewards/compose", "watch/metrics")
     names = ("train_rl.py", "train_sft.py", *(f"rftt/{room}.py" for room in rooms))
     logged = set().union(*(logged_keys(tree_of(ROOT / name)) for name in names))
     assert documented == logged

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import math
+import re
+import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -20,11 +24,14 @@ import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from bench.prm_train import PRMTrainConfig, auc, label_trees
+from bench.prm_train import main as train
 from rftt.cli import load_config
 from rftt.config import EvalConfig, RLConfig, SearchConfig
-from rftt.data import eos_id
+from rftt.data import eos_id, write_json, write_jsonl
 from rftt.functions import add_function_tokens, function_ids, render
 from rftt.rewards import prm as prm_module
 from rftt.rewards.prm import (
@@ -44,6 +51,7 @@ from rftt.rewards.prm_server import ServeConfig, from_wire, open_server
 from rftt.schema import UserError
 from rftt.tiny import build_tokenizer
 from tests.conftest import ROOT, run
+from tests.small_world import make_world, settings
 
 QUESTION = "Eva has 12 pens, buys 7, sells 4. How many now?"
 STEPS = ["buys 7? 12+7=19.", "sells 4 gives 19-4=15.", "so \\boxed{15}."]
@@ -140,7 +148,7 @@ def test_impossible_combinations_are_one_line(schema: type) -> None:
 
 def oracle(folder: Path, kind: str) -> list[float]:
     """One path through the whole model, its tags found by id, as the model cards do it."""
-    tokenizer = LocalPRM(config(prm_model_name_or_path=str(folder))).tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids: list[int] = []
     if kind == "math_shepherd":
@@ -209,8 +217,8 @@ def test_a_quoted_tag_makes_no_score_of_its_own(folders: dict[str, Path], kind: 
 def test_steps_end_at_the_last_byte_of_their_tag(folders: dict[str, Path]) -> None:
     """Without an entry of its own ки is four byte tokens: the last one is the mark."""
     prm = local(folders["math_shepherd"], prm_step_tag="жя")
-    ids, marks = prm.encode(QUESTION, STEPS)
-    assert [prm.tokenizer.decode(ids[: mark + 1])[-2:] for mark in marks] == ["жя"] * 3
+    ids, marks = prm.writer.encode(QUESTION, STEPS)
+    assert [prm.writer.tokenizer.decode(ids[: mark + 1])[-2:] for mark in marks] == ["жя"] * 3
 
 
 def test_too_long_is_refused_with_its_length_and_the_others_are_scored(
@@ -414,14 +422,14 @@ class Script:
     """A PRM server that answers request i with script[i], then the last entry for ever."""
 
     def __init__(self) -> None:
-        self.script: list[tuple[int, bytes] | None] = []
+        self.script: list[Any] = []
         self.seen: list[dict[str, str]] = []
         self.delay_s = 0.0
         self.now = self.most = 0
         self.lock = threading.Lock()
         self.url = ""
 
-    def next(self, body: bytes) -> tuple[int, bytes] | None:
+    def next(self, body: bytes) -> Any:
         with self.lock:
             self.seen.append(json.loads(body))
             self.now += 1
@@ -430,7 +438,7 @@ class Script:
         time.sleep(self.delay_s)
         with self.lock:
             self.now -= 1
-        return found
+        return found(body) if callable(found) else found
 
 
 @pytest.fixture
@@ -550,3 +558,126 @@ def test_remote_and_local_agree(folders: dict[str, Path], served: ThreadingHTTPS
         assert a == pytest.approx(b, abs=1e-5)
     assert isinstance(long_near, Unscored)
     assert isinstance(long_far, Unscored)
+
+
+# ---- Made from search trees ----
+
+SEARCHED: dict[str, Any] = {
+    "problem": {"id": "p/1", "question": "1+2?"},
+    "nodes": [
+        {"id": 0, "parent": None, "text": "", "q": 0.5, "terminal": False, "answer": None},
+        {"id": 1, "parent": 0, "text": "1+2=3.", "q": 0.5, "terminal": False, "answer": None},
+        {"id": 2, "parent": 1, "text": "so 3.", "q": 1.0, "terminal": True, "answer": "3"},
+        {"id": 3, "parent": 1, "text": "hm", "q": 0.0, "terminal": True, "answer": None},
+    ],
+}
+MERGED: dict[str, Any] = {
+    "id": "p/1",
+    "kind": "merged",
+    "question": "1+2?",
+    "steps": [{"text": "hm", "node": 3, "wrong": True}, {"text": "check"}],
+}
+
+
+def search_dir(path: Path, n: int = 1) -> Path:
+    for i in range(n):
+        problem = SEARCHED["problem"] | {"id": f"p/{i + 1}"}
+        write_json(path / f"trees/{i}.json", SEARCHED | {"problem": problem})
+    write_jsonl(path / "data/sft.jsonl", [MERGED, MERGED | {"kind": "plain"}])
+    return path
+
+
+def test_labels_oracle_are_the_share_of_right_answers_below_and_count_once(tmp_path: Path) -> None:
+    (rows,) = label_trees(search_dir(tmp_path))
+    output = "The final answer is \\boxed{3}."
+    assert rows == [
+        ("1+2?", ["1+2=3.", "so 3.", output], [0.5, 1.0, 1.0]),
+        ("1+2?", ["1+2=3.", "hm"], [None, 0.0]),
+        ("1+2?", ["hm", "check"], [0.0, 1.0]),
+    ]
+    with pytest.raises(UserError, match=r"has no trees; run search\.py"):
+        label_trees(tmp_path / "elsewhere")
+
+
+def test_auc_oracle_is_the_share_of_pairs_in_order() -> None:
+    scores, right = [0.1, 0.4, 0.4, 0.8, 0.9], [False, True, False, True, False]
+    pairs = [(a, b) for a, r in zip(scores, right, strict=True) if r
+             for b, w in zip(scores, right, strict=True) if not w]  # fmt: skip
+    expected = sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+    assert auc(scores, right) == pytest.approx(expected)
+    with pytest.raises(UserError, match="all right or all wrong"):
+        auc([0.1], [True])
+
+
+def test_a_trained_model_ranks_what_it_saw_and_opens_like_any_other(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    base, out = str(folders["math_shepherd"]), tmp_path / "prm"
+    found = search_dir(tmp_path, n=20)
+    train(
+        PRMTrainConfig(
+            search_dir=str(found),
+            model_name_or_path=base,
+            output_dir=str(out),
+            num_train_epochs=30,
+            learning_rate=3e-3,
+        )
+    )
+    assert json.loads((out / "heldout.json").read_text())["auc"] > 0.9
+    right, wrong = scores_of(local(out), ("1+2?", ["1+2=3.", "so 3."]), ("1+2?", ["1+2=3.", "hm"]))
+    assert right[1] > 0.8 > 0.2 > wrong[1]
+    assert abs(right[0] - 0.5) < 0.2  # half of what follows is right
+
+
+# ---- In reinforcement learning ----
+
+
+def halves(body: bytes) -> tuple[int, bytes]:
+    """Scores that depend on the path, as any PRM's do."""
+    steps = json.loads(body)["input"].split("ки")[:-1]
+    return 200, json.dumps({"score": [len(step) % 7 / 7 for step in steps]}).encode()
+
+
+def test_rl_goes_on_where_the_prm_went_down_and_learns_the_same_invariant(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    world = make_world(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def learn(name: str, answers: list[Any]) -> int | str | None:
+        script.script = answers
+        prm = ["use_prm=true", f"prm_url={script.url}", "prm_tries=1", "dtype=float32"]
+        words = settings(
+            "train_rl", world, tmp_path / name, *prm, "max_steps=3", "device=cpu", "save_steps=1"
+        )
+        monkeypatch.setattr(sys, "argv", ["train_rl.py", *words])
+        try:
+            runpy.run_path(str(ROOT / "train_rl.py"), run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code
+        else:
+            code = 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        gc.collect()  # a run that failed lets go of its output_dir
+        return code
+
+    def rows(name: str) -> list[dict[str, float]]:
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [
+            {k: v for k, v in json.loads(line).items() if not k.endswith("seconds")}
+            for line in lines
+        ]
+
+    assert learn("whole", [halves]) == 0
+    assert learn("broken", [*[halves] * 7, (500, b"")]) == 2  # 2 at the start, 4 in step 0
+    assert re.search(
+        r"error: prm_url .* not reachable after 1 tries .*; \d of 4 paths unscored\n",
+        capfd.readouterr().err,
+    )
+    assert len(rows("broken")) == 1
+    assert learn("broken", [halves]) == 0
+    assert rows("broken") == rows("whole")
+    assert 0 < rows("whole")[0]["process_reward"] < 1

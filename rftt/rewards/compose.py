@@ -1,17 +1,29 @@
 """Outcome and process -> one reward per step (PAPER §1). The last step of a rollout is its finish.
 
-A reward is never invented: without a process reward model a step earns 0, and a score that could
-not be had stops the run where it is asked for, not here.
+A reward is never invented: without a process reward model a step earns 0; a rollout that the model
+refuses is left out and counted; a model that is down stops the round (rewards/prm.py).
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
+from rftt.cli import load_function
+from rftt.data import decode
 from rftt.rewards.grader import grade
+from rftt.rewards.prm import ProcessModel, score_paths, segment_text
 from rftt.schema import Problem, Rollout, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rftt.config import RLConfig
+    from rftt.functions import FunctionIds
 
 
 @dataclass(frozen=True)
@@ -21,13 +33,86 @@ class RewardScheme:
     wrong: float
     """There is an answer, and it is wrong."""
     no_answer: float
-    """The response ended without one."""
+    """The response ended without one. With a PRM its last step earns its own score instead."""
     blend: bool = False
     """Last step = 0.6 x correct + 0.4 x process score, as found in the official code."""
     whole_segments: bool = False
     """A response with text outside its segments has no answer, whatever it says."""
     custom: Callable[[Problem, str], object] | None = None
     """The user's own: what the last step earns, instead of all of the above."""
+
+
+def scheme_of(cfg: RLConfig, *, functional: bool) -> RewardScheme:
+    """What a run pays for; whole segments can be asked only of who speaks `functional` tokens."""
+    return RewardScheme(
+        correct=cfg.correct_reward,
+        wrong=cfg.wrong_reward,
+        no_answer=cfg.no_answer_reward,
+        blend=cfg.reward_scheme == "blend",
+        whole_segments=cfg.malformed_responses == "reject" and functional,
+        custom=load_function("reward_function", own) if (own := cfg.reward_function) else None,
+    )
+
+
+def reward(
+    cfg: RLConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: FunctionIds | None,
+    prm: ProcessModel | None,
+    gather: Callable[[Any], list[Any]],
+    say: Callable[[str], None],
+    found: Sequence[Rollout],
+) -> list[Rollout]:
+    """All ranks' rollouts by group, with a reward on every step; says how many a PRM refuses.
+
+    Raises UserError on all ranks at once when it is down: the run goes on from its last checkpoint.
+    """
+    try:
+        own, failure = asyncio.run(reward_all(cfg, tokenizer, ids, prm, found)), ""
+    except UserError as error:
+        own, failure = [], str(error)
+    shares = gather((own, failure, len(found)))
+    if failure := next((failure for _, failure, _ in shares if failure), ""):
+        raise UserError(failure)
+    rollouts = sorted(chain(*(own for own, _, _ in shares)), key=lambda rollout: rollout.group)
+    if n_refused := sum(n for _, _, n in shares) - len(rollouts):
+        say(f"the PRM refuses {n_refused} paths: they are left out")
+    return rollouts
+
+
+async def reward_all(
+    cfg: RLConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: FunctionIds | None,
+    prm: ProcessModel | None,
+    rollouts: Sequence[Rollout],
+) -> list[Rollout]:
+    """Every rollout graded, with a reward on each step; those that the PRM refuses are left out.
+
+    Raises UserError when the PRM is down or refuses all.
+    """
+    scheme = scheme_of(cfg, functional=ids is not None)
+    paths = [(r.problem.question, step_texts(r, tokenizer, ids)) for r in rollouts]
+    found = await score_paths(prm, paths) if prm else [None] * len(rollouts)
+    rewarded = [
+        score(rollout, decode(tokenizer, rollout.response_ids), scheme, process)
+        for rollout, process in zip(rollouts, found, strict=True)
+        if process is None or isinstance(process, list)
+    ]
+    if rollouts and not rewarded:
+        raise UserError(f"the PRM refuses all of {len(rollouts)} paths; the first: {found[0]}.")
+    return rewarded
+
+
+def step_texts(
+    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, ids: FunctionIds | None
+) -> list[str]:
+    """What a process reward model reads of each step."""
+    starts = (0, *(end + 1 for end in rollout.step_ends))
+    return [
+        segment_text(tokenizer, rollout.response_ids[start : end + 1], ids)
+        for start, end in zip(starts, rollout.step_ends, strict=False)
+    ]
 
 
 def score(
@@ -41,23 +126,29 @@ def score(
     if gold is None:
         raise UserError(f"problem {rollout.problem.id} has no gold answer to reward against.")
     correct = grade(text, gold, rollout.problem.question).correct
-    process = process or [0.0] * len(rollout.acts)
+    known, process = process is not None, process or [0.0] * len(rollout.acts)
     answer = rollout.answer
     if rollout.finish == "length" or (scheme.whole_segments and "" in rollout.acts):
         correct, answer = False, None
-    finish = finish_reward(correct, answer, process[-1], scheme)
+    finish = finish_reward(correct, answer, process[-1] if known else None, scheme)
     if scheme.custom is not None:
         finish = own_reward(scheme.custom, rollout.problem, text)
-    return replace(rollout, outcome=float(correct), step_rewards=(*process[:-1], finish))
+    rewards = (*process[:-1], finish)
+    scores = tuple(process) if known else ()
+    return replace(rollout, outcome=float(correct), step_rewards=rewards, step_scores=scores)
 
 
-def finish_reward(correct: bool, answer: str | None, process: float, scheme: RewardScheme) -> float:
-    """What the last step earns; `process` is its own score, 0 without a PRM."""
+def finish_reward(
+    correct: bool, answer: str | None, process: float | None, scheme: RewardScheme
+) -> float:
+    """What the last step earns; `process` is its own score, None without a PRM."""
     if scheme.blend:
-        return 0.6 * correct + 0.4 * process
+        return 0.6 * correct + 0.4 * (process or 0.0)
     if correct:
         return scheme.correct
-    return scheme.wrong if answer is not None else scheme.no_answer
+    if answer is not None:
+        return scheme.wrong
+    return scheme.no_answer if process is None else process
 
 
 def own_reward(function: Callable[[Problem, str], object], problem: Problem, text: str) -> float:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -69,6 +69,14 @@ def build_prm(cfg: ProcessConfig) -> ProcessModel | None:
     from rftt.rewards.prm_local import LocalPRM
 
     return LocalPRM(cfg)
+
+
+def open_prm(cfg: ProcessConfig, warn: Callable[[str], None]) -> ProcessModel | None:
+    """`build_prm`, for a script: it must answer, and rank an example, or `warn` hears of it."""
+    prm = build_prm(cfg)
+    if prm and (warning := asyncio.run(ranking_warning(prm, cfg.prm_check_file))):
+        warn(f"warning: {warning}")
+    return prm
 
 
 def path_score(cfg: ProcessConfig, scores: Sequence[float]) -> float:
@@ -143,7 +151,7 @@ CHECK = {
 
 
 async def ranking_warning(prm: ProcessModel, file: str | None) -> str | None:
-    """Score a right and a wrong solution; None where every right step beats its wrong counterpart.
+    """Score a right and a wrong solution; None where the weakest step of the right one is better.
 
     Raises UserError on an example that cannot be used.
     """
@@ -162,7 +170,7 @@ async def ranking_warning(prm: ProcessModel, file: str | None) -> str | None:
         good, bad = [await prm.score(check["question"], check[kind]) for kind in ("good", "bad")]
     except Unscored as refusal:
         raise UserError(f"the PRM refuses the check of its ranking: {refusal}.") from refusal
-    if all(g > b for g, b in zip(good, bad, strict=False)):
+    if reduce(good, "min") > reduce(bad, "min"):  # after a mistake the rest may be sound
         return None
     return (
         "PRM ranks a wrong step above a right one on the built-in check; step tag or label tokens "

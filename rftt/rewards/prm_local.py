@@ -41,6 +41,8 @@ from rftt.schema import UserError
 if TYPE_CHECKING:
     import asyncio
 
+    from transformers import PreTrainedTokenizerBase
+
     from rftt.rewards.prm import ProcessConfig
     from rftt.rewards.prm_server import ServeConfig
 
@@ -69,74 +71,25 @@ LAYOUTS = {
 }
 
 
-@dataclass(eq=False)
-class _Path:
-    ids: list[int]
-    marks: list[int]
-    done: asyncio.Future[list[float]]
+@dataclass(frozen=True)
+class Writer:
+    """How a family's model is given a solution."""
 
-
-class LocalPRM:
-    """ProcessModel over one transformers model."""
-
-    def __init__(self, cfg: ProcessConfig | ServeConfig) -> None:
-        path, trust = str(cfg.prm_model_name_or_path), cfg.trust_remote_code
-        self.tokenizer = load_tokenizer(path, trust_remote_code=trust, chat=False)
-        if not self.tokenizer.is_fast:
-            raise UserError(f"the tokenizer of {path} gives no offsets; a PRM needs a fast one.")
-        head, found = read_head(path), self.tokenizer.convert_tokens_to_ids("<extra_0>")
-        family = cfg.prm_family
-        if family == "auto":
-            family = "value" if found == self.tokenizer.unk_token_id or found is None else "qwen"
-            family = family if head else "math_shepherd"
-        if not head and family != "math_shepherd":
-            raise UserError(
-                f"prm_family={family} but {path} has no score, v_head or classifier head."
-            )
-        kind = AutoModelForCausalLM if family == "math_shepherd" else AutoModel
-        dtype = getattr(torch, cfg.dtype)
-        model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust).eval()
-        model.requires_grad_(False)
-        if cfg.device != "cpu" and torch.cuda.is_available():
-            torch.nn.Module.cuda(model)
-        self.device, self.max_length = model.device, model.config.max_position_embeddings
-        if family == "math_shepherd":
-            labels = label_ids(self.tokenizer, cfg.prm_good_token, cfg.prm_bad_token)
-            rows = model.get_output_embeddings().weight[labels].float()  # pyright: ignore[reportOptionalMemberAccess]
-            self._readout: Readout = lambda hidden: linear(hidden, rows).softmax(-1)[:, 0]
-            model = model.base_model
-        else:
-            self._readout = readout_of(_on(head, self.device), path)
-        self._model, self._chat_system = model, cfg.system_prompt
-        self._layout, self._tag = LAYOUTS[family], cfg.prm_step_tag or LAYOUTS[family].tag
-        self._batch_tokens = cfg.prm_max_tokens_per_batch
-        self._waiting: list[_Path] = []
-        self._loop = StepLoop(self._step, self._waiting.clear)
-
-    async def score(self, question: str, steps: Sequence[str]) -> list[float]:
-        """See ProcessModel."""
-        ids, marks = self.encode(question, steps)
-        if len(ids) > self.max_length:
-            raise Unscored(
-                f"path of {len(ids)} tokens; the process reward model reads {self.max_length}"
-            )
-        path = _Path(ids, marks, self._loop.submit())
-        self._waiting.append(path)
-        return checked_here(await path.done, len(steps))
-
-    def close(self) -> None:
-        """Nothing runs between two calls."""
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout
+    tag: str
+    system_prompt: str | None = None
 
     def write(self, question: str, steps: Sequence[str]) -> tuple[str, list[int]]:
         """The text that the model reads, and where in it each step's tag has its last character."""
-        body, ends, layout = "", [], self._layout
+        body, ends, layout = "", [], self.layout
         for n, text in enumerate(steps, 1):
             body += layout.between if body else ""
-            body += layout.step.format(n=n, text=text.strip()) + self._tag
+            body += layout.step.format(n=n, text=text.strip()) + self.tag
             ends.append(len(body) - 1)
         text = question.strip() + layout.lead + body
         if layout.chat:
-            turns = [("system", self._chat_system)] if self._chat_system else []
+            turns = [("system", self.system_prompt)] if self.system_prompt else []
             turns += [("user", question), ("assistant", body)]
             messages = [{"role": role, "content": content} for role, content in turns]
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
@@ -151,7 +104,7 @@ class LocalPRM:
         """Token ids of a path, and the index of the token at which each step is scored."""
         text, ends = self.write(question, steps)
         encoded: Any = self.tokenizer(
-            text, add_special_tokens=not self._layout.chat, return_offsets_mapping=True
+            text, add_special_tokens=not self.layout.chat, return_offsets_mapping=True
         )
         held = [
             (stop, i) for i, (start, stop) in enumerate(encoded["offset_mapping"]) if stop > start
@@ -160,6 +113,66 @@ class LocalPRM:
         # A character of several bytes may be several tokens of equal offsets: the last one counts.
         last = [bisect_right(stops, stops[bisect_right(stops, end)]) - 1 for end in ends]
         return list(encoded["input_ids"]), [held[i][1] for i in last]
+
+
+@dataclass(eq=False)
+class _Path:
+    ids: list[int]
+    marks: list[int]
+    done: asyncio.Future[list[float]]
+
+
+class LocalPRM:
+    """ProcessModel over one transformers model."""
+
+    def __init__(self, cfg: ProcessConfig | ServeConfig) -> None:
+        path, trust = str(cfg.prm_model_name_or_path), cfg.trust_remote_code
+        tokenizer = load_tokenizer(path, trust_remote_code=trust, chat=False)
+        if not tokenizer.is_fast:
+            raise UserError(f"the tokenizer of {path} gives no offsets; a PRM needs a fast one.")
+        head, tag_id = read_head(path), tokenizer.convert_tokens_to_ids(LAYOUTS["qwen"].tag)
+        family = cfg.prm_family
+        if family == "auto":
+            family = "value" if tag_id in (None, tokenizer.unk_token_id) else "qwen"
+            family = family if head else "math_shepherd"
+        if not head and family != "math_shepherd":
+            raise UserError(
+                f"prm_family={family} but {path} has no score, v_head or classifier head."
+            )
+        kind = AutoModelForCausalLM if family == "math_shepherd" else AutoModel
+        dtype = getattr(torch, cfg.dtype)
+        model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust).eval()
+        model.requires_grad_(False)
+        if cfg.device != "cpu" and torch.cuda.is_available():
+            torch.nn.Module.cuda(model)
+        self.device, self.max_length = model.device, model.config.max_position_embeddings
+        if family == "math_shepherd":
+            labels = label_ids(tokenizer, cfg.prm_good_token, cfg.prm_bad_token)
+            rows = model.get_output_embeddings().weight[labels].float()  # pyright: ignore[reportOptionalMemberAccess]
+            self._readout: Readout = lambda hidden: linear(hidden, rows).softmax(-1)[:, 0]
+            model = model.base_model
+        else:
+            self._readout = readout_of(_on(head, self.device), path)
+        layout = LAYOUTS[family]
+        tag = cfg.prm_step_tag or layout.tag
+        self._model, self.writer = model, Writer(tokenizer, layout, tag, cfg.system_prompt)
+        self._batch_tokens = cfg.prm_max_tokens_per_batch
+        self._waiting: list[_Path] = []
+        self._loop = StepLoop(self._step, self._waiting.clear)
+
+    async def score(self, question: str, steps: Sequence[str]) -> list[float]:
+        """See ProcessModel."""
+        ids, marks = self.writer.encode(question, steps)
+        if len(ids) > self.max_length:
+            raise Unscored(
+                f"path of {len(ids)} tokens; the process reward model reads {self.max_length}"
+            )
+        path = _Path(ids, marks, self._loop.submit())
+        self._waiting.append(path)
+        return checked_here(await path.done, len(steps))
+
+    def close(self) -> None:
+        """Nothing runs between two calls."""
 
     @torch.inference_mode()
     def _step(self) -> None:

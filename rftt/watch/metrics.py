@@ -78,20 +78,26 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     groups: dict[int, set[float]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.group, set()).add(sum(rollout.step_rewards))
-    return {
-        "accuracy": sum(r.outcome for r in rollouts) / n,
-        "reward": sum(sum(r.step_rewards) for r in rollouts) / n,
-        "response_length": sum(len(r.response_ids) for r in rollouts) / n,
-        "truncated_share": sum(r.finish == "length" for r in rollouts) / n,
-        "malformed_share": sum("" in r.acts for r in rollouts) / n,
-        "masked_share": 1
-        - sum(map(sum, (r.action_mask for r in rollouts)))
-        / sum(len(r.response_ids) for r in rollouts),
-        "rollouts": float(n),
-        "tokens_generated": float(sum(r.n_generated for r in rollouts)),
-        "tokens_trained": float(sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)),
-        "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
-    } | {f"acts/{act}": acts.count(act) / max(len(acts), 1) for act in ACTS}
+    scores = [score for rollout in rollouts for score in rollout.step_scores]
+    process = {"process_reward": sum(scores) / len(scores)} if scores else {}
+    return (
+        process
+        | {
+            "accuracy": sum(r.outcome for r in rollouts) / n,
+            "reward": sum(sum(r.step_rewards) for r in rollouts) / n,
+            "response_length": sum(len(r.response_ids) for r in rollouts) / n,
+            "truncated_share": sum(r.finish == "length" for r in rollouts) / n,
+            "malformed_share": sum("" in r.acts for r in rollouts) / n,
+            "masked_share": 1
+            - sum(map(sum, (r.action_mask for r in rollouts)))
+            / sum(len(r.response_ids) for r in rollouts),
+            "rollouts": float(n),
+            "tokens_generated": float(sum(r.n_generated for r in rollouts)),
+            "tokens_trained": float(sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)),
+            "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
+        }
+        | {f"acts/{act}": acts.count(act) / max(len(acts), 1) for act in ACTS}
+    )
 
 
 def examples(
