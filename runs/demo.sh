@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ -n "$FAST" ]; then  # smaller, the same code
   TINY=(train_steps=900 n_train=400 n_test=100)
   SEARCH=(max_problems=200)
-  SFT=(num_train_epochs=4)
+  SFT=(num_train_epochs=10)
   RL=(max_steps=6 rollout_batch_size=16 train_batch_size=128 save_steps=3)
   EVAL=(max_problems=60 num_samples=4)
 else
@@ -43,8 +43,8 @@ evaluate sft "$OUT/sft/hf"
 stage rl python train_rl.py configs/tiny/rl.yaml model_name_or_path="$OUT/sft/hf" \
   train_file="$OUT/train.jsonl" eval_file="$OUT/test.jsonl" output_dir="$OUT/rl" seed="$SEED" "${RL[@]}"
 evaluate rl "$OUT/rl/hf"
-stage report python -m rftt.watch.report "$OUT/sft" "$OUT/rl" "$OUT/eval-base" "$OUT/eval-sft" \
-  "$OUT/eval-rl" --out "$OUT"
+stage report python -m rftt.watch.report "$OUT/search" "$OUT/sft" "$OUT/rl" "$OUT/eval-base" \
+  "$OUT/eval-sft" "$OUT/eval-rl" --out "$OUT"
 
 OUT=$OUT python - <<'PY'
 import json, os
