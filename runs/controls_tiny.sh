@@ -18,7 +18,7 @@ print(round(sum(json.loads(line)["tokens_generated"] for line in open(sys.argv[1
       rl-normal-prm) START=sft WAY=normal ;;
       rl-cot-prm) START=sft-cot WAY=normal ;;
     esac
-    [ -d "$OUT/prm" ] || python -m rftt.rewards.prm_train search_dir="$OUT/search" seed="$SEED" \
+    [ -d "$OUT/prm" ] || python bench/prm_train.py search_dir="$OUT/search" seed="$SEED" \
       model_name_or_path="$OUT/base" output_dir="$OUT/prm"
     [ -d "$OUT/$CELL/hf" ] || python train_rl.py configs/tiny/rl.yaml seed="$SEED" \
       model_name_or_path="$OUT/$START/hf" train_file="$OUT/train.jsonl" eval_file="$OUT/test.jsonl" \
