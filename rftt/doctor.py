@@ -143,15 +143,16 @@ def process_rewards(cfg: SearchConfig | RLConfig | EvalConfig) -> Finding:
 def memory(cfg: Config) -> Finding:
     import torch
 
-    from rftt.learn.model import CHUNK_LOGITS
+    from rftt.learn.model import CHUNK_LOGITS, KEPT_LOGITS
 
     gpu = torch.cuda.is_available() and cfg.device != "cpu"
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = torch.cuda.mem_get_info()[1] if gpu else available
     ranks = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() or 1))
-    chunk, gpu_bytes = CHUNK_LOGITS["cuda" if gpu else "cpu"], available if gpu else 0
+    kind, gpu_bytes = ("cuda", available) if gpu else ("cpu", 0)
+    logits = CHUNK_LOGITS[kind], KEPT_LOGITS[kind]
     model, n = model_of(cfg)
-    phases = estimate(model, n, cfg, ranks=ranks, chunk_logits=chunk, gpu_bytes=gpu_bytes)
+    phases = estimate(model, n, cfg, ranks=ranks, logits=logits, gpu_bytes=gpu_bytes)
     if not phases:
         return Finding("the model is behind api_url")
     if problem := complaint(phases, available, "cuda:0" if gpu else "cpu"):

@@ -25,12 +25,12 @@ CURES = {
 
 
 def estimate(
-    model: Any, n_params: int, cfg: Config, *, ranks: int, chunk_logits: int, gpu_bytes: float
+    model: Any, n_params: int, cfg: Config, *, ranks: int, logits: tuple[int, int], gpu_bytes: float
 ) -> dict[str, Parts]:
     """phase -> what for -> bytes on one rank's device, at worst.
 
-    `model` is the Hugging Face config of a decoder with gated feed-forward layers, `chunk_logits`
-    learn/model.py's bound, `gpu_bytes` the device's memory, 0 without a GPU.
+    `model` is the Hugging Face config of a decoder with gated feed-forward layers, `logits` are
+    learn/model.py's bounds (at one time, kept), `gpu_bytes` the device's memory, 0 without a GPU.
     """
     compute = 2 if cfg.dtype == "bfloat16" else 4
     parts, phases = dict.fromkeys(CURES, 0.0), dict[str, Parts]()
@@ -45,7 +45,7 @@ def estimate(
         whole = vocabulary + 2 * (n_params - vocabulary) / model.num_hidden_layers
         parts["params"] = share * (4 * learners + reference) + compute * whole
         parts["optimizer"] = share * learners * (8 if cfg.optim == "adamw" else 2)
-        activations = _activations(model, cfg, compute, chunk_logits)
+        activations = _activations(model, cfg, compute, logits)
         learn = parts | {"activations": activations}
         learn["optimizer"] += share * 4 * learners  # gradients
         phases["learn"] = learn
@@ -95,15 +95,19 @@ def head_size(model: Any) -> int:
     return getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
 
 
-def _activations(model: Any, cfg: SFTConfig | RLConfig, compute: int, chunk_logits: int) -> float:
+def _activations(
+    model: Any, cfg: SFTConfig | RLConfig, compute: int, logits: tuple[int, int]
+) -> float:
     """Of one microbatch: what each layer saves (or its input alone), and the chunk of logits."""
     tokens, width = cfg.max_tokens_per_microbatch, model.hidden_size
     heads = head_size(model) * (3 * model.num_attention_heads + 2 * model.num_key_value_heads)
-    # Norms normalise in float32, the rest is in the compute type.
-    layer = compute * (4 * model.intermediate_size + heads + 4 * width) + 8 * width
+    # Norms normalise in float32, the rest is in the compute type. A gated MLP keeps two of its four
+    # tensors, or all while a checkpointed layer is computed again (learn/model.py).
+    mlp = (4 if cfg.gradient_checkpointing else 2) * model.intermediate_size
+    layer = compute * (mlp + heads + 4 * width) + 8 * width
     layers = model.num_hidden_layers * layer
     if cfg.gradient_checkpointing:
         layers = model.num_hidden_layers * compute * width + layer
-    logits = min(chunk_logits, tokens * model.vocab_size)
-    # Logits, log-probs and their gradient; the head's gradient.
-    return 4.0 * (3 * logits + model.vocab_size * width) + tokens * layers
+    chunk, kept = (min(most, tokens * model.vocab_size) for most in logits)
+    # Log-probs and their gradient, the logits kept, the head's gradient.
+    return 8.0 * chunk + compute * kept + 4.0 * model.vocab_size * width + tokens * layers

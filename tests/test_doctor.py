@@ -20,7 +20,7 @@ from rftt.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
 from rftt.engines import build_engine
 from rftt.learn.batch import collate_rows
 from rftt.learn.distributed import close_world, open_world
-from rftt.learn.model import CHUNK_LOGITS, load_policy, token_logprobs
+from rftt.learn.model import CHUNK_LOGITS, KEPT_LOGITS, load_policy, token_logprobs
 from rftt.learn.rl import sft_loss
 from rftt.learn.setup import build_models
 from rftt.memory import complaint, estimate
@@ -30,7 +30,7 @@ from tests.small_world import damage, make_world, settings
 
 SCHEMAS = {"search": SearchConfig, "train_sft": SFTConfig, "train_rl": RLConfig}
 SCHEMAS |= {"evaluate": EvalConfig}
-CHUNK = CHUNK_LOGITS["cpu"]
+LOGITS = CHUNK_LOGITS["cpu"], KEPT_LOGITS["cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +150,15 @@ NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate
 def test_estimate_oracle_by_hand() -> None:
     small = ["max_num_seqs=3", "max_model_len=7", "max_tokens_per_microbatch=5", "kl_coef=0.1"]
     cfg = load_config(RLConfig, [*NEEDED, *small, "advantage_estimator=ppo"])
-    phases = estimate(MODEL, 100, cfg, ranks=2, chunk_logits=16, gpu_bytes=0)
+    phases = estimate(MODEL, 100, cfg, ranks=2, logits=(16, 24), gpu_bytes=0)
     gathered = 2 * (8 * 4 + 2 * (100 - 8 * 4) / 2)  # bfloat16; vocabulary, two of two layers
     weights = (2 * 4 * 100 + 2 * 100) / 2 + gathered  # policy, critic, reference on two ranks
-    layer = 2 * (4 * 10 + 2 * 2 + 3 * 4 + 4 * 4) + 8 * 4
+    head = 2 * 4 * 16 + 2 * 24 + 4 * 8 * 4  # log-probs and gradient; kept; the weight's gradient
+    layer, recomputed = (2 * (n * 10 + 2 * 2 + 3 * 4 + 4 * 4) + 8 * 4 for n in (2, 4))
     assert phases["learn"] == {
         "params": weights + 2 * 100,  # and the engine's
         "optimizer": (8 + 4) * 200 / 2,
-        "activations": 5 * 2 * layer + 3 * 4 * 16 + 4 * 8 * 4,
+        "activations": 5 * 2 * layer + head,
         "KV": 0,
     }
     assert phases["explore"] == {
@@ -167,12 +168,12 @@ def test_estimate_oracle_by_hand() -> None:
         "KV": 3 * 7 * 2 * 2 * 2 * 2,
     }
     asleep = replace(cfg, engine="vllm", gradient_checkpointing=True)
-    phases = estimate(MODEL, 100, asleep, ranks=2, chunk_logits=16, gpu_bytes=1000)
+    phases = estimate(MODEL, 100, asleep, ranks=2, logits=(16, 24), gpu_bytes=1000)
     assert phases["learn"]["params"] == weights
-    assert phases["learn"]["activations"] == 5 * (2 * 2 * 4 + layer) + 3 * 4 * 16 + 4 * 8 * 4
+    assert phases["learn"]["activations"] == 5 * (2 * 2 * 4 + recomputed) + head
     assert phases["explore"]["KV"] == 0.4 * 1000 - 200
     evaluation = load_config(EvalConfig, [*NEEDED[:2], "eval_file=e", *small[:2]])
-    phases = estimate(MODEL, 100, evaluation, ranks=1, chunk_logits=16, gpu_bytes=0)
+    phases = estimate(MODEL, 100, evaluation, ranks=1, logits=(16, 24), gpu_bytes=0)
     assert phases == {"explore": {"params": 200, "optimizer": 0, "activations": 0, "KV": 336}}
 
 
@@ -197,7 +198,7 @@ def test_estimate_oracle_against_the_bytes_of_a_run(world: Path, dtype: str) -> 
     """Weights and optimizer state to the byte; what is saved for the backward pass to 10 %."""
     cfg = config("train_rl", world, f"dtype={dtype}", "max_tokens_per_microbatch=400")
     model, n = doctor.model_of(cfg)
-    phases = estimate(model, n, cfg, ranks=1, chunk_logits=CHUNK, gpu_bytes=0)
+    phases = estimate(model, n, cfg, ranks=1, logits=LOGITS, gpu_bytes=0)
     ranks = open_world("cpu")
     models, modules, optimizers, _ = build_models(cfg, ranks)
     for module, optimizer in zip(modules.values(), optimizers.values(), strict=True):
@@ -245,6 +246,6 @@ def test_estimate_holds_the_key_value_slots_of_a_run(world: Path) -> None:
         most = engine._slots.kv.nbytes
 
     asyncio.run(fill())
-    phases = estimate(model, n, cfg, ranks=1, chunk_logits=CHUNK, gpu_bytes=0)
+    phases = estimate(model, n, cfg, ranks=1, logits=LOGITS, gpu_bytes=0)
     assert 0.5 * phases["explore"]["KV"] <= most <= phases["explore"]["KV"]
     assert phases["explore"]["params"] == size(engine.model.parameters())

@@ -81,7 +81,7 @@ def grown(simulations: int) -> Tree:
 
 
 class Words:
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return " ".join(map(str, ids))
 
 
