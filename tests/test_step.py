@@ -7,6 +7,7 @@ import torch
 
 from rftt.config import RLConfig
 from rftt.learn.batch import collate_rows
+from rftt.learn.rl import document_sums, gae, sequence_weights, whiten
 from rftt.learn.step import Totals, deal, equal_count, per_token, weigh
 
 
@@ -62,6 +63,18 @@ def test_a_rank_without_documents_still_runs_its_forwards():
 
     assert len(per_token(function, empty, 10, Ranks(others=2.0))) == 0
     assert calls == [0, 0]
+
+
+def test_the_mathematics_of_a_rank_without_documents_is_empty():
+    """Resampling, pairs held out, the last lot of references: fewer documents than ranks."""
+    none = batch_of([4]).select([])
+    x, mask, lengths = none.rewards, none.action_mask, none.lengths
+    assert none.position_ids.tolist() == none.spread([]).tolist() == []
+    for advantages in (*gae(x, x, mask, lengths, 1.0, 0.95), whiten(x, mask, lambda x: x)):
+        assert advantages.tolist() == []
+    assert document_sums(x, mask, lengths).tolist() == []
+    ours = Ranks(others=2.0)  # two documents with an action each, on another rank
+    assert sequence_weights(mask, lengths, ours.sum).tolist() == []
 
 
 def test_totals_sum_or_take_the_largest_over_microbatches_and_ranks():

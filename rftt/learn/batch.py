@@ -60,7 +60,7 @@ class Batch:
     @cached_property
     def document(self) -> Tensor:
         """(T,) index of the document that each token belongs to."""
-        return self.spread(range(len(self.lengths)))
+        return self.spread(range(len(self.lengths))).long()
 
     @cached_property
     def position_ids(self) -> Tensor:
@@ -79,7 +79,7 @@ class Batch:
 
     def spread(self, per_document: Sequence[float]) -> Tensor:
         """(T,) each document's number on all its tokens."""
-        counts = torch.tensor(self.lengths)
+        counts = torch.tensor(self.lengths, dtype=torch.int64)
         spread = torch.tensor(per_document).repeat_interleave(counts, output_size=int(counts.sum()))
         return spread.to(self.input_ids.device)
 

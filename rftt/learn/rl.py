@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -107,10 +106,10 @@ def discounted_returns(
 
 def _time_axis(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, int]:
     """(T,) document, (T,) index of the last action at or before each token (or 0), most actions."""
-    counts = torch.tensor(lengths)
+    counts = torch.tensor(lengths, dtype=torch.int64)  # also where a rank has no documents
     n = int(counts.sum())
     document = torch.arange(len(lengths)).repeat_interleave(counts, output_size=n).to(mask.device)
-    starts = torch.tensor([0, *accumulate(lengths)][:-1]).to(mask.device)
+    starts = (counts.cumsum(0) - counts).to(mask.device)
     seen = mask.cumsum(0)
     before = (seen - mask.long())[starts]
     slot = (seen - before[document] - 1).clamp(min=0)
