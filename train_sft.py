@@ -71,7 +71,7 @@ def train(cfg: SFTConfig, world) -> None:
     reference: list[Sums] = [(0.0,)] * len(rows)
     if cfg.loss == "dpo":  # before a checkpoint is read: the model is still the one it starts from
         cache = out / "data" / "reference.jsonl"
-        reference = reference_logprobs(cache, rows, logprobs, cfg, world)
+        reference = reference_logprobs(cache, rows, logprobs, cfg, world, model)
     modules, optimizers = {"policy": model}, {"policy": optimizer}
     past = restore(checkpoint, modules, optimizers, world) if checkpoint else {}
     checkpoints, first_step = checkpoints_of(cfg, world, tokenizer, past), past.get("step", 0)

@@ -250,6 +250,18 @@ def test_dpo_cache_is_what_training_uses(world, unbroken):
     assert first["loss"] < unbroken[0]["loss"]
 
 
+def test_dpo_reference_is_not_that_of_other_weights_of_the_same_name(world, unbroken):
+    """The folder of a warm-up that was trained again, and a run begun anew beside its old cache."""
+    shutil.copytree(world / "unbroken" / "data", world / "retrained" / "data")
+    first, held = world / "model" / "model.safetensors", world / "before"
+    shutil.copy(first, held)
+    shutil.copy(world / "unbroken" / "hf" / "model.safetensors", first)
+    try:
+        assert train(world, "retrained")[0]["dpo_margin"] == pytest.approx(0, abs=1e-4)
+    finally:
+        shutil.copy(held, first)
+
+
 @pytest.mark.dist
 def test_dpo_on_two_ranks_equals_one_invariant(world, unbroken):
     two = train(world, "two", ranks=2)

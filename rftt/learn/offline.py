@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rftt.config import SFTConfig
 from rftt.data import Example, Journal
 from rftt.learn.batch import Batch, collate_rows
-from rftt.learn.distributed import World
+from rftt.learn.distributed import World, full_weights
 from rftt.learn.rl import Metrics, document_sums, dpo_loss, sft_loss
 from rftt.learn.step import per_token
 
@@ -65,14 +65,16 @@ def reference_logprobs(
     logprobs: Callable[[Batch], Tensor],
     cfg: SFTConfig,
     world: World,
+    model: nn.Module,
 ) -> list[Sums]:
     """log π_ref of the chosen and the rejected response of every pair, under the model as it is.
 
     `train_batch_size` pairs at a time over all ranks, each lot on disk before the next is begun;
-    pairs that the file holds for this model are not computed again.
+    pairs that the file holds for these weights are not computed again: a folder's name would stay
+    the same when another training has written into it.
     """
-    model = f"{cfg.model_name_or_path} in {cfg.dtype}"
-    keys = [hashlib.sha256(repr((model, pair)).encode()).hexdigest() for pair in pairs]
+    weights = sum(float(w.abs().sum(dtype=torch.float64)) for _, w in full_weights(model))
+    keys = [hashlib.sha256(repr((weights, cfg.dtype, p)).encode()).hexdigest() for p in pairs]
     journal = Journal(path) if world.is_main else None
     rows = world.gather(journal.rows if journal else None)[0]
     known: dict[str, Sums] = {row["pair"]: tuple(row["logprobs"]) for row in rows}
