@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -138,7 +139,7 @@ def config(**changes):
 
 def rewarded(spoken, prm, rollouts=None, **changes):
     tokenizer, ids, made = spoken
-    return asyncio.run(reward_all(config(**changes), tokenizer, ids, prm, rollouts or [made]))
+    return asyncio.run(reward_all(config(**changes), tokenizer, ids, prm, rollouts or [made]))[0]
 
 
 def test_oracle_each_step_is_read_between_its_delimiters_and_earns_its_own_score(spoken):
@@ -172,8 +173,12 @@ def test_refused_paths_are_left_out_and_counted(spoken):
     tokenizer, ids, _ = spoken
     assert reward(config(), tokenizer, ids, prm, lambda x: [x], said.append, [made, short]) == kept
     assert said == ["the PRM refuses 1 paths: they are left out"]
+    pay = partial(reward, config(), tokenizer, ids, prm)
     with pytest.raises(UserError, match=r"refuses all of 2 paths; the first: path of 9 tokens"):
-        rewarded(spoken, prm, [made, made])
+        pay(lambda x: [x], said.append, [made, made])
+    other = ([kept[0]], [], "")  # a rank may have no other path than refused ones, the world not
+    assert pay(lambda x: [x, other], said.append, [made, made]) == kept
+    assert said[-1] == "the PRM refuses 2 paths: they are left out"
 
 
 def test_a_prm_that_is_down_stops_the_round_with_a_count(spoken):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rftt.cli import load_function
 from rftt.data import decode
 from rftt.rewards.grader import grade
-from rftt.rewards.prm import ProcessModel, score_paths, segment_text
+from rftt.rewards.prm import ProcessModel, Unscored, score_paths, segment_text
 from rftt.schema import Problem, Rollout, UserError
 
 if TYPE_CHECKING:
@@ -65,18 +65,22 @@ def reward(
 ) -> list[Rollout]:
     """All ranks' rollouts by group, with a reward on every step; says how many a PRM refuses.
 
-    Raises UserError on all ranks at once when it is down: the run goes on from its last checkpoint.
+    Raises UserError on all ranks at once when it is down, or refuses all that any rank has: the run
+    goes on from its last checkpoint.
     """
     try:
-        own, failure = asyncio.run(reward_all(cfg, tokenizer, ids, prm, found)), ""
+        (own, refused), failure = asyncio.run(reward_all(cfg, tokenizer, ids, prm, found)), ""
     except UserError as error:
-        own, failure = [], str(error)
-    shares = gather((own, failure, len(found)))
-    if failure := next((failure for _, failure, _ in shares if failure), ""):
+        own, refused, failure = [], [], str(error)
+    shares = gather((own, refused, failure))
+    if failure := next((failure for *_, failure in shares if failure), ""):
         raise UserError(failure)
-    rollouts = sorted(chain(*(own for own, _, _ in shares)), key=lambda rollout: rollout.group)
-    if n_refused := sum(n for _, _, n in shares) - len(rollouts):
-        say(f"the PRM refuses {n_refused} paths: they are left out")
+    rollouts = sorted(chain(*(own for own, *_ in shares)), key=lambda rollout: rollout.group)
+    reasons = list(chain(*(refused for _, refused, _ in shares)))
+    if reasons and not rollouts:
+        raise UserError(f"the PRM refuses all of {len(reasons)} paths; the first: {reasons[0]}.")
+    if reasons:
+        say(f"the PRM refuses {len(reasons)} paths: they are left out")
     return rollouts
 
 
@@ -86,10 +90,10 @@ async def reward_all(
     ids: FunctionIds | None,
     prm: ProcessModel | None,
     rollouts: Sequence[Rollout],
-) -> list[Rollout]:
-    """Every rollout graded, with a reward on each step; those that the PRM refuses are left out.
+) -> tuple[list[Rollout], list[str]]:
+    """Every rollout graded, with a reward on each step; and why the PRM refuses the others.
 
-    Raises UserError when the PRM is down or refuses all.
+    Raises UserError when the PRM is down.
     """
     scheme = scheme_of(cfg, functional=ids is not None)
     paths = [(r.problem.question, step_texts(r, tokenizer, ids)) for r in rollouts]
@@ -99,9 +103,7 @@ async def reward_all(
         for rollout, process in zip(rollouts, found, strict=True)
         if process is None or isinstance(process, list)
     ]
-    if rollouts and not rewarded:
-        raise UserError(f"the PRM refuses all of {len(rollouts)} paths; the first: {found[0]}.")
-    return rewarded
+    return rewarded, [str(process) for process in found if isinstance(process, Unscored)]
 
 
 def step_texts(
