@@ -25,7 +25,7 @@ from rftt.data import Row, decode, gather_parts, load_problems, load_tokenizer, 
 from rftt.functions import function_ids, has_function_tokens
 from rftt.rewards.audit import audit
 from rftt.rewards.grader import canonical, grade
-from rftt.rewards.prm import ProcessModel, build_prm
+from rftt.rewards.prm import ProcessModel, open_prm
 from rftt.schema import Problem, Rollout, Step
 from rftt.search.beam import explorer
 from rftt.search.expand import Learned, speaker
@@ -74,7 +74,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     journal, done = open_part(file, world)
     todo = [problem for problem in problems if problem.id not in done][world.rank :: world.size]
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
-    prm = build_prm(cfg)
+    prm = asyncio.run(open_prm(cfg, log.info))
     policy = speaker(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
     policy = replace(policy, forbidden=tuple(cfg.forbidden_acts))
 

@@ -18,6 +18,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -40,12 +41,12 @@ from rftt.engines.base import Counters
 from rftt.fields import Filters
 from rftt.functions import Messages
 from rftt.rewards.grader import extract, grade
-from rftt.rewards.prm import ProcessModel, Unscored, build_prm, ranking_warning
+from rftt.rewards.prm import ProcessModel, Unscored, open_prm
 from rftt.schema import Problem, Reply, UserError
 from rftt.search.beam import explorer
 from rftt.search.curate import Rules, curate, curate_responses, step_texts
 from rftt.search.expand import Prompted, reply
-from rftt.search.samplers import for_each, prompted_tree, tree_record
+from rftt.search.samplers import for_each, prompted_tree, score_steps, tree_record
 from rftt.watch.log import RunLog
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ async def generate(
     todo: Sequence[Problem],
     journal: Journal,
 ) -> None:
-    work = sample_responses if cfg.method == "sample" else grow_and_curate
+    prm = None if cfg.method == "sample" else await open_prm(cfg, log.info)
+    work = sample_responses if cfg.method == "sample" else partial(grow_and_curate, prm)
     ledger = Path(cfg.output_dir) / "data" / "api.jsonl"
     async with open_chat(cfg, tokenizer, ledger, log.info) as chat:
         ctx = Prompted(
@@ -143,9 +145,13 @@ async def generate(
             await for_each(todo, finish, in_flight=cfg.problems_in_flight)
         journal.close()
         world.barrier()  # before an in-process vLLM closes, which ends the process group
+    if prm:
+        prm.close()
 
 
-async def grow_and_curate(cfg: SearchConfig, ctx: Prompted, problem: Problem) -> Row:
+async def grow_and_curate(
+    prm: ProcessModel | None, cfg: SearchConfig, ctx: Prompted, problem: Problem
+) -> Row:
     """A tree of prompted acts, kept below trees/, and the rows that curation makes of it."""
 
     async def ask(messages: Messages, act: str, problem_id: str) -> str | None:
@@ -160,8 +166,10 @@ async def grow_and_curate(cfg: SearchConfig, ctx: Prompted, problem: Problem) ->
         in_flight=cfg.leaves_in_flight,
         explore=explorer(cfg.method, cfg),
     )
+    n_unscored = await score_steps(prm, tree, problem) if prm else 0
     rules = Rules(cfg.max_plain_paths, cfg.min_shared_steps, cfg.max_repeats, cfg.tree_pairs)
     rows, counts = await curate(tree, problem, ask, rules)
+    counts += Counter(path_unscored=n_unscored)
     name = f"trees/{quote(problem.id, safe='')}.json"
     write_json(Path(cfg.output_dir) / name, tree_record(tree, problem))
     return {
@@ -236,9 +244,7 @@ async def score(
         journal = Journal(file)
         done = {row["id"] for row in journal.rows}
         todo = [row for row in raw if row["id"] not in done]
-    prm = build_prm(cfg) if todo else None
-    if prm and (warning := await ranking_warning(prm, cfg.prm_check_file)):
-        log.info(f"warning: {warning}")
+    prm = await open_prm(cfg, log.info) if todo else None
     with log.bar(len(todo), "problem", "score") as bar:
 
         async def finish(row: Row) -> None:

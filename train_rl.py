@@ -82,19 +82,19 @@ def train(cfg: RLConfig, world: World) -> None:
     ids, vocabulary = function_ids(tokenizer) if speaks else None, len(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
     engine = build_engine(cfg, cfg.model_name_or_path, vocabulary)  # before FSDP takes the device
-    pay = partial(reward, cfg, tokenizer, ids, open_prm(cfg, log.info), world.gather, log.info)
+    prm = asyncio.run(open_prm(cfg, log.info))
+    pay = partial(reward, cfg, tokenizer, ids, prm, world.gather, log.info)
     models, modules, optimizers, peaks = build_models(cfg, world)
     policy = speaker(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
     past = restore(checkpoint, modules, optimizers, world) if checkpoint else {}
     if not past and cfg.sampling_method == "mcts" and not cfg.allow_cold_start:
         asyncio.run(check_warm(policy, problems[:8], cfg.system_prompt))
     kl = AdaptiveKL(past.get("kl_coef", cfg.kl_coef), cfg.kl_target or math.inf, cfg.kl_horizon)
-    first_step, spent = past.get("step", 0), past.get("tokens_generated", 0.0)
-    budget = cfg.max_generated_tokens or math.inf  # in tokens sampled
+    first_step, taken = past.get("step", 0), past.get("problems_taken", 0)
+    spent, budget = past.get("tokens_generated", 0.0), cfg.max_generated_tokens or math.inf
     checkpoints = checkpoints_of(cfg, world, tokenizer, past)
     log.rewind(first_step)
     guard, stop = Guard(out / "debug", modules, world, log.info), stop_on_sigterm()
-    taken = past.get("problems_taken", 0)
     stream = (problems[i] for i in islice(shuffled_epochs(len(problems), cfg.seed), taken, None))
 
     for step in range(first_step, cfg.max_steps):

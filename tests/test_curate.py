@@ -6,9 +6,11 @@ import pytest
 
 from rftt.functions import ACTS, FunctionIds, ask_verify, render
 from rftt.rewards.grader import extract
+from rftt.rewards.prm import Unscored
 from rftt.schema import Problem, Step
 from rftt.search.curate import Rules, choose_pair, curate, disjoint_correct, traces
 from rftt.search.mcts import Choice, Tree
+from rftt.search.samplers import score_steps
 
 PROBLEM = Problem("p", "Eva has 19 pens, triples them, sells 3. How many?", "54")
 RULES = Rules(max_plain_paths=2, min_shared_steps=0, max_repeats=2)
@@ -42,6 +44,28 @@ def says(verify="19*3=57, not 58.", refine="Redo it from the tripling."):
         return {"verify": verify, "refine": refine}[act]
 
     return ask
+
+
+class Doubter:
+    """A PRM that dislikes equations and 58, and reads no path that says `unreadable`."""
+
+    async def score(self, question, steps):
+        if any("unreadable" in step for step in steps):
+            raise Unscored("no")
+        return [0.1 if "58" in step else 0.2 if "=" in step else 0.9 for step in steps]
+
+    def close(self): ...
+
+
+def test_process_scores_of_a_tree_choose_the_pair():
+    unread = [PLAN, ("direct_answer", "unreadable \\boxed{1}")]
+    tree = build(RIGHT, WRONG, OTHER, unread)
+    good, bad = choose_pair(traces(tree, PROBLEM), RULES)
+    assert (good.nodes, bad.nodes) == ((5, 6), (1, 7))  # the shortest, the longest
+    assert asyncio.run(score_steps(Doubter(), tree, PROBLEM)) == 1
+    assert [node.step.score for node in tree.nodes[1:]] == [0.9, 0.9, 0.9, 0.1, 0.2, 0.9, None]
+    good, bad = choose_pair(traces(tree, PROBLEM), RULES)
+    assert (good.nodes, bad.nodes) == ((1, 2, 3), (1, 4))
 
 
 def test_merged_row_is_prefix_wrong_verify_refine_correct_output():

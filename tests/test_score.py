@@ -1,5 +1,6 @@
 """Sample once, score and filter as often as one likes: search.py's methods sample and score."""
 
+import asyncio
 import gc
 import json
 import threading
@@ -14,8 +15,9 @@ from rftt.cli import load_config
 from rftt.config import SearchConfig
 from rftt.data import load_rows, load_tokenizer, write_jsonl
 from rftt.functions import add_function_tokens
-from rftt.schema import UserError
+from rftt.schema import Problem, Reply, UserError
 from rftt.search.curate import curate_responses, step_texts
+from rftt.search.expand import Prompted
 from rftt.tiny import build_tokenizer
 
 
@@ -170,6 +172,25 @@ def test_score_killed_asks_only_for_the_rest_and_ends_the_same(tmp_path, cache, 
     by_id = {row["id"]: row for row in after.pop("scored")}
     assert by_id == {row["id"]: row for row in before.pop("scored")}
     assert after == before
+
+
+def test_a_tree_keeps_the_process_scores_of_its_steps(tmp_path):
+    class Half:
+        async def score(self, question, steps):
+            return [0.5] * len(steps)
+
+        def close(self): ...
+
+    async def chat(messages, sampling):
+        return Reply("So it is \\boxed{4}.", True, 1, 1)
+
+    given = {"output_dir": tmp_path, "model_name_or_path": "m", "train_file": "t", "simulations": 2}
+    cfg = load_config(SearchConfig, [f"{k}={v}" for k, v in given.items()])
+    ctx = Prompted(chat, 1.0, 9, 5, 4, seed=0)
+    found = asyncio.run(search.grow_and_curate(Half(), cfg, ctx, Problem("p", "2 + 2?", "4")))
+    (tree,) = (tmp_path / "trees").glob("*.json")
+    assert {node["score"] for node in json.loads(tree.read_text())["nodes"][1:]} == {0.5}
+    assert found["counts"]["path_unscored"] == 0
 
 
 @pytest.mark.dist

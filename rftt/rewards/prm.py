@@ -71,10 +71,10 @@ def build_prm(cfg: ProcessConfig) -> ProcessModel | None:
     return LocalPRM(cfg)
 
 
-def open_prm(cfg: ProcessConfig, warn: Callable[[str], None]) -> ProcessModel | None:
+async def open_prm(cfg: ProcessConfig, warn: Callable[[str], None]) -> ProcessModel | None:
     """`build_prm`, for a script: it must answer, and rank an example, or `warn` hears of it."""
     prm = build_prm(cfg)
-    if prm and (warning := asyncio.run(ranking_warning(prm, cfg.prm_check_file))):
+    if prm and (warning := await ranking_warning(prm, cfg.prm_check_file)):
         warn(f"warning: {warning}")
     return prm
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from rftt.data import decode, encode_chat, question_messages
 from rftt.functions import Phase, successors
 from rftt.rewards.grader import canonical, grade
-from rftt.rewards.prm import ProcessModel, Unscored, reduce, segment_text
+from rftt.rewards.prm import ProcessModel, Unscored, reduce, score_paths, segment_text
 from rftt.schema import Problem, Rollout, Step, UserError, seed_for
 from rftt.search.expand import (
     Learned,
@@ -145,6 +145,20 @@ async def prompted_tree(
     value = graded(problem, visible)
     await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
     return tree
+
+
+async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
+    """A process score on every step of a prompted tree; returns how many paths `prm` refuses.
+
+    Steps that paths share get one score: it tells of a step and what stands before it.
+    """
+    paths = [[node for node in leaf.path() if node.step] for leaf in tree.leaves()]
+    texts = [[node.step.text for node in path if node.step] for path in paths]
+    found = await score_paths(prm, [(problem.question, steps) for steps in texts])
+    for path, scores in zip(paths, found, strict=True):
+        for node, score in zip(path, [] if isinstance(scores, Unscored) else scores, strict=False):
+            node.step = replace(node.step, score=score) if node.step else None
+    return sum(isinstance(scores, Unscored) for scores in found)
 
 
 # ---- Phase 2, and evaluation ----
