@@ -397,9 +397,12 @@ def test_serve_binds_to_loopback_unless_told_otherwise() -> None:
     assert ServeConfig().host == "127.0.0.1"
 
 
-def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path]) -> None:
+def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rftt.rewards.prm", "serve", "--model", str(folders["value"])]
     more = ["--port=0", "--dtype", "float32", "--device", "cpu"]
+    check = tmp_path / "check.json"  # which no model can rank: the warning does not hang on weights
+    check.write_text(json.dumps({"question": "1+1?", "good": ["2"], "bad": ["2"]}))
+    more += ["--prm_check_file", str(check)]
     with subprocess.Popen([*command, *more], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         lines = [server.stdout.readline() for _ in range(2)]
@@ -407,7 +410,7 @@ def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path]) -> No
         reply = httpx2.post(url, json=body_of())
         server.terminate()
         assert (server.wait(30), reply.status_code, len(reply.json()["score"])) == (0, 200, 3)
-    assert lines[0].startswith("warning: PRM ranks a wrong step")  # its weights are random
+    assert lines[0].startswith("warning: PRM ranks a wrong step")
 
 
 def test_serve_without_a_model_is_one_line() -> None:
