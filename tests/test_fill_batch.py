@@ -17,11 +17,6 @@ def config(**changes: object) -> RLConfig:
     )  # fmt: skip
 
 
-class Alone(Ranks):
-    def gather(self, found):
-        return [found]
-
-
 def filled(monkeypatch, rewards, **changes):
     """(groups explored, groups learned from, problems drawn, what was said)."""
 
@@ -50,7 +45,7 @@ def filled(monkeypatch, rewards, **changes):
     stream = (Problem(id=str(i), question="?", answer="1") for i in range(99))
     said = []
     explored, kept, n = train_rl.fill_batch(
-        config(**changes), 12, None, stream, Alone(), None, said.append
+        config(**changes), 12, None, stream, Ranks(), None, list, said.append
     )
     assert next(stream).id == str(n)  # the next step, resumed or not, begins there
     return sorted({r.group for r in explored}), sorted({r.group for r in kept}), n, said
