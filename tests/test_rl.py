@@ -259,3 +259,4 @@ def test_adaptive_kl_moves_towards_its_target() -> None:
     assert start.update(0.5, 100).coef == pytest.approx(0.1 * 1.02)
     assert start.update(0.0, 100).coef == pytest.approx(0.1 * 0.98)
     assert start.update(0.05, 100).coef == pytest.approx(0.1)
+    assert start.update(math.nan, 100) == start  # a skipped update must not spoil those after it

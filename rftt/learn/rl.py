@@ -51,7 +51,7 @@ class AdaptiveKL:
     """Rollouts after which a constant 20 % error has moved `coef` by 20 %."""
 
     def update(self, kl: float, n_rollouts: int) -> AdaptiveKL:
-        if math.isinf(self.target):  # fixed
+        if math.isinf(self.target) or not math.isfinite(kl):  # fixed, or the update was skipped
             return self
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         return replace(self, coef=self.coef * (1.0 + error * n_rollouts / self.horizon))
