@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -106,7 +107,7 @@ def gather_parts(path: Path) -> Journal:
     """The journal of rank 0 with the rows of all others, whose files are then gone."""
     whole = Journal(path)
     known = {row["id"] for row in whole.rows}
-    for part in sorted(path.parent.glob(path.with_suffix(f".rank*{path.suffix}").name)):
+    for part in sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}")):
         rows = Journal(part)
         rows.close()
         for row in rows.rows:

@@ -19,8 +19,9 @@ N = 7
 """Problems: not divisible by the number of ranks."""
 
 
-def test_parts_come_together_once_even_after_a_kill_in_between(tmp_path: Path) -> None:
-    path = tmp_path / "raw.jsonl"
+@pytest.mark.parametrize("name", ["raw.jsonl", "math [hard].v2.jsonl"])
+def test_parts_come_together_once_even_after_a_kill_in_between(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
     for rank, ids in enumerate([["a", "b"], ["c"], ["d", "a"]]):
         part = Journal(part_of(path, rank))
         for id in ids:
