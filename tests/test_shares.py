@@ -29,7 +29,7 @@ def test_parts_come_together_once_even_after_a_kill_in_between(tmp_path: Path, n
         part.close()
     whole = gather_parts(path)
     assert [row["id"] for row in whole.rows] == ["a", "b", "c", "d"]
-    assert [file.name for file in tmp_path.iterdir()] == ["raw.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == [name]
     whole.close()
     assert [row["id"] for row in gather_parts(path).rows] == ["a", "b", "c", "d"]
 
