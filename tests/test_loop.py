@@ -127,8 +127,8 @@ def test_loop_settings_follow_the_iteration_and_keep_the_rest() -> None:
     ("argument", "message"),
     [
         (
-            "search.temprature=1",
-            r"search, iteration 1: .*'temprature'.* Did you mean 'temperature'",
+            "search.temperatur3=1",
+            r"search, iteration 1: .*'temperatur3'.* Did you mean 'temperature'",
         ),
         ("search.simulations=8/3", r"simulations=2.66.* is not a int"),
         ("search.simulations=2 - iter", r"search, iteration 3: config: simulations=0 is too small"),
