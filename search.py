@@ -95,18 +95,24 @@ def search(cfg: SearchConfig, world: World) -> None:
     journal, done = open_part(file, world)
     left = [problem for problem in problems if problem.id not in done]
     log.info(f"{len(problems)} problems, {len(done)} of them done before")
-    try:
-        if left:  # on any rank: its engine may be one of several that open together
-            share = left[world.rank :: world.size]
-            asyncio.run(generate(cfg, log, world, tokenizer, share, journal))
-            journal = gather_parts(file) if world.is_main else journal
-    finally:  # out of budget or interrupted: what is done is there to be used
+
+    def finish() -> None:
         journal.close()
         by_id = {row["id"]: row for row in journal.rows}
         raw = [by_id[problem.id] for problem in problems if problem.id in by_id]
         if raw and world.is_main:  # alone: a closed vLLM has taken the process group with it
             raw = asyncio.run(score(cfg, log, raw)) if cfg.method == "sample" else raw
             write_data(cfg, log, raw, None if cfg.method == "sample" else n_tokens)
+
+    try:
+        if left:  # on any rank: its engine may be one of several that open together
+            share = left[world.rank :: world.size]
+            asyncio.run(generate(cfg, log, world, tokenizer, share, journal))
+            journal = gather_parts(file) if world.is_main else journal
+    except UserError:  # such as out of budget: what is done is there to be used
+        finish()
+        raise
+    finish()
 
 
 # ---- Generate: a tree or responses per problem, into data/raw.jsonl ----
