@@ -143,9 +143,7 @@ async def answer(
 
 def steps_of(rollout: Rollout) -> list[Step]:
     """A response cut into its steps again; the last one knows the answer."""
-    starts = (0, *(end + 1 for end in rollout.step_ends))
-    spans = zip(starts, rollout.step_ends, strict=False)
-    steps = [Step("", "", rollout.response_ids[start : end + 1]) for start, end in spans]
+    steps = [Step("", "", token_ids) for token_ids in rollout.step_ids()]
     return [*steps[:-1], replace(steps[-1], answer=rollout.answer)]
 
 

@@ -145,6 +145,12 @@ class Rollout:
     nodes: tuple[int, ...] = ()
     """Ids of the tree nodes on its path; empty without a tree."""
 
+    def step_ids(self) -> list[tuple[int, ...]]:
+        """S token ids each: the response cut into its steps."""
+        starts = (0, *(end + 1 for end in self.step_ends))
+        spans = zip(starts, self.step_ends, strict=False)
+        return [self.response_ids[start : end + 1] for start, end in spans]
+
 
 def seed_for(*keys: object) -> int:
     """63-bit seed from (run seed, problem id, path, …): the same in every process, in any order."""

@@ -110,11 +110,7 @@ def step_texts(
     rollout: Rollout, tokenizer: PreTrainedTokenizerBase, ids: FunctionIds | None
 ) -> list[str]:
     """What a process reward model reads of each step."""
-    starts = (0, *(end + 1 for end in rollout.step_ends))
-    return [
-        segment_text(tokenizer, rollout.response_ids[start : end + 1], ids)
-        for start, end in zip(starts, rollout.step_ends, strict=False)
-    ]
+    return [segment_text(tokenizer, step, ids) for step in rollout.step_ids()]
 
 
 def score(

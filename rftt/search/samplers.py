@@ -6,7 +6,6 @@ Every sampler is a coroutine that reads like the textbook for ONE problem; the e
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
@@ -247,7 +246,7 @@ def tree_record(
     def prior(node: Node) -> float | None:
         """π(act | parent); None where nobody knows it (phase 1)."""
         known = tree.priors(node.parent) if node.parent else {}
-        return math.exp(known[node.act]) if node.act in known else None
+        return exp(known[node.act]) if node.act in known else None
 
     def text(step: Step) -> str:
         return decode(tokenizer, step.token_ids) if tokenizer else step.text

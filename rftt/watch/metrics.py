@@ -110,8 +110,6 @@ def examples(
 
 def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """A rollout as a person reads it; a step has a text, an act and a reward."""
-    starts = (0, *(end + 1 for end in rollout.step_ends))
-    spans = zip(starts, rollout.step_ends, strict=False)
     return {
         "id": rollout.problem.id,
         "question": rollout.problem.question,
@@ -120,7 +118,7 @@ def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
         "answer": rollout.answer,
         "outcome": rollout.outcome,
         "acts": rollout.acts,
-        "steps": [tokenizer.decode(list(rollout.response_ids[a : b + 1])) for a, b in spans],
+        "steps": [tokenizer.decode(list(step)) for step in rollout.step_ids()],
         "step_rewards": rollout.step_rewards,
         "finish": rollout.finish,
     }
