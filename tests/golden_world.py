@@ -13,9 +13,6 @@ import tempfile
 from pathlib import Path
 from random import Random
 
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
 import train_rl
 import train_sft
 from rftt.cli import load_config
@@ -23,6 +20,7 @@ from rftt.config import RLConfig, SFTConfig
 from rftt.data import write_json, write_jsonl
 from rftt.learn.distributed import close_world, open_world
 from rftt.tiny import END, PAD, build_tokenizer, make_tale, write_line
+from tests.learners import random_qwen2
 
 SFT = [
     "dtype=float32", "learning_rate=1e-2", "train_batch_size=16", "num_train_epochs=3",
@@ -63,23 +61,9 @@ def build(folder: Path) -> None:
     write_jsonl(folder / "test.jsonl", problems[160:])
     tokenizer = build_tokenizer()
     ids = tokenizer.get_vocab()
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            initializer_range=0.1,
-            bos_token_id=None,
-            eos_token_id=ids[END],
-            pad_token_id=ids[PAD],
-        )
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2}
+    ends = {"eos_token_id": ids[END], "pad_token_id": ids[PAD]}
+    model = random_qwen2(len(tokenizer), **sizes, **ends, initializer_range=0.1)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
 

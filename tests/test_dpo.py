@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rftt.config import SFTConfig
 from rftt.data import encode_chat, load_rows, question_messages, read_jsonl, write_jsonl
@@ -18,6 +18,7 @@ from rftt.learn.batch import empty_like
 from rftt.learn.offline import collate_examples, offline_loss
 from rftt.schema import UserError
 from rftt.tiny import build_tokenizer
+from tests.learners import random_qwen2
 
 PAIRS = [
     {
@@ -39,19 +40,9 @@ def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("dpo")
     tokenizer = build_tokenizer()
     add_function_tokens(tokenizer)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(path / "model")
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "initializer_range": 0.2}
+    eos = {"eos_token_id": tokenizer.eos_token_id}
+    random_qwen2(len(tokenizer), **sizes, **eos).save_pretrained(path / "model")
     tokenizer.save_pretrained(path / "model")
     write_jsonl(path / "pairs.jsonl", PAIRS)
     return path

@@ -25,7 +25,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.prm_train import PRMTrainConfig, auc, label_trees
 from bench.prm_train import main as train
@@ -51,6 +51,7 @@ from rftt.rewards.prm_server import ServeConfig, from_wire, open_server
 from rftt.schema import UserError
 from rftt.tiny import build_tokenizer
 from tests.conftest import ROOT, run
+from tests.learners import random_qwen2
 from tests.small_world import make_world, settings
 
 QUESTION = "Eva has 12 pens, buys 7, sells 4. How many now?"
@@ -70,22 +71,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("prm")
     tokenizer = build_tokenizer()
     for kind, head in HEADS.items():
-        torch.manual_seed(1)
         own = build_tokenizer()
         own.add_tokens(["ки"] + (["<extra_0>"] if kind == "qwen" else []))
-        model = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=len(tokenizer) + 8,
-                hidden_size=HIDDEN,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                max_position_embeddings=256,
-                initializer_range=0.3,
-                tie_word_embeddings=False,
-            )
-        )
+        sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_key_value_heads": 2}
+        wide = {"initializer_range": 0.3, "tie_word_embeddings": False}
+        model = random_qwen2(len(tokenizer) + 8, seed=1, **sizes, **wide)
         own.save_pretrained(out / kind)
         model.config.save_pretrained(out / kind)
         tensors = {k: v.clone() for k, v in model.state_dict().items()}
