@@ -25,7 +25,9 @@ from rftt.watch.page import filled
 from rftt.watch.report import write_report
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 pytestmark = [
     pytest.mark.html,
     pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed"),
