@@ -76,7 +76,6 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
     prm = asyncio.run(open_prm(cfg, log.info))
     policy = speaker(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
-    policy = replace(policy, forbidden=tuple(cfg.forbidden_acts))
 
     async def run() -> None:
         with log.bar(len(todo), "problem", name) as bar:

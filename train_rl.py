@@ -78,7 +78,7 @@ def train(cfg: RLConfig, world: World) -> None:
     problems = load_problems(cfg.train_file, keys=keys)
     eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
-    speaks = cfg.sampling_method == "mcts" or has_function_tokens(tokenizer)
+    speaks = cfg.sampling_method == "mcts" or cfg.forbidden_acts or has_function_tokens(tokenizer)
     ids, vocabulary = function_ids(tokenizer) if speaks else None, len(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
     engine = build_engine(cfg, cfg.model_name_or_path, vocabulary)  # before FSDP takes the device

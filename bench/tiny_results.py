@@ -138,46 +138,68 @@ def forgetting(runs: list[Path]) -> dict:
 
 
 CELLS = {
-    ("yes", "yes", "no"): "rl",
-    ("yes", "yes", "yes"): "rl-prm",
-    ("yes", "no", "no"): "rl-normal",
-    ("yes", "no", "yes"): "rl-normal-prm",
-    ("no", "yes", "no"): "impossible: a tree over functional tokens needs the tokens",
-    ("no", "yes", "yes"): "impossible: a tree over functional tokens needs the tokens",
-    ("no", "no", "no"): "rl-cot",
-    ("no", "no", "yes"): "rl-cot-prm",
+    "tokens | tree | PRM": {
+        "yes | yes | no": "rl",
+        "yes | yes | yes": "rl-prm",
+        "yes | no | no": "rl-normal",
+        "yes | no | yes": "rl-normal-prm",
+        "no | yes | either": "impossible: a tree over functional tokens needs the tokens",
+        "no | no | no": "rl-cot",
+        "no | no | yes": "rl-cot-prm",
+    },
+    "advantages | process scores": {
+        "grpo | none": "rl",
+        "grpo | paper": "rl-prm",
+        "grpo | blend": "rl-blend",
+        "reinforce++ | none": "rl-rpp",
+        "reinforce++ | paper": "rl-rpp-prm",
+        "reinforce++ | gain": "rl-rpp-gain",
+    },
+    "act forbidden in RL and after": {
+        "none": "rl",
+        **{act: f"rl-no-{act}" for act in ("verify", "refine", "next_step", "subquestion")},
+    },
 }
-"""(functional tokens, tree, PRM) in RL -> the run."""
+"""What is compared -> how the cell differs -> the run; every change is against the run `rl`."""
 FORBIDDEN = ("clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine")
+
+
+def last_rounds(run: Path, key: str) -> float:
+    """Mean of a metric over the last three steps of a training run."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()[-3:]
+    return fmean(json.loads(line)[key] for line in lines)
+
+
+def compared(runs: list[Path], name: str, against: str) -> list[str]:
+    """Greedy, its change, sampled, its change, seeds: five cells of a table."""
+    found = measured(runs, name, against)
+    row = [x for figures in found.values() for x in figures[:2]]
+    return [*row, str(found["greedy"][2])] if found else ["not run", "", "", "", ""]
 
 
 def controls(runs: list[Path]) -> dict:
     result: dict[str, dict] = {}
-    print(
-        "| tokens | tree | PRM | greedy % | against tokens + tree | sampled % | against tokens + ",
-        end="",
-    )
-    print("tree | seeds | million tokens sampled |\n|---|---|---|---|---|---|---|---|---|")
-    for cell, name in CELLS.items():
-        found = measured(runs, f"eval-{name}", "eval-rl") if " " not in name else {}
-        drawn = [total(run / name, "tokens_generated") for run in runs] if found else []
-        spent = [t / 1e6 for t in drawn if t is not None]
-        row = [x for figures in found.values() for x in figures[:2]]
-        row += [str(found["greedy"][2]), f"{mean(spent):.2f}" if spent else ""] if found else []
-        row = row or [name if " " in name else "not run", *[""] * 5]
-        print(f"| {' | '.join([*cell, *row])} |")
-        if found:
-            result[name] = {metric: list(figures) for metric, figures in found.items()}
-    print("\n| act that is forbidden | model | greedy % | change | sampled % | change | seeds |")
-    print("|---|---|---|---|---|---|---|")
+    figures = "greedy % | change | sampled % | change | seeds"
+    for title, table in CELLS.items():
+        print(f"| {title} | {figures} | response tokens, last 3 rounds | million tokens sampled |")
+        print("|---" * (title.count("|") + 8) + "|")
+        for cell, name in table.items():
+            row = [name, *[""] * 6]
+            if " " not in name:
+                there = [run / name for run in runs if scores(run / f"eval-{name}")]
+                length = " / ".join(f"{last_rounds(run, 'response_length'):.0f}" for run in there)
+                spent = [total(run, "tokens_generated") or 0.0 for run in there]
+                row = [*compared(runs, f"eval-{name}", "eval-rl"), length]
+                row += [f"{mean(spent) / 1e6:.2f}" if spent else ""]
+                result[name] = measured(runs, f"eval-{name}", "eval-rl")
+            print(f"| {cell} | {' | '.join(row)} |")
+        print()
+    print(f"| act forbidden after RL only | model | {figures} |\n|---|---|---|---|---|---|---|")
     for model in ("rl", "sft"):
         for act in ("none", *FORBIDDEN):
             name, whole = f"masked/eval-{model}-{act}", f"masked/eval-{model}-none"
-            found = measured(runs, name, whole)
-            row = [x for figures in found.values() for x in figures[:2]] or ["not run", "", "", ""]
-            n = str(found["greedy"][2]) if found else ""
-            print(f"| {act} | {MODELS[model]} | {' | '.join(row)} | {n} |")
-            result[f"{model} without {act}"] = {m: list(figures) for m, figures in found.items()}
+            print(f"| {act} | {MODELS[model]} | {' | '.join(compared(runs, name, whole))} |")
+            result[f"{model} without {act}"] = measured(runs, name, whole)
     return result
 
 

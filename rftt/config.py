@@ -9,13 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rftt.fields import Api, Beam, Filters, Process
+from rftt.fields import Acts, Api, Beam, Filters, Process
 from rftt.schema import UserError
-
-Act = Literal[
-    "clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine"
-]
-"""Functional tokens that a response can do without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +184,7 @@ class SFTConfig(Common, Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(Common, Graded, Engine, Training, Process):
+class RLConfig(Common, Graded, Engine, Training, Process, Acts):
     """train_rl.py: online RL whose explorer is a tree search over functional tokens (phase 2)."""
 
     train_file: str
@@ -235,9 +230,10 @@ class RLConfig(Common, Graded, Engine, Training, Process):
     reward_function: str | None = None
     """module:function called with the Problem and the decoded response: what the last step earns,
     instead of the three above."""
-    reward_scheme: Literal["paper", "blend"] = "paper"
-    """blend: 0.6 x correct + 0.4 x PRM on the last step, as in the official code. A process score
-    is 0 without a PRM (PAPER §1)."""
+    reward_scheme: Literal["paper", "blend", "gain"] = "paper"
+    """paper: a step earns its process score, 0 without a PRM (PAPER §1). blend: so it does, but the
+    last one 0.6 x correct + 0.4 x score, as in the official code. gain: a step earns by how much it
+    raises the score, and the sum is that of the outcome alone (Ng 1999): length is not paid for."""
     mask_truncated_completions: bool = False
     """Leave responses that ran out of tokens out of the loss (TRL's name)."""
     # -- learn
@@ -309,6 +305,10 @@ class RLConfig(Common, Graded, Engine, Training, Process):
             "num_generations=1 gives zero advantages with grpo; use at least 2.",
         )
         _require(
+            self.reward_scheme != "gain" or self.advantage_estimator != "grpo",
+            "reward_scheme=gain tells steps apart and grpo adds them up; use reinforce++ or ppo.",
+        )
+        _require(
             self.kl_target is None or self.kl_coef > 0,
             "kl_target needs a kl_coef above 0 to adapt.",
         )
@@ -318,7 +318,7 @@ class RLConfig(Common, Graded, Engine, Training, Process):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Common, Graded, Engine, Beam, Process):
+class EvalConfig(Common, Graded, Engine, Beam, Process, Acts):
     """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
 
     eval_file: str
@@ -345,9 +345,6 @@ class EvalConfig(Common, Graded, Engine, Beam, Process):
     """Problems evaluated at once."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
-    forbidden_acts: list[Act] = field(default_factory=list)
-    """Functional tokens that may not be opened, neither by the policy nor by the search: what is an
-    act worth to this model? (PAPER §1: one act masked)"""
     audit: bool = False
     """Instead of a model, judge the grader: which gold answers of eval_file it reads, and whether
     respelled answers are paid and near misses refused."""

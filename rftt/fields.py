@@ -1,4 +1,4 @@
-"""Groups of config fields that config.py has no room for: process rewards, URLs, filters."""
+"""Groups of config fields that config.py has no room for: process rewards, URLs, filters, acts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ Script = Literal[
     "latin", "cyrillic", "greek", "cjk", "hiragana", "katakana", "hangul", "arabic", "thai"
 ]
 """How the Unicode names of a script's letters begin."""
+Act = Literal[
+    "clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine"
+]
+"""Functional tokens that a response can do without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,13 @@ class Filters:
     """Responses kept per problem (ms-swift's name and default)."""
     max_pairs: int = 1
     """Pairs for DPO per problem: the best kept response with the worst wrong one, and so on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acts:
+    forbidden_acts: list[Act] = field(default_factory=list)
+    """Functional tokens that may not be opened, neither by the policy nor by the search: what is an
+    act worth? (PAPER §1: one act masked)"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from rftt.schema import Problem, Rollout, UserError
 from rftt.tiny import build_tokenizer
 
 PAPER = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0)
-BLEND = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0, blend=True)
-WHOLE = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0, whole_segments=True)
+BLEND = replace(PAPER, kind="blend")
+GAIN = replace(PAPER, kind="gain")
+WHOLE = replace(PAPER, whole_segments=True)
 
 
 def rollout(answer, finish="stop", acts=("analysis", "output"), gold="4"):
@@ -50,6 +51,10 @@ def text(answer):
         (BLEND, "4", [0.7, 0.5], (0.7, 0.6 + 0.4 * 0.5), 1.0),
         (BLEND, "5", [0.7, 0.5], (0.7, 0.4 * 0.5), 0.0),
         (BLEND, "4", None, (0.0, 0.6), 1.0),
+        (GAIN, "4", [0.7, 0.2], (0.7, 1.0 - 0.7), 1.0),
+        (GAIN, "5", [0.7, 0.2], (0.7, 0.1 - 0.7), 0.0),
+        (GAIN, None, [0.7, 0.9], (0.7, 0.0 - 0.7), 0.0),
+        (GAIN, "4", None, (0.0, 1.0), 1.0),
     ],
 )
 def test_oracle_reward_of_every_step(scheme, answer, process, rewards, outcome):
@@ -152,6 +157,15 @@ def test_oracle_each_step_is_read_between_its_delimiters_and_earns_its_own_score
     assert scored.step_rewards == pytest.approx([*scores[:-1], 1.0])
     (blended,) = rewarded(spoken, prm, reward_scheme="blend")
     assert blended.step_rewards == pytest.approx([*scores[:-1], 0.6 + 0.4 * scores[-1]])
+
+
+def test_invariant_gains_add_up_to_the_outcome_however_long_the_response(spoken):
+    (scored,) = rewarded(spoken, Marks(), reward_scheme="gain", advantage_estimator="reinforce++")
+    first, second, third = scored.step_rewards
+    assert first + second + third == pytest.approx(1.0)
+    assert second == pytest.approx(scored.step_scores[1] - scored.step_scores[0])
+    with pytest.raises(UserError, match=r"gain tells steps apart and grpo adds them up"):
+        config(reward_scheme="gain", advantage_estimator="grpo")
 
 
 def test_a_response_without_answer_ends_with_its_own_score(spoken):

@@ -188,6 +188,10 @@ def test_stepwise_takes_the_most_likely_act_that_the_grammar_allows():
     assert [step.act for step in steps] == ["analysis", "next_step", "next_step"]
     assert all(step.forced for step in steps)
     assert steps[1].logprobs[0] == -float(1 + ACTS.index("next_step"))
+    again = [[165, CLOSE["analysis"]], [166, CLOSE["subquestion"]]]
+    other = learned(again, stepwise=True, max_depth=2, forbidden=("next_step",))
+    steps = asyncio.run(expand_learned(other, PROBLEM, [7], choose("analysis"), -1.0))
+    assert [step.act for step in steps] == ["analysis", "subquestion"]
 
 
 def test_invariant_budget_counts_the_whole_response():

@@ -10,8 +10,8 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 from rftt.cli import load_function
 from rftt.data import decode
@@ -34,8 +34,8 @@ class RewardScheme:
     """There is an answer, and it is wrong."""
     no_answer: float
     """The response ended without one. With a PRM its last step earns its own score instead."""
-    blend: bool = False
-    """Last step = 0.6 x correct + 0.4 x process score, as found in the official code."""
+    kind: Literal["paper", "blend", "gain"] = "paper"
+    """What a process score does to a step's reward: config.py says."""
     whole_segments: bool = False
     """A response with text outside its segments has no answer, whatever it says."""
     custom: Callable[[Problem, str], object] | None = None
@@ -48,7 +48,7 @@ def scheme_of(cfg: RLConfig, *, functional: bool) -> RewardScheme:
         correct=cfg.correct_reward,
         wrong=cfg.wrong_reward,
         no_answer=cfg.no_answer_reward,
-        blend=cfg.reward_scheme == "blend",
+        kind=cfg.reward_scheme,
         whole_segments=cfg.malformed_responses == "reject" and functional,
         custom=load_function("reward_function", own) if (own := cfg.reward_function) else None,
     )
@@ -132,6 +132,8 @@ def score(
     if scheme.custom is not None:
         finish = own_reward(scheme.custom, rollout.problem, text)
     rewards = (*process[:-1], finish)
+    if scheme.kind == "gain":
+        rewards = tuple(after - before for before, after in pairwise((0.0, *rewards)))
     scores = tuple(process) if known else ()
     return replace(rollout, outcome=float(correct), step_rewards=rewards, step_scores=scores)
 
@@ -140,13 +142,13 @@ def finish_reward(
     correct: bool, answer: str | None, process: float | None, scheme: RewardScheme
 ) -> float:
     """What the last step earns; `process` is its own score, None without a PRM."""
-    if scheme.blend:
+    if scheme.kind == "blend":
         return 0.6 * correct + 0.4 * (process or 0.0)
     if correct:
         return scheme.correct
     if answer is not None:
         return scheme.wrong
-    return scheme.no_answer if process is None else process
+    return process if process is not None and scheme.kind == "paper" else scheme.no_answer
 
 
 def own_reward(function: Callable[[Problem, str], object], problem: Problem, text: str) -> float:

@@ -173,6 +173,7 @@ def speaker(
         seed=cfg.seed,
         stepwise=stepwise,
         answer_format=answer_format,
+        forbidden=tuple(cfg.forbidden_acts),
     )
 
 
@@ -250,7 +251,8 @@ async def _stepwise(
         peek = await ctx.engine.generate([*prompt, *used], ctx.sampling(1, *key, len(steps), "act"))
         act_logprobs = dict(zip(ACTS, peek.watched[0], strict=True))
         steps[-1] = replace(steps[-1], act_logprobs=act_logprobs)
-        act = max(successors(act, "learned"), key=act_logprobs.__getitem__)
+        allowed = [a for a in successors(act, "learned") if a not in ctx.forbidden]
+        act = max(allowed, key=act_logprobs.__getitem__)
         opener_logprob = act_logprobs[act]
     return steps or [Step(act, "", (ids.open[act],), (opener_logprob,), forced=True)]
 
