@@ -24,7 +24,8 @@ from rftt.config import EvalConfig
 from rftt.data import Row, decode, gather_parts, load_problems, load_tokenizer, write_json
 from rftt.functions import function_ids, has_function_tokens
 from rftt.rewards.audit import audit
-from rftt.rewards.grader import canonical, grade
+from rftt.rewards.compose import solves
+from rftt.rewards.grader import canonical
 from rftt.rewards.prm import ProcessModel, open_prm
 from rftt.schema import Problem, Rollout, Step
 from rftt.search.beam import explorer
@@ -81,9 +82,9 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
         with log.bar(len(todo), "problem", name) as bar:
 
             async def finish(problem: Problem) -> None:
-                journal.append(await answer(cfg, policy, prm, problem))
-                solved = sum(row["greedy"]["correct"] for row in journal.rows) / len(journal.rows)
-                bar.advance(greedy=solved)
+                row = await answer(cfg, policy, prm, problem)
+                journal.append(row)
+                bar.advance(greedy=row["greedy"]["correct"])
 
             await for_each(todo, finish, in_flight=cfg.problems_in_flight)
 
@@ -110,7 +111,9 @@ async def answer(
     value = processed(policy, prm, hidden, cfg.prm_reduce) if prm else None
     best = await sample(replace(policy, temperature=0.0), hidden, prompt, n=1, group=0)
     samples = await sample(policy, hidden, prompt, n=cfg.num_samples, group=0)
-    scores = [await value(steps_of(rollout)) if value else None for rollout in samples]
+    scores = [None] * len(samples)
+    if value:
+        scores = await asyncio.gather(*(value(steps_of(rollout)) for rollout in samples))
     row = {
         "id": problem.id,
         "level": problem.level,
@@ -150,10 +153,10 @@ def verdict(
     cfg: EvalConfig, policy: Learned, problem: Problem, rollout: Rollout, score: float | None = None
 ) -> Row:
     """The gold answer is looked at here, when the response is finished."""
-    text, gold = decode(policy.tokenizer, rollout.response_ids), str(problem.answer)
+    text = decode(policy.tokenizer, rollout.response_ids)
     return {
         "answer": rollout.answer,
-        "correct": grade(text, gold, problem.question, answer_format=cfg.answer_format).correct,
+        "correct": solves(problem, text, rollout.finish, cfg.answer_format),
         "tokens": rollout.n_generated,
         "logprob": fmean(rollout.sampling_logprobs),
         "score": score,

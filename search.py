@@ -78,7 +78,7 @@ def search(cfg: SearchConfig, world: World) -> None:
         load_function("custom_filter", cfg.custom_filter)  # now rather than after hours
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     if cfg.method == "score":
-        raw = load_responses(str(cfg.raw_file))
+        raw = load_responses(str(cfg.raw_file))[: cfg.max_problems]
         log.info(f"{len(raw)} problems in {cfg.raw_file}; no model is opened, nothing is sampled")
         scored = asyncio.run(score(cfg, log, raw, world))
         if world.is_main:
@@ -146,7 +146,7 @@ async def generate(
                 if not own.spent.requests and "counts" in found:
                     found["counts"] = {"prompt_too_long": 1}
                 journal.append({"id": problem.id, **found})
-                bar.advance(solved=fmean(row["solved"] for row in journal.rows))
+                bar.advance(solved=found["solved"])
 
             await for_each(todo, finish, in_flight=cfg.problems_in_flight)
         journal.close()
@@ -266,9 +266,7 @@ async def score(
         world.barrier()
         if not world.is_main:
             return []
-    journal = gather_parts(file)
-    journal.close()
-    by_id = {row["id"]: row for row in journal.rows}
+    by_id = {row["id"]: row for row in gather_parts(file).rows}
     return [by_id[row["id"]] for row in raw]
 
 

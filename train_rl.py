@@ -258,19 +258,19 @@ async def explore(
 
 def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], world: World) -> float:
     """Share of the problems that greedy decoding solves, over all ranks."""
-    from rftt.rewards.grader import grade
+    from rftt.rewards.compose import solves
     from rftt.search.samplers import encode_question, for_each, sample
 
     greedy = replace(policy, temperature=0.0)
 
-    async def solves(problem: Problem) -> bool:
+    async def one(problem: Problem) -> bool:
         prompt = encode_question(greedy, problem, cfg.system_prompt)
         (rollout,) = await sample(greedy, problem, prompt, n=1, group=0)
         text = decode(policy.tokenizer, rollout.response_ids)
-        return grade(text, str(problem.answer), problem.question).correct
+        return solves(problem, text, rollout.finish)
 
     mine = problems[world.rank :: world.size]
-    solved = asyncio.run(for_each(mine, solves, in_flight=max(1, len(mine))))
+    solved = asyncio.run(for_each(mine, one, in_flight=max(1, len(mine))))
     return world.sum(float(sum(solved))) / len(problems)
 
 

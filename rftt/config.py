@@ -6,7 +6,7 @@ groups are dataclass bases, the one use of inheritance beside nn.Module: no fiel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from rftt.fields import Acts, Api, Beam, Filters, Process
@@ -133,6 +133,13 @@ class SearchConfig(Common, Graded, Engine, Api, Filters, Beam, Process):
         _require(
             self.prm_threshold == 0 or self.use_prm,
             f"prm_threshold={self.prm_threshold} needs process scores; set use_prm: true.",
+        )
+        default, own = asdict(Filters()), asdict(self)
+        idle = [key for key in default if own[key] != default[key] and key != "max_row_tokens"]
+        _require(
+            self.method in ("sample", "score") or not idle,
+            f"{', '.join(idle)}: only method=sample and score filter by it; {self.method} curates "
+            "trees.",
         )
         if self.engine == "api":
             _require(bool(self.api_url and self.api_model), "engine=api needs api_url, api_model.")
@@ -303,6 +310,10 @@ class RLConfig(Common, Graded, Engine, Training, Process, Acts):
         _require(
             self.num_generations > 1 or self.advantage_estimator != "grpo",
             "num_generations=1 gives zero advantages with grpo; use at least 2.",
+        )
+        _require(
+            not self.whiten_rewards or self.advantage_estimator != "grpo",
+            "whiten_rewards does nothing with grpo, which scales by group; use scale_rewards.",
         )
         _require(
             self.reward_scheme != "gain" or self.advantage_estimator != "grpo",

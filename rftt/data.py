@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from glob import escape
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -95,7 +96,11 @@ class Journal:
         self.rows.append(row)
 
     def close(self) -> None:
-        self._file.close()
+        """What was appended is on the disk then, whatever happens to the machine."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
 
 
 def part_of(path: Path, rank: int) -> Path:
@@ -104,16 +109,18 @@ def part_of(path: Path, rank: int) -> Path:
 
 
 def gather_parts(path: Path) -> Journal:
-    """The journal of rank 0 with the rows of all others, whose files are then gone."""
+    """The journal of rank 0, closed, with the rows of all others, whose files are then gone."""
     whole = Journal(path)
     known = {row["id"] for row in whole.rows}
-    for part in sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}")):
-        rows = Journal(part)
-        rows.close()
-        for row in rows.rows:
-            if row["id"] not in known:  # killed between two of these, it would come again
-                whole.append(row)
-        part.unlink()
+    names = sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}"))
+    parts = [Journal(name) for name in names]
+    for row in chain.from_iterable(part.rows for part in parts):
+        if row["id"] not in known:  # killed before all parts are gone, it would come again
+            whole.append(row)
+    for journal in (whole, *parts):
+        journal.close()
+    for name in names:
+        name.unlink()
     return whole
 
 

@@ -84,8 +84,9 @@ def device(cfg: Config) -> Finding:
 
 def gold_answers(cfg: Config) -> Finding:
     """They parse (load_problems), and the grader accepts each as the answer to itself."""
-    file = cfg.eval_file if isinstance(cfg, EvalConfig) else cfg.train_file
     assert not isinstance(cfg, SFTConfig), "the table says so"
+    file = cfg.eval_file if isinstance(cfg, EvalConfig) else cfg.train_file
+    file = (isinstance(cfg, SearchConfig) and cfg.raw_file) or file
     problems = load_problems(file, keys=(cfg.prompt_key, cfg.answer_key))
     odd = [p for p in problems[:500] if not grade(rf"\boxed{{{p.answer}}}", str(p.answer)).correct]
     if odd:

@@ -10,7 +10,7 @@ import pytest
 from rftt.config import RLConfig
 from rftt.data import eos_id
 from rftt.functions import add_function_tokens, function_ids, render
-from rftt.rewards.compose import RewardScheme, reward, reward_all, score
+from rftt.rewards.compose import RewardScheme, reward, reward_all, score, solves
 from rftt.rewards.prm import Unscored
 from rftt.schema import Problem, Rollout, UserError
 from rftt.tiny import build_tokenizer
@@ -198,6 +198,11 @@ def test_refused_paths_are_left_out_and_counted(spoken):
 def test_a_prm_that_is_down_stops_the_round_with_a_count(spoken):
     with pytest.raises(UserError, match=r"after 3 tries; 1 of 1 paths unscored$"):
         rewarded(spoken, Marks(down=True))
+
+
+@pytest.mark.parametrize(("finish", "right"), [("stop", True), ("length", False)])
+def test_a_box_in_a_response_that_was_cut_off_solves_nothing(finish, right):
+    assert solves(Problem("p", "2+2?", "4"), "\\boxed{4}", finish) is right
 
 
 def test_without_a_prm_steps_earn_nothing(spoken):

@@ -95,20 +95,20 @@ def test_a_disabled_log_does_nothing(tmp_path: Path, capsys) -> None:
     log.step(0, {"reward": 1.0}, ["reward"], total=2)
     log.rewind(0)
     with log.bar(3, "problem", "search") as bar:
-        bar.advance(3, solved=1.0)
+        bar.advance(solved=1.0)
     assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_bar_without_a_terminal_is_a_line_every_tenth(tmp_path: Path, capsys) -> None:
     with RunLog(tmp_path, CONFIG, enabled=True).bar(40, "problem", "search") as bar:
-        for done in range(1, 41):
-            bar.advance(1, solved=done / 40)
+        for done in range(40):
+            bar.advance(solved=done % 2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10
     assert lines[0].startswith("search:  10%")
     assert "4/40" in lines[0]
-    assert lines[0].endswith("solved 0.1")
+    assert lines[0].endswith("solved 0.5")
     assert "100%" in lines[-1]
 
 
@@ -122,7 +122,8 @@ def test_a_bar_on_a_terminal_is_drawn_and_wiped(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with RunLog(tmp_path, CONFIG, enabled=True).bar(2, "problem", "search") as bar:
-        bar.advance(2, solved=0.5)
+        bar.advance(solved=0.5)
+        bar.advance(solved=1)
     drawn = terminal.getvalue()
     assert "search" in drawn
     assert "\n" not in drawn

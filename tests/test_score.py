@@ -155,6 +155,10 @@ def test_score_with_a_prm_then_other_thresholds_without_asking_it_again(tmp_path
         score(tmp_path, cache)
 
 
+def test_score_of_the_first_problems_alone(tmp_path, cache):
+    assert score(tmp_path, cache, max_problems=1)["problems"] == 1
+
+
 def test_score_killed_asks_only_for_the_rest_and_ends_the_same(tmp_path, cache, prm):
     url, seen = prm
     keys = {"use_prm": "true", "prm_url": url, "prm_threshold": 0.5}

@@ -123,7 +123,7 @@ def joined(device: str) -> Iterator[World]:
 def open_part(path: Path, world: World) -> tuple[Journal, set[str]]:
     """This rank's part of a journal, and the ids that any rank has done before. Collective."""
     if world.is_main:
-        gather_parts(path).close()
+        gather_parts(path)
     world.barrier()
     done = {row["id"] for row in Journal(path).rows}
     world.barrier()

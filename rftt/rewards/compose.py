@@ -113,6 +113,12 @@ def step_texts(
     return [segment_text(tokenizer, step, ids) for step in rollout.step_ids()]
 
 
+def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed") -> bool:
+    """Whether a response has the right answer; one that was cut off by its budget has none."""
+    gold = str(problem.answer)
+    return finish != "length" and grade(text, gold, problem.question, answer_format).correct
+
+
 def score(
     rollout: Rollout, text: str, scheme: RewardScheme, process: Sequence[float] | None = None
 ) -> Rollout:
@@ -120,12 +126,10 @@ def score(
 
     `text` is the decoded response; `process` holds (S,) scores in [0, 1], or None without a PRM.
     """
-    gold = rollout.problem.answer
-    if gold is None:
+    if rollout.problem.answer is None:
         raise UserError(f"problem {rollout.problem.id} has no gold answer to reward against.")
-    correct = grade(text, gold, rollout.problem.question).correct
     known, process = process is not None, process or [0.0] * len(rollout.acts)
-    answer = rollout.answer
+    correct, answer = solves(rollout.problem, text, rollout.finish), rollout.answer
     if rollout.finish == "length" or (scheme.whole_segments and "" in rollout.acts):
         correct, answer = False, None
     finish = finish_reward(correct, answer, process[-1] if known else None, scheme)

@@ -42,18 +42,21 @@ class Bar:
 
     def __init__(self, total: int, unit: str, label: str, *, enabled: bool) -> None:
         self._total, self._unit, self._label, self._done = total, unit, label, 0
+        self._sums: dict[str, float] = {}
         drawn = enabled and sys.stderr.isatty()
         self._lines = enabled and not drawn
         self._start = time.monotonic()
         self._drawn = tqdm(total=total, unit=f" {unit}", desc=label, disable=not drawn, leave=False)
 
-    def advance(self, n: int = 1, **shown: float) -> None:
-        """`n` more units are done; `shown` are running figures such as solved=0.4."""
-        before, self._done = self._done, self._done + n
-        figures = ", ".join(f"{name} {number(value)}" for name, value in shown.items())
+    def advance(self, **found: float) -> None:
+        """One more unit is done; of what was `found` there, such as solved=1, means are shown."""
+        self._done += 1
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in found.items()}
+        means = {name: total / self._done for name, total in self._sums.items()}
+        figures = ", ".join(f"{name} {number(mean)}" for name, mean in means.items())
         self._drawn.set_postfix_str(figures, refresh=False)
-        self._drawn.update(n)
-        if self._lines and 10 * self._done // self._total > 10 * before // self._total:
+        self._drawn.update()
+        if self._lines and 10 * self._done // self._total > 10 * (self._done - 1) // self._total:
             elapsed = time.monotonic() - self._start
             meter = tqdm.format_meter(
                 self._done, self._total, elapsed, ncols=0, prefix=self._label, unit=f" {self._unit}"
