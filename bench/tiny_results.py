@@ -140,6 +140,7 @@ def forgetting(runs: list[Path]) -> dict:
 CELLS = {
     "tokens | tree | PRM": {
         "yes | yes | no": "rl",
+        "yes | two texts per act and node | no": "rl-twice",
         "yes | yes | yes": "rl-prm",
         "yes | no | no": "rl-normal",
         "yes | no | yes": "rl-normal-prm",

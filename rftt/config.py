@@ -299,6 +299,7 @@ class RLConfig(Common, Graded, Engine, Training, Process, Acts):
 
     def __post_init__(self) -> None:
         Process.__post_init__(self)
+        Acts.__post_init__(self)
         rollouts = self.rollout_batch_size * self.num_generations
         _require(
             rollouts % self.train_batch_size == 0,
@@ -362,6 +363,7 @@ class EvalConfig(Common, Graded, Engine, Beam, Process, Acts):
 
     def __post_init__(self) -> None:
         Process.__post_init__(self)
+        Acts.__post_init__(self)
         _require_ids(self)
 
 

@@ -122,6 +122,12 @@ class Acts:
     forbidden_acts: list[Act] = field(default_factory=list)
     """Functional tokens that may not be opened, neither by the policy nor by the search: what is an
     act worth? (PAPER §1: one act masked)"""
+    children_per_act: int = 1
+    """Times that a tree over functional tokens may try each act below a node (PAPER §1: once)."""
+
+    def __post_init__(self) -> None:
+        if self.children_per_act < 1:
+            raise UserError(f"children_per_act={self.children_per_act} grows no tree; at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

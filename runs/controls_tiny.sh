@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 ROOT=${ROOT:-outputs} MASKED=${MASKED-"rl sft"}
-CELLS=${CELLS-"rl-prm rl-normal-prm rl-cot-prm rl-blend rl-rpp rl-rpp-prm rl-rpp-gain
+CELLS=${CELLS-"rl-twice rl-prm rl-normal-prm rl-cot-prm rl-blend rl-rpp rl-rpp-prm rl-rpp-gain
   rl-no-verify rl-no-refine rl-no-next_step rl-no-subquestion"}
 
 for SEED in "$@"; do
@@ -25,6 +25,7 @@ print(round(sum(json.loads(line)["tokens_generated"] for line in open(sys.argv[1
   for CELL in $CELLS; do
     START=sft HOW=
     case $CELL in
+      rl-twice) HOW="children_per_act=2" ;;
       rl-prm) HOW=$PRM ;;
       rl-normal-prm) HOW="$PRM sampling_method=normal" ;;
       rl-cot-prm) START=sft-cot HOW="$PRM sampling_method=normal" ;;

@@ -9,8 +9,9 @@ import pytest
 
 from rftt.engines import engine_chat
 from rftt.engines.base import Counters
+from rftt.fields import Acts
 from rftt.functions import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
-from rftt.schema import Completion, Problem, Step
+from rftt.schema import Completion, Problem, Step, UserError
 from rftt.search.expand import Learned, Prompted, cut, expand_learned, expand_prompted
 from rftt.search.mcts import Tree
 from rftt.search.samplers import learned_tree, sample, tree_rollouts
@@ -232,6 +233,20 @@ def test_a_forbidden_act_is_opened_by_nobody(act):
     )
     assert all(OPEN[act] in sampling.banned_ids for _, sampling in ctx.engine.asked)
     assert {node.act for node in tree.root.children} <= {*ROOT["learned"]} - {act}
+
+
+def test_invariant_an_act_may_have_several_texts_and_the_likeliest_comes_first():
+    replies = [[165 + i, CLOSE["analysis"], *segment("output", "\\boxed{4}")] for i in range(4)]
+    ctx = learned(replies, children_per_act=2)
+    tree = asyncio.run(
+        learned_tree(ctx, PROBLEM, [7], simulations=4, exploration_weight=2.0, in_flight=1)
+    )
+    acts = [node.act for node in tree.root.children]
+    assert acts == ["clarify", "clarify", "analysis", "analysis"]  # by prior, each twice
+    assert len({node.key for node in tree.nodes}) == len(tree.nodes)
+    assert len({sampling.seed for _, sampling in ctx.engine.asked}) == len(ctx.engine.asked)
+    with pytest.raises(UserError, match="children_per_act=0 grows no tree"):
+        Acts(children_per_act=0)
 
 
 def test_plain_samples_have_no_steps():

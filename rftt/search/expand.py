@@ -125,11 +125,17 @@ class Learned:
     answer_format: str = "boxed"
     forbidden: tuple[str, ...] = ()
     """Acts that neither the policy nor a tree may open."""
+    children_per_act: int = 1
 
     @property
     def functions(self) -> FunctionIds:
         assert self.ids is not None, "a tree over functional tokens needs them"
         return self.ids
+
+    def acts_after(self, act: str | None) -> tuple[str, ...]:
+        """What a tree may try below a step by `act` (None: the root), as often as it is here."""
+        allowed = tuple(a for a in successors(act, "learned") if a not in self.forbidden)
+        return allowed * self.children_per_act
 
     def room(self, n_prompt: int, n_used: int) -> int:
         """Tokens that the response may still take."""
@@ -174,6 +180,7 @@ def speaker(
         stepwise=stepwise,
         answer_format=answer_format,
         forbidden=tuple(cfg.forbidden_acts),
+        children_per_act=cfg.children_per_act,
     )
 
 
@@ -251,8 +258,7 @@ async def _stepwise(
         peek = await ctx.engine.generate([*prompt, *used], ctx.sampling(1, *key, len(steps), "act"))
         act_logprobs = dict(zip(ACTS, peek.watched[0], strict=True))
         steps[-1] = replace(steps[-1], act_logprobs=act_logprobs)
-        allowed = [a for a in successors(act, "learned") if a not in ctx.forbidden]
-        act = max(allowed, key=act_logprobs.__getitem__)
+        act = max(ctx.acts_after(act), key=act_logprobs.__getitem__)
         opener_logprob = act_logprobs[act]
     return steps or [Step(act, "", (ids.open[act],), (opener_logprob,), forced=True)]
 

@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rftt.data import decode, encode_chat, question_messages
-from rftt.functions import Phase, successors
+from rftt.functions import successors
 from rftt.rewards.grader import canonical, grade
 from rftt.rewards.prm import ProcessModel, Unscored, reduce, score_paths, segment_text
 from rftt.schema import Problem, Rollout, Step, UserError, seed_for
@@ -31,7 +31,7 @@ from rftt.search.expand import (
     whole,
     with_answer,
 )
-from rftt.search.mcts import Choice, Node, Tree, Value, grow
+from rftt.search.mcts import Choice, Node, Successors, Tree, Value, grow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,12 +114,11 @@ def processed(
 def _tree(
     ctx: Prompted | Learned,
     problem: Problem,
-    phase: Phase,
+    acts_after: Successors,
     weight: float,
-    forbidden: Sequence[str] = (),
 ) -> Tree:
     return Tree(
-        lambda act: tuple(a for a in successors(act, phase) if a not in forbidden),
+        acts_after,
         max_depth=ctx.max_depth,
         exploration_weight=weight,
         seed=seed_for(ctx.seed, problem.id),
@@ -139,7 +138,7 @@ async def prompted_tree(
     explore: Explore = grow,
 ) -> Tree:
     """Functional tree search with prompts; leaf value = the grader's verdict (PAPER §1)."""
-    tree = _tree(ctx, problem, "prompted", exploration_weight)
+    tree = _tree(ctx, problem, partial(successors, phase="prompted"), exploration_weight)
     expand = partial(expand_prompted, ctx, problem)
     value = graded(problem, visible)
     await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
@@ -175,7 +174,7 @@ async def learned_tree(
     value: Value | None = None,
 ) -> Tree:
     """Tree over functional tokens. Without `value` the gold answer is, or agreement, if hidden."""
-    tree = _tree(ctx, problem, "learned", exploration_weight, ctx.forbidden)
+    tree = _tree(ctx, problem, ctx.acts_after, exploration_weight)
     tree.act_logprobs = await root_act_logprobs(ctx, problem, prompt)
 
     async def expand(choice: Choice) -> list[Step]:
