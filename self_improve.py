@@ -74,7 +74,7 @@ class LoopConfig:
 
 STEPS: dict[str, tuple[str, type, tuple[str, ...]]] = {
     "search": ("search.py", SearchConfig, ()),
-    "train": ("train_sft.py", SFTConfig, ("train_file",)),
+    "train": ("train_sft.py", SFTConfig, ("train_file", "initial_state")),
     "evaluate": ("evaluate.py", EvalConfig, ("eval_file",)),
 }
 """Step, as LoopConfig names it -> its script, what that reads, and the files that the loop sets."""
@@ -151,7 +151,7 @@ def iterate(cfg: LoopConfig, run: Run, n: int, rounds: list[Round]) -> Round:
         rolled = cfg.on_guard_drop == "roll_back" and fallen_guards(cfg, rounds[0], rounds[-1])
         last = best_of(cfg, rounds) if rolled else rounds[-1]
         data = run(n, "search", "search", {"model_name_or_path": last.model})
-        train_file = data / "data" / f"{cfg.train.get('loss', 'sft')}.jsonl"
+        train_file = data / "data" / f"{settings(cfg, 'train', n).loss}.jsonl"
         n_rows = len(read_jsonl(train_file))
         start = model if cfg.iterate_from == "base" else last.model
         state = last.state if cfg.iterate_from == "last_full_state" else None
@@ -180,8 +180,8 @@ def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> lis
     """The command line of a step in iteration n: its file, its keys with expressions worked out,
     and what the loop itself sets. Values are written as JSON, which YAML reads as it is."""
     hints = typing.get_type_hints(STEPS[step][1])
-    own = {"search": cfg.search, "train": cfg.train, "evaluate": cfg.evaluate}[step]
-    keys: dict[str, Any] = {"seed": cfg.seed + (n if step != "evaluate" else 0)} | own | chosen
+    keys: dict[str, Any] = {"seed": cfg.seed + (n if step != "evaluate" else 0)}
+    keys |= asdict(cfg)[step] | chosen
     line = [str(keys.pop("config"))] if "config" in keys else []
     for key, value in keys.items():
         if isinstance(value, str) and hints.get(key) in NUMBERS:
@@ -190,17 +190,24 @@ def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> lis
     return line
 
 
+def settings(cfg: LoopConfig, step: str, n: int) -> Any:
+    """A step of iteration n as its script will read it, but for what only the loop can know."""
+    _, schema, files = STEPS[step]
+    ours = dict.fromkeys(("output_dir", "model_name_or_path", *files), "")
+    if both := ours.keys() & asdict(cfg)[step].keys():
+        raise UserError(f"{step}.{min(both)}: the loop itself sets it; leave it out.")
+    try:
+        return load_config(schema, arguments(cfg, step, n, ours))
+    except UserError as error:
+        raise UserError(f"{step}, iteration {n}: {error}") from error
+
+
 def check_steps(cfg: LoopConfig) -> None:
-    """Every step of every iteration as its script will read it, before hours are spent on it."""
-    if cfg.metric == "sampled" and cfg.evaluate.get("num_samples") == 0:
-        raise UserError("metric=sampled needs evaluate.num_samples of at least 1.")
+    """Read every step of every iteration, before hours are spent on it."""
     for n in range(1, cfg.iterations + 1):
-        for step, (_, schema, files) in STEPS.items():
-            ours = dict.fromkeys(("output_dir", "model_name_or_path", *files), "")
-            try:
-                load_config(schema, arguments(cfg, step, n, ours))
-            except UserError as error:
-                raise UserError(f"{step}, iteration {n}: {error}") from error
+        found = {step: settings(cfg, step, n) for step in STEPS}
+        if cfg.metric == "sampled" and found["evaluate"].num_samples == 0:
+            raise UserError("metric=sampled needs evaluate.num_samples of at least 1.")
 
 
 # ---- What is kept, and what is shown ----
@@ -210,7 +217,8 @@ def fallen_guards(cfg: LoopConfig, base: Round, now: Round) -> list[str]:
     """Guard sets on which `now` is more than guard_max_drop below the base model."""
     names = [Path(file).stem for file in cfg.guard_files]
     lost = {name: fmean(base.scores[name]) - fmean(now.scores[name]) for name in names}
-    return [name for name in names if lost[name] > cfg.guard_max_drop]
+    rounding = 1e-9  # 270 right of 300, then 264, is a drop of 0.02 and not of more
+    return [name for name in names if lost[name] > cfg.guard_max_drop + rounding]
 
 
 def best_of(cfg: LoopConfig, rounds: list[Round]) -> Round:

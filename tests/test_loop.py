@@ -138,6 +138,9 @@ def test_loop_settings_follow_the_iteration_and_keep_the_rest() -> None:
         ("iterate_from=best", r"not one of base, last, last_full_state"),
         ("search=8", r"search=8 is not a dict"),
         ("guard_files=[a/test.jsonl]", r"need distinct names"),
+        ("search.output_dir=mine", r"search\.output_dir: the loop itself sets it"),
+        ("train.initial_state=mine", r"train\.initial_state: the loop itself sets it"),
+        ("evaluate.eval_file=mine", r"evaluate\.eval_file: the loop itself sets it"),
         ("evaluate.num_samples=0; metric=sampled", r"num_samples of at least 1"),
     ],
 )
@@ -204,6 +207,22 @@ def test_loop_table_shows_paired_changes_oracle(tmp_path: Path) -> None:
     last = table(cfg, rounds).splitlines()[-1]
     assert last.startswith("| 1 | 1 | 80.0 [50.0, 100.0] | +30.0 [+0.0, +60.0] | 90.0 ")
     assert "| +0.0 [+0.0, +0.0] | best |" in last  # the same nine right: no change, for certain
+
+
+def test_loop_forgives_a_guard_that_falls_by_just_as_much_as_it_may(tmp_path: Path) -> None:
+    """0.9 - 0.6 is 0.30000000000000004 to a computer."""
+    cfg, rounds, _ = play(tmp_path, [(0.5, 0.9), (0.6, 0.6)], "guard_max_drop=0.3")
+    assert best_of(cfg, rounds).iteration == 1
+
+
+def test_loop_reads_a_step_with_its_file(tmp_path: Path) -> None:
+    """What a step's own config file says counts like a key of the loop's."""
+    (tmp_path / "dpo.yaml").write_text("loss: dpo\nlearning_rate: 1e-3\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"search/data/dpo\.jsonl does not exist"):
+        play(tmp_path, [(0.5, 0.9), (0.6, 0.9)], f"train={{config: {tmp_path}/dpo.yaml}}")
+    (tmp_path / "greedy.yaml").write_text("num_samples: 0\n", encoding="utf-8")
+    with pytest.raises(UserError, match="num_samples of at least 1"):
+        check_steps(config("metric=sampled", f"evaluate={{config: {tmp_path}/greedy.yaml}}"))
 
 
 def test_loop_goes_on_from_what_it_was_told(tmp_path: Path) -> None:
