@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rftt.cli import cli
 from rftt.data import encode_chat, question_messages, write_jsonl
 from rftt.functions import ACTS, Messages, ask, ask_refine, ask_verify, description_of, successors
+from rftt.schema import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,6 +124,7 @@ Point = tuple[int, int]  # how many changes are done, and the value then
 SHARES = {"clarify": 1, "analysis": 3, "subquestion": 4, "next_step": 1, "direct_answer": 1}
 """How often the model sees each act; terse ones seldom, so that it does them badly."""
 Slip = tuple[int, int]  # the change that is got wrong, and by how much
+Lines = list["Line"]
 
 
 class Line(NamedTuple):
@@ -162,9 +164,6 @@ def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> 
         case _:
             text = ", ".join([*terse, boxed])
     return Line(act, text, begin, (end, value))
-
-
-Lines = list[Line]
 
 
 def write_path(tale: Tale, at: Point, act: str | None, rng: Random, slip: Slip | None) -> Lines:
@@ -303,7 +302,6 @@ def train_model(
     from transformers import Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
     torch.manual_seed(config.seed)
-    ids = tokenizer.get_vocab()
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -316,8 +314,8 @@ def train_model(
             tie_word_embeddings=True,
             initializer_range=0.1,
             bos_token_id=None,
-            eos_token_id=ids[END],
-            pad_token_id=ids[PAD],
+            eos_token_id=tokenizer.get_vocab()[END],
+            pad_token_id=tokenizer.get_vocab()[PAD],
         )
     )
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -375,6 +373,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], 
 
 def main(config: TinyConfig) -> None:
     folder, rng, seen = Path(config.output_dir), Random(config.seed), set[str]()
+    if (folder / "base").exists():  # its problem files go with it
+        raise UserError(f"{folder}/base exists; remove it or use another output_dir.")
     for name, n in (("test", config.n_test), ("train", config.n_train)):
         rows = []
         for i in range(n):

@@ -23,6 +23,7 @@ from rftt.functions import (
     successors,
 )
 from rftt.rewards.grader import grade
+from rftt.schema import UserError
 from rftt.search.filters import leaks
 
 TALES = [tiny.make_tale(Random(seed), set()) for seed in range(300)]
@@ -170,6 +171,13 @@ def test_invariant_one_seed_gives_one_world(worlds):
     ]
     for name in ("train.jsonl", "base/model.safetensors"):
         assert (worlds[0] / name).read_bytes() != (worlds[2] / name).read_bytes()
+
+
+def test_a_world_is_not_overwritten_by_another(worlds):
+    before = (worlds[0] / "train.jsonl").read_bytes()
+    with pytest.raises(UserError, match="base exists; remove it"):
+        tiny.main(tiny.TinyConfig(output_dir=str(worlds[0]), seed=1, train_steps=1))
+    assert (worlds[0] / "train.jsonl").read_bytes() == before
 
 
 def test_problem_files_are_readable_and_do_not_overlap(worlds):
