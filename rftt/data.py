@@ -195,8 +195,9 @@ def _no_gold(path: str, unread: list[tuple[int, Row]], n_rows: int, key: str | N
 
 def _field(row: Row, name: str, key: str | None = None) -> str | None:
     names = (key,) if key else SYNONYMS[name]
-    value = next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
-    if isinstance(value, list):  # OlympiadBench: a list of answers
+    found = (row[name] for name in names if row.get(name) not in (None, "", []))
+    value = next((v for v in found if not isinstance(v, list) or not isinstance(v[0], dict)), None)
+    if isinstance(value, list):  # OlympiadBench: a list of answers; of dicts it is a conversation
         return ", ".join(map(str, value))
     if isinstance(value, float) and value.is_integer():  # AMC: 27.0
         value = int(value)

@@ -52,13 +52,17 @@ GOOD = {"problem": "1+1?", "answer": "2"}
             r"rows.jsonl:2 has no 'problem'.*found: text, answer\). Set prompt_key: text",
         ),
         (
+            ({"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"},),
+            r"rows.jsonl:1 has no 'problem'.*found: prompt, answer\)",
+        ),
+        (
             (GOOD, {"problem": "1+1?", "answer": ""}),
             r"1 of 2 rows have no gold .* first .*rows.jsonl:2 \(answer",
         ),
         ((GOOD, "{broken\n"), r"rows.jsonl:2 is not JSON"),
         ((GOOD, "[1]\n"), r"rows.jsonl:2 holds a list"),
     ],
-    ids=["empty", "no problem", "no gold", "broken", "not an object"],
+    ids=["empty", "no problem", "messages", "no gold", "broken", "not an object"],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
