@@ -44,7 +44,7 @@ from rftt.rewards.grader import extract, grade
 from rftt.rewards.prm import ProcessModel, Unscored, open_prm
 from rftt.schema import Problem, Reply, UserError
 from rftt.search.beam import explorer
-from rftt.search.curate import Rules, curate, curate_responses, step_texts
+from rftt.search.curate import curate, curate_responses, step_texts
 from rftt.search.expand import Prompted, reply
 from rftt.search.samplers import for_each, prompted_tree, score_steps, tree_record
 from rftt.watch.log import RunLog
@@ -173,8 +173,7 @@ async def grow_and_curate(
         explore=explorer(cfg.method, cfg),
     )
     n_unscored = await score_steps(prm, tree, problem) if prm else 0
-    rules = Rules(cfg.max_plain_paths, cfg.min_shared_steps, cfg.max_repeats, cfg.tree_pairs)
-    rows, counts = await curate(tree, problem, ask, rules)
+    rows, counts = await curate(tree, problem, ask, cfg)
     counts += Counter(path_unscored=n_unscored)
     name = f"trees/{quote(problem.id, safe='')}.json"
     write_json(Path(cfg.output_dir) / name, tree_record(tree, problem))
@@ -222,9 +221,9 @@ def load_responses(path: str) -> list[Row]:
         lacking = {"id", "question", "answer", "responses"} - set(row)
         for response in row.get("responses", []):
             lacking |= {"text", "tokens", "finish"} - set(response)
-        if lacking:
+        if lacking or not row["responses"]:
             raise UserError(
-                f"{path}:{number} lacks {', '.join(sorted(lacking))}; "
+                f"{path}:{number} lacks {', '.join(sorted(lacking)) or 'any response'}; "
                 "search.py method=sample writes such a cache to data/raw.jsonl."
             )
         if row["id"] in rows:
@@ -267,7 +266,13 @@ async def score(
         if not world.is_main:
             return []
     by_id = {row["id"]: row for row in gather_parts(file).rows}
+    if changed := [row["id"] for row in raw if texts(row) != texts(by_id[row["id"]])]:
+        raise UserError(f"{file} holds other responses to {changed[0]}; use a new output_dir.")
     return [by_id[row["id"]] for row in raw]
+
+
+def texts(row: Row) -> list[str]:
+    return [response["text"] for response in row["responses"]]
 
 
 async def score_response(prm: ProcessModel | None, problem: Row, response: Row) -> Row:

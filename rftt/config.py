@@ -131,6 +131,9 @@ class SearchConfig(Common, Graded, Engine, Api, Filters, Beam, Process):
         Process.__post_init__(self)
         _require(self.method != "score" or bool(self.raw_file), "method=score needs a raw_file.")
         _require(
+            self.method == "score" or self.raw_file is None, "raw_file is for method=score only."
+        )
+        _require(
             self.prm_threshold == 0 or self.use_prm,
             f"prm_threshold={self.prm_threshold} needs process scores; set use_prm: true.",
         )

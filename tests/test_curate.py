@@ -1,19 +1,21 @@
 """Pair choice, cross verification and branch merging, on trees built by hand."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from rftt.config import SearchConfig
 from rftt.functions import ACTS, FunctionIds, ask_verify, render
 from rftt.rewards.grader import extract
 from rftt.rewards.prm import Unscored
 from rftt.schema import Problem, Step
-from rftt.search.curate import Rules, choose_pair, curate, disjoint_correct, traces
+from rftt.search.curate import choose_pair, curate, disjoint_correct, traces
 from rftt.search.mcts import Choice, Tree
 from rftt.search.samplers import score_steps
 
 PROBLEM = Problem("p", "Eva has 19 pens, triples them, sells 3. How many?", "54")
-RULES = Rules(max_plain_paths=2, min_shared_steps=0, max_repeats=2)
+RULES = SearchConfig(output_dir="o", model_name_or_path="m", train_file="t")
 
 
 def build(*paths):
@@ -66,6 +68,10 @@ def test_process_scores_of_a_tree_choose_the_pair():
     assert [node.step.score for node in tree.nodes[1:]] == [0.9, 0.9, 0.9, 0.1, 0.2, 0.9, None]
     good, bad = choose_pair(traces(tree, PROBLEM), RULES)
     assert (good.nodes, bad.nodes) == ((1, 2, 3), (1, 4))
+    last = replace(RULES, prm_reduce="last")
+    object.__setattr__(tree.nodes[3].step, "score", 0.5)
+    good, _ = choose_pair(traces(tree, PROBLEM), last)
+    assert good.nodes == (5, 6)  # its mean is lower, its last step better
 
 
 def test_merged_row_is_prefix_wrong_verify_refine_correct_output():
@@ -138,7 +144,7 @@ def test_trees_without_a_pair(paths, reason):
 
 def test_pair_must_share_as_many_steps_as_asked():
     usable = traces(build(OTHER, WRONG), PROBLEM)
-    assert choose_pair(usable, Rules(2, 1, 2)) == "no_shared_prefix"
+    assert choose_pair(usable, replace(RULES, min_shared_steps=1)) == "no_shared_prefix"
 
 
 def test_pair_is_the_best_right_and_the_worst_wrong_path_by_process_reward():
@@ -155,7 +161,7 @@ def test_pair_is_the_best_right_and_the_worst_wrong_path_by_process_reward():
 
 
 def test_pair_for_dpo_shares_the_longest_prefix_then_is_best_and_worst():
-    rules = Rules(max_plain_paths=2, min_shared_steps=0, max_repeats=2, tree_pairs=True)
+    rules = replace(RULES, tree_pairs=True)
     worse = [PLAN, RIGHT[1], ("direct_answer", "3+1=4. 5. 6. \\boxed{55}")]
     paths = (OTHER, WRONG, RIGHT, [*RIGHT[:2], ("direct_answer", "\\boxed{55}")], worse)
     rows, counts = asyncio.run(curate(build(*paths), PROBLEM, says(), rules))
@@ -171,7 +177,7 @@ def test_pair_for_dpo_shares_the_longest_prefix_then_is_best_and_worst():
 
 def test_plain_paths_share_no_step():
     again = [PLAN, ("direct_answer", "57, 54. \\boxed{54}")]
-    kept = disjoint_correct(traces(build(RIGHT, again, OTHER), PROBLEM), 2)
+    kept = disjoint_correct(traces(build(RIGHT, again, OTHER), PROBLEM), RULES)
     assert len(kept) == 2
     assert not set(kept[0].nodes) & set(kept[1].nodes)
 

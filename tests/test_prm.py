@@ -39,7 +39,6 @@ from rftt.rewards.prm import (
     RemotePRM,
     Unscored,
     build_prm,
-    path_score,
     ranking_warning,
     reduce,
     score_paths,
@@ -114,7 +113,6 @@ def test_reduce_oracle() -> None:
     assert [reduce(scores, how) for how in ("min", "mean", "last", "prod")] == pytest.approx(
         [0.2, 0.5, 0.8, 0.08]
     )
-    assert path_score(config(use_prm=False), scores) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("schema", [RLConfig, SearchConfig, EvalConfig])
@@ -272,9 +270,11 @@ def test_a_model_that_ranks_backwards_is_warned_about(tmp_path: Path) -> None:
     warning = asyncio.run(ranking_warning(Fixed({}), None))
     assert warning is not None
     assert warning.startswith("PRM ranks a wrong step above a right one on the built-in check;")
+    assert "0.500, 0.500" in warning
     own = tmp_path / "check.json"
     own.write_text(json.dumps({"question": "1+1?", "good": ["2"], "bad": ["3"]}))
     assert asyncio.run(ranking_warning(Fixed({"2": 0.7, "3": 0.6}), str(own))) is None
+    assert f"a right one on {own};" in str(asyncio.run(ranking_warning(Fixed({}), str(own))))
     own.write_text('{"question": "1+1?"}')
     with pytest.raises(UserError, match="must hold question, good and bad"):
         asyncio.run(ranking_warning(Fixed({}), str(own)))

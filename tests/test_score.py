@@ -159,6 +159,14 @@ def test_score_of_the_first_problems_alone(tmp_path, cache):
     assert score(tmp_path, cache, max_problems=1)["problems"] == 1
 
 
+def test_scores_of_a_cache_that_was_sampled_again_are_not_taken_for_its_own(tmp_path, cache):
+    score(tmp_path, cache)
+    again = [response(answer([0.5], 7)), *CACHE[2]["responses"][1:]]
+    write_jsonl(cache, [CACHE[0], CACHE[1], CACHE[2] | {"responses": again}, CACHE[3]])
+    with pytest.raises(UserError, match=r"scored.jsonl holds other responses to p2; use a new"):
+        score(tmp_path, cache)
+
+
 def test_score_killed_asks_only_for_the_rest_and_ends_the_same(tmp_path, cache, prm):
     url, seen = prm
     keys = {"use_prm": "true", "prm_url": url, "prm_threshold": 0.5}
@@ -257,6 +265,7 @@ def test_a_refused_response_is_counted_not_guessed():
     [
         ({"id": "a", "rows": []}, r"raw.jsonl:1 lacks answer, question, responses; search"),
         (CACHE[0] | {"responses": [{"text": "a"}]}, r":1 lacks finish, tokens; search"),
+        (CACHE[0] | {"responses": []}, r":1 lacks any response; search"),
         (CACHE[1], r"raw.jsonl:2 repeats the problem 'p1'"),
     ],
 )
@@ -270,6 +279,7 @@ def test_what_is_no_cache_is_named(tmp_path, row, message):
     ("changes", "message"),
     [
         ({"raw_file": "null"}, "method=score needs a raw_file"),
+        ({"method": "sample"}, "raw_file is for method=score only"),
         ({"prm_threshold": 0.9}, r"prm_threshold=0.9 needs process scores; set use_prm: true"),
         ({"custom_filter": "nowhere:f"}, "nowhere:f is no module:function"),
     ],

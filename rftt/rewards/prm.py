@@ -79,11 +79,6 @@ async def open_prm(cfg: ProcessConfig, warn: Callable[[str], None]) -> ProcessMo
     return prm
 
 
-def path_score(cfg: ProcessConfig, scores: Sequence[float]) -> float:
-    """The score of a path, as the config wants it."""
-    return reduce(scores, cfg.prm_reduce)
-
-
 def reduce(scores: Sequence[float], how: Literal["min", "mean", "last", "prod"]) -> float:
     """The score of a path out of the scores of its steps."""
     match how:
@@ -173,8 +168,9 @@ async def ranking_warning(prm: ProcessModel, file: str | None) -> str | None:
     if reduce(good, "min") > reduce(bad, "min"):  # after a mistake the rest may be sound
         return None
     return (
-        "PRM ranks a wrong step above a right one on the built-in check; step tag or label tokens "
-        f"are probably wrong. Right steps {_shown(good)}, wrong steps {_shown(bad)}."
+        f"PRM ranks a wrong step above a right one on {file or 'the built-in check'}; step tag or "
+        "label tokens are probably wrong. "
+        f"Right steps {_shown(good)}, wrong steps {_shown(bad)}."
     )
 
 

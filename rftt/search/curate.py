@@ -10,36 +10,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from rftt.config import SearchConfig
+from rftt.data import Row
 from rftt.functions import Messages, ask_refine, ask_verify, segments
 from rftt.rewards.grader import grade
-from rftt.rewards.prm import path_score
+from rftt.rewards.prm import reduce
 from rftt.schema import Problem, Step, Trace
 from rftt.search.expand import visible
-from rftt.search.filters import (
-    follows_grammar,
-    leaks,
-    rank,
-    repeats,
-    select,
-    share_solved,
-)
+from rftt.search.filters import follows_grammar, leaks, rank, repeats, select, share_solved
 from rftt.search.mcts import Tree
 
 Ask = Callable[[Messages, str, str], Awaitable[str | None]]
 """(messages, act, problem id) -> the model's clipped reply, None if it ran out of tokens"""
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Rules:
-    max_plain_paths: int
-    min_shared_steps: int
-    max_repeats: int
-    tree_pairs: bool = False
 
 
 def traces(tree: Tree, problem: Problem) -> list[Trace]:
@@ -54,11 +38,11 @@ def traces(tree: Tree, problem: Problem) -> list[Trace]:
     return paths
 
 
-def quality(trace: Trace) -> tuple[float, int, int]:
-    """Higher is better: mean process score; without a PRM few repeats, then short (PAPER §1)."""
+def quality(cfg: SearchConfig, trace: Trace) -> tuple[float, int, int]:
+    """Higher is better: process score; without a PRM few repeats, then short (PAPER §1)."""
     scores = [step.score for step in trace.steps if step.score is not None]
-    mean = sum(scores) / len(scores) if scores else 0.0
-    return mean, -repeats(step.text for step in trace.steps), -len(visible(trace.steps))
+    score = reduce(scores, cfg.prm_reduce) if scores else 0.0
+    return score, -repeats(step.text for step in trace.steps), -len(visible(trace.steps))
 
 
 def shared(one: Trace, other: Trace) -> int:
@@ -71,10 +55,11 @@ def shared(one: Trace, other: Trace) -> int:
     return n
 
 
-def choose_pair(usable: Sequence[Trace], rules: Rules) -> tuple[Trace, Trace] | str:
+def choose_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trace] | str:
     """(τ_c⁺, τ_w⁻): the best correct path, and the worst wrong one that shares a prefix with it."""
-    correct = sorted((t for t in usable if t.correct), key=quality, reverse=True)
-    wrong = sorted((t for t in usable if not t.correct and t.answer is not None), key=quality)
+    by = partial(quality, cfg)
+    correct = sorted((t for t in usable if t.correct), key=by, reverse=True)
+    wrong = sorted((t for t in usable if not t.correct and t.answer is not None), key=by)
     if not correct:
         return "no_correct_path"
     if not wrong:
@@ -84,27 +69,28 @@ def choose_pair(usable: Sequence[Trace], rules: Rules) -> tuple[Trace, Trace] | 
             n = shared(good, bad)
             acts = [s.act for s in bad.steps] + ["verify", "refine"]
             acts += [s.act for s in good.steps[n:]] + ["output"]
-            if n >= rules.min_shared_steps and follows_grammar(acts):
+            if n >= cfg.min_shared_steps and follows_grammar(acts):
                 return good, bad
     return "no_shared_prefix"
 
 
-def widest_pair(usable: Sequence[Trace]) -> tuple[Trace, Trace] | None:
+def widest_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trace] | None:
     """(best right, worst wrong) path among those that share the longest prefix: a pair for DPO."""
     pairs = [(a, b) for a in usable for b in usable if a.correct and not b.correct and b.answer]
 
     def preference(pair: tuple[Trace, Trace]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
         good, bad = pair
-        return shared(good, bad), quality(good), tuple(-x for x in quality(bad))
+        return shared(good, bad), quality(cfg, good), tuple(-x for x in quality(cfg, bad))
 
     return max(pairs, key=preference, default=None)
 
 
-def disjoint_correct(usable: Sequence[Trace], at_most: int) -> list[Trace]:
-    """Up to so many correct paths, best first, of which no two share a step."""
+def disjoint_correct(usable: Sequence[Trace], cfg: SearchConfig) -> list[Trace]:
+    """Up to `max_plain_paths` correct paths, best first, of which no two share a step."""
     chosen: list[Trace] = []
-    for trace in sorted((t for t in usable if t.correct), key=quality, reverse=True):
-        if len(chosen) < at_most and all(not shared(trace, other) for other in chosen):
+    by = partial(quality, cfg)
+    for trace in sorted((t for t in usable if t.correct), key=by, reverse=True):
+        if len(chosen) < cfg.max_plain_paths and all(not shared(trace, other) for other in chosen):
             chosen.append(trace)
     return chosen
 
@@ -144,7 +130,7 @@ def plain(trace: Trace) -> Row:
 
 
 async def curate(
-    tree: Tree, problem: Problem, ask: Ask, rules: Rules
+    tree: Tree, problem: Problem, ask: Ask, cfg: SearchConfig
 ) -> tuple[list[Row], Counter[str]]:
     """Rows of one tree, and how often each reason kept something out."""
     counts: Counter[str] = Counter()
@@ -152,18 +138,18 @@ async def curate(
     for trace in traces(tree, problem):
         if not follows_grammar([step.act for step in trace.steps]):
             counts["path_against_grammar"] += 1
-        elif repeats(step.text for step in trace.steps) > rules.max_repeats:
+        elif repeats(step.text for step in trace.steps) > cfg.max_repeats:
             counts["path_repeats"] += 1
         else:
             usable.append(trace)
-    rows = [plain(trace) for trace in disjoint_correct(usable, rules.max_plain_paths)]
-    pair = choose_pair(usable, rules)
+    rows = [plain(trace) for trace in disjoint_correct(usable, cfg)]
+    pair = choose_pair(usable, cfg)
     merged = pair if isinstance(pair, str) else await merge(ask, *pair)
     if isinstance(merged, str):
         counts[merged] += 1
     else:
         rows.insert(0, merged)
-    if rules.tree_pairs and (wide := widest_pair(usable)):
+    if cfg.tree_pairs and (wide := widest_pair(usable, cfg)):
         good, bad = map(plain, wide)
         chosen = good | {"kind": "pair", "chosen": good["steps"], "rejected": bad["steps"]}
         rows.append({key: chosen[key] for key in chosen if key != "steps"})
@@ -214,7 +200,7 @@ def curate_responses(problem: Row, cfg: SearchConfig) -> Row:
     responses = [
         response
         | {"sample": i, "steps": step_texts(response["text"])}
-        | {"score": path_score(cfg, process) if (process := response["process"]) else None}
+        | {"score": reduce(process, cfg.prm_reduce) if (process := response["process"]) else None}
         for i, response in enumerate(problem["responses"])
     ]
     kept, counts = select(responses, cfg)
