@@ -176,12 +176,16 @@ def iterate(cfg: LoopConfig, run: Run, n: int, rounds: list[Round]) -> Round:
 # ---- Settings of a step ----
 
 
+def own_keys(cfg: LoopConfig, step: str) -> dict[str, Any]:
+    return {"search": cfg.search, "train": cfg.train, "evaluate": cfg.evaluate}[step]
+
+
 def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> list[str]:
     """The command line of a step in iteration n: its file, its keys with expressions worked out,
     and what the loop itself sets. Values are written as JSON, which YAML reads as it is."""
     hints = typing.get_type_hints(STEPS[step][1])
     keys: dict[str, Any] = {"seed": cfg.seed + (n if step != "evaluate" else 0)}
-    keys |= asdict(cfg)[step] | chosen
+    keys |= own_keys(cfg, step) | chosen
     line = [str(keys.pop("config"))] if "config" in keys else []
     for key, value in keys.items():
         if isinstance(value, str) and hints.get(key) in NUMBERS:
@@ -194,7 +198,7 @@ def settings(cfg: LoopConfig, step: str, n: int) -> Any:
     """A step of iteration n as its script will read it, but for what only the loop can know."""
     _, schema, files = STEPS[step]
     ours = dict.fromkeys(("output_dir", "model_name_or_path", *files), "")
-    if both := ours.keys() & asdict(cfg)[step].keys():
+    if both := ours.keys() & own_keys(cfg, step).keys():
         raise UserError(f"{step}.{min(both)}: the loop itself sets it; leave it out.")
     try:
         return load_config(schema, arguments(cfg, step, n, ours))
