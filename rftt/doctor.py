@@ -121,7 +121,8 @@ def prompts(cfg: Config) -> Finding:
         return Finding(f"{len(ours)} ids around a short question, no doubled BOS")
     before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     model, system_prompt = before.get("model_name_or_path"), before.get("system_prompt")
-    if model and Path(model).is_dir() and ids(model, system_prompt) != ours:
+    at_hand = model if model and Path(model).is_dir() else cfg.model_name_or_path
+    if ids(at_hand, system_prompt) != ours:
         raise UserError(
             f"{run} was trained on other prompts than this run will sample from: use its "
             f"system_prompt ({system_prompt!r}) and the chat template of {model}."
@@ -149,7 +150,7 @@ def memory(cfg: Config) -> Finding:
     gpu = torch.cuda.is_available() and cfg.device != "cpu"
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = torch.cuda.mem_get_info()[1] if gpu else available
-    ranks = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() or 1))
+    ranks = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() if gpu else 1))
     kind, gpu_bytes = ("cuda", available) if gpu else ("cpu", 0)
     logits = CHUNK_LOGITS[kind], KEPT_LOGITS[kind]
     model, n = model_of(cfg)
@@ -186,7 +187,7 @@ def one_step(cfg: Config) -> Finding:
             said = " ".join(done.stderr[-300:].split())
             raise UserError(f"{script} exits with {done.returncode}: {said}")
         metrics = Path(folder, "metrics.jsonl")
-        row = read_jsonl(metrics)[-1][1] if metrics.stat().st_size else {}
+        row = read_jsonl(metrics)[-1][1] if metrics.exists() and metrics.stat().st_size else {}
     figures = {key: row[key] for key in FIGURES if key in row}
     if None in figures.values():
         raise UserError(
@@ -258,8 +259,8 @@ def main(cfg: Config) -> None:
             continue
         try:
             found, level = check(cfg)
-        except UserError as error:
-            found, level = str(error), "fail"
+        except (UserError, OSError, ValueError) as error:  # the last two: there is no such model
+            found, level = " ".join(str(error).split()), "fail"
         failed |= level == "fail"
         say(f"{level:5} {name:13} {found}")
     if failed:

@@ -72,6 +72,9 @@ FAULTS: dict[str, tuple[str, list[str], str, str]] = {
     "PRM": ("search", ["use_prm=true", "prm_url=http://127.0.0.1:9", "prm_tries=1"], "fail",
         "not reachable"),
     "tokens": ("train_rl", ["model_name_or_path={world}/base"], "fail", "'<clarify>' encodes to"),
+    "no model": ("train_rl", ["model_name_or_path={bad}/nowhere"], "fail", "neither a folder"),
+    "hub": ("train_rl", ["model_name_or_path={bad}/hub/hf", "system_prompt=Think."],
+        "fail", "use its system_prompt (None)"),
     "bos": ("evaluate", ["model_name_or_path={bad}/doubled"], "fail", "two BOS tokens"),
     "template": ("train_rl", ["model_name_or_path={bad}/sft/hf"], "fail", "on other prompts"),
     "system prompt": ("train_rl", ["model_name_or_path={bad}/same/hf", "system_prompt=Think."],
@@ -80,8 +83,13 @@ FAULTS: dict[str, tuple[str, list[str], str, str]] = {
         "on cpu in phase learn"),
     "disk": ("train_rl", ["save_total_limit=1000000000"], "fail", "another disk"),
 }  # fmt: skip
-CHECK_OF = {"gold": "gold answers", "odd gold": "gold answers", "gsm8k": "gold answers"}
-CHECK_OF |= {"bos": "prompts", "template": "prompts", "system prompt": "prompts"}
+CHECK_OF = {
+    "no model": "tokens",
+    "gold": "gold answers",
+    "odd gold": "gold answers",
+    "gsm8k": "gold answers",
+}
+CHECK_OF |= {"hub": "prompts", "bos": "prompts", "template": "prompts", "system prompt": "prompts"}
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +101,10 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [good | {"answer": answer}, good]
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     damage(world / "speaks", path / "doubled", "doubled")
-    for name, fault in (("sft", "other"), ("same", "")):
+    for name, fault, trained in (("sft", "other", world / "base"), ("same", "", world / "base"),
+                                 ("hub", "", "Qwen/Qwen2.5-7B-Instruct")):  # fmt: skip
         damage(world / "speaks", path / name / "hf", fault)
-        before = {"model_name_or_path": str(world / "base"), "system_prompt": None}
+        before = {"model_name_or_path": str(trained), "system_prompt": None}
         (path / name / "config.yaml").write_text(json.dumps(before))
     return path
 
@@ -114,7 +123,7 @@ def test_a_planted_fault_is_found(
     else:
         doctor.main(cfg)
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("ok ")]
-    assert len(lines) == 1, lines
+    assert len(lines) == (4 if fault == "no model" else 1), lines  # + prompts, memory, disk
     assert lines[0].startswith(f"{level:5} {CHECK_OF.get(fault, fault)}")
     assert words in lines[0]
 
@@ -127,6 +136,10 @@ def test_the_step_itself_finds_the_rest(world: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             doctor.one_step(config("train_rl", world, argument))
+
+
+def test_the_step_of_an_audit_has_no_metrics(world: Path) -> None:
+    assert doctor.one_step(config("evaluate", world, "audit=true")).level == "ok"
 
 
 def test_a_failure_saves_the_step_and_sets_the_exit_code(world: Path) -> None:
