@@ -70,7 +70,7 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.search.expand import speaker
     from rftt.search.samplers import check_warm
     from rftt.watch.log import Clock, RunLog
-    from rftt.watch.metrics import examples, rollout_metrics
+    from rftt.watch.metrics import examples, learned_metrics, rollout_metrics
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world, cfg.resume_from_checkpoint)
@@ -154,8 +154,7 @@ def train(cfg: RLConfig, world: World) -> None:
         metrics |= clock.lap("train_seconds")
 
         # 4. Look: numbers, examples, a place to resume from.
-        metrics |= rollout_metrics(explored) | {"tokens_trained": float(sum(sizes))}
-        metrics |= {"groups_dropped": float(n - len({r.group for r in rollouts}))}
+        metrics |= rollout_metrics(explored) | learned_metrics(rollouts, n, n_tokens)
         metrics["saved_share"] *= n_tokens / metrics["tokens_trained"]  # per token, not per action
         metrics |= {"grad_norm": norms["policy"], "updates_skipped": float(guard.skipped)}
         metrics |= {"kl_coef": kl.coef, "learning_rate": rates["policy"]}

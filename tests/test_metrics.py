@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from rftt.functions import ACTS
+from rftt.learn.batch import collate
 from rftt.schema import Problem, Rollout
 from rftt.watch.metrics import (
+    learned_metrics,
     majority,
     mean_ci,
     paired_bootstrap,
@@ -114,7 +116,7 @@ def rollout(group: int, rewards: tuple[float, ...], **changes: object) -> Rollou
 
 
 def test_rollout_metrics_oracle_by_hand() -> None:
-    cut = {"finish": "length", "acts": ("next_step", ""), "n_generated": 2}
+    cut = {"finish": "length", "acts": ("next_step", ""), "n_generated": 2, "step_ends": (0, 1)}
     rollouts = [
         rollout(0, (0.0, 1.0)),
         rollout(0, (0.5, 0.5), action_mask=(False, True, True, True)),  # as good as its neighbour
@@ -127,8 +129,11 @@ def test_rollout_metrics_oracle_by_hand() -> None:
     assert metrics == pytest.approx(
         shares
         | {"accuracy": 0.75, "reward": 0.75, "response_length": 3.5, "truncated_share": 0.25}
-        | {"malformed_share": 0.25, "masked_share": 2 / 14, "groups_equal": 0.5}
-        | {"rollouts": 4, "tokens_generated": 14, "tokens_trained": 26}
+        | {"malformed_share": 0.25, "groups_equal": 0.5, "rollouts": 4, "tokens_generated": 14}
+    )
+    n_actions = collate(rollouts, mask_truncated=True).n_actions
+    assert learned_metrics(rollouts, 3, n_actions) == pytest.approx(
+        {"groups_dropped": 1, "tokens_trained": 26, "masked_share": 3 / 14}
     )
 
 

@@ -72,7 +72,7 @@ def paired_bootstrap(
 
 
 def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """Means over the rollouts of a step; docs/metrics.md says what each key means."""
+    """Means over the rollouts explored in a step; docs/metrics.md says what each key means."""
     n = len(rollouts)
     acts = [act for rollout in rollouts for act in rollout.acts]
     groups: dict[int, set[float]] = {}
@@ -88,16 +88,22 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
             "response_length": sum(len(r.response_ids) for r in rollouts) / n,
             "truncated_share": sum(r.finish == "length" for r in rollouts) / n,
             "malformed_share": sum("" in r.acts for r in rollouts) / n,
-            "masked_share": 1
-            - sum(map(sum, (r.action_mask for r in rollouts)))
-            / sum(len(r.response_ids) for r in rollouts),
             "rollouts": float(n),
             "tokens_generated": float(sum(r.n_generated for r in rollouts)),
-            "tokens_trained": float(sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)),
             "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
         }
         | {f"acts/{act}": acts.count(act) / max(len(acts), 1) for act in ACTS}
     )
+
+
+def learned_metrics(rollouts: list[Rollout], n_picked: int, n_actions: float) -> dict[str, float]:
+    """Of those learned from, out of `n_picked` problems; `n_actions` of their tokens count."""
+    n_response = sum(len(rollout.response_ids) for rollout in rollouts)
+    return {
+        "groups_dropped": float(n_picked - len({rollout.group for rollout in rollouts})),
+        "tokens_trained": float(n_response + sum(len(r.prompt_ids) for r in rollouts)),
+        "masked_share": 1.0 - n_actions / n_response,
+    }
 
 
 def examples(
