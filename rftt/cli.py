@@ -193,10 +193,13 @@ def _read_yaml(path: str) -> dict[str, tuple[Any, str]]:
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{path} does not hold `key: value` lines.")
     construct = yaml.SafeLoader("").construct_object
-    return {
-        key.value: (construct(value, deep=True), f"{path} line {key.start_mark.line + 1}")
-        for key, value in node.value
-    }
+    values: dict[str, tuple[Any, str]] = {}
+    for key, value in node.value:
+        where = f"{path} line {key.start_mark.line + 1}"
+        if key.value in values:
+            raise UserError(f"config: {key.value} is set twice ({values[key.value][1]}, {where}).")
+        values[key.value] = (construct(value, deep=True), where)
+    return values
 
 
 def _yaml_value(text: str) -> Any:

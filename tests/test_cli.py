@@ -61,6 +61,13 @@ def test_unknown_key_in_a_file_is_named_with_its_line(tmp_path):
         load_config(SFTConfig, [str(file)])
 
 
+def test_a_key_set_twice_in_a_file_is_named_with_both_lines(tmp_path):
+    file = tmp_path / "sft.yaml"
+    file.write_text("learning_rate: 1\nseed: 2\nlearning_rate: 3\n")
+    with pytest.raises(UserError, match=r"learning_rate is set twice \(.* line 1, .* line 3\)"):
+        load_config(SFTConfig, [str(file)])
+
+
 def test_missing_key_is_named():
     with pytest.raises(UserError, match="eval_file is not set"):
         load_config(EvalConfig, ["output_dir=o", "model_name_or_path=m"])

@@ -95,6 +95,9 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
         ["2 of 3 rows have no gold answer", "gold.jsonl:2", "Set answer_key: worked"]),
     "no model": ("search", ["model_name_or_path={bad}/nowhere"],
         ["model_name_or_path", "nowhere", "neither a folder with a tokenizer nor a hub model"]),
+    "no weights": ("evaluate", ["model_name_or_path={bad}/adapter"], ["no model at", "adapter"]),
+    "nothing to train": ("train_sft", ["train_file={bad}/rows.jsonl",
+        "model_name_or_path={bad}/adapter"], ["no model at", "adapter"]),
     "no chat template": ("evaluate", ["model_name_or_path={bad}/mute"],
         ["mute", "has no chat template", "use an instruct model"]),
     "tokens not single ids": ("train_rl", ["model_name_or_path={world}/base"],
@@ -136,6 +139,9 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     write(path / "gold.jsonl", GOOD, worked, worked)
     for fault in ("short", "doubled", "mute"):
         damage(world / "speaks", path / fault, fault)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (path / "adapter").mkdir(exist_ok=True)
+        (path / "adapter" / name).write_bytes((world / "speaks" / name).read_bytes())
     begun = path / "begun"
     (begun / "checkpoints/step_000001").mkdir(parents=True)
     (begun / "checkpoints/step_000001/COMPLETE").touch()
@@ -154,6 +160,19 @@ def test_a_mistake_is_one_line_that_names_the_cure(
     script, arguments, pieces = TEXT[situation]
     line = fails(script, *(argument.format(world=world, bad=bad) for argument in arguments))
     assert [piece for piece in pieces if piece not in line] == [], line
+
+
+def test_a_run_in_use_is_not_overwritten(
+    bad: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    complete = tmp_path / "out/checkpoints/step_000001/COMPLETE"
+    complete.parent.mkdir(parents=True)
+    complete.touch()
+    with open(tmp_path / "out/.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        more = (f"train_file={bad}/rows.jsonl", "overwrite_output_dir=true")
+        assert "in use by another process" in fails("train_sft", *more)
+    assert complete.exists()
 
 
 def test_vllm_that_is_missing_is_named(

@@ -27,7 +27,10 @@ def build_engine(cfg: EngineConfig, model_path: str, n_tokens: int) -> Engine:
     """Open `model_path` for sampling; ids from `n_tokens` = len(tokenizer) on are never sampled."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError) as error:  # nothing there, or nothing that is a model
+        raise UserError(f"no model at {model_path!r}: {str(error).splitlines()[0]}") from error
     if (n_rows := config.get_text_config().vocab_size) < n_tokens:
         raise UserError(
             f"the tokenizer of {model_path} has {n_tokens} ids, its embedding {n_rows} rows: the "

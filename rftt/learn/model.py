@@ -134,7 +134,7 @@ def _pretrained(
 ) -> PreTrainedModel:
     try:
         return auto.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # nothing there, or nothing that is a model
         raise UserError(f"no model at {path!r}: {str(error).splitlines()[0]}") from error
 
 

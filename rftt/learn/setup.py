@@ -59,8 +59,6 @@ def checkpoint_to_resume(
     begun = latest(out) is not None
     world.barrier()  # all ranks have looked
     if cfg.overwrite_output_dir:
-        if world.is_main:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
         return None
     if begun and resume == "never":
         raise UserError(
@@ -78,7 +76,12 @@ def checkpoints_of(
     tokenizer: PreTrainedTokenizerBase,
     past: dict[str, Any],
 ) -> Checkpoints:
-    """Where this run's checkpoints go; `past` is what the resumed one says."""
+    """Where this run's checkpoints go; `past` is what the resumed one says.
+
+    Old ones are overwritten here, when the run's log has made sure that nobody else is at work.
+    """
+    if cfg.overwrite_output_dir and world.is_main:
+        shutil.rmtree(Path(cfg.output_dir) / "checkpoints", ignore_errors=True)
     return Checkpoints(
         Path(cfg.output_dir),
         world,
