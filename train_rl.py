@@ -62,8 +62,9 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.learn.checkpoint import export_hf, restore
     from rftt.learn.distributed import full_weights
     from rftt.learn.guard import Guard
+    from rftt.learn.optim import lr_at
     from rftt.learn.rl import AdaptiveKL, critic_metrics
-    from rftt.learn.setup import build_models, checkpoint_to_resume, checkpoints_of, rate_at
+    from rftt.learn.setup import build_models, checkpoint_to_resume, checkpoints_of
     from rftt.learn.step import Totals, deal, score_tokens, update, weigh
     from rftt.rewards.compose import reward
     from rftt.rewards.prm import open_prm
@@ -86,7 +87,7 @@ def train(cfg: RLConfig, world: World) -> None:
     pay = partial(reward, cfg, tokenizer, ids, prm, world.gather, log.info)
     models, modules, optimizers, peaks = build_models(cfg, world)
     policy = speaker(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
-    past = restore(checkpoint, modules, optimizers, world) if checkpoint else {}
+    past = restore(checkpoint, modules, optimizers) if checkpoint else {}
     if not past and cfg.sampling_method == "mcts" and not cfg.allow_cold_start:
         asyncio.run(check_warm(policy, problems[:8], cfg.system_prompt))
     kl = AdaptiveKL(past.get("kl_coef", cfg.kl_coef), cfg.kl_target or math.inf, cfg.kl_horizon)
@@ -138,7 +139,7 @@ def train(cfg: RLConfig, world: World) -> None:
         metrics |= scored.reduce(world, per=n_tokens) | clock.lap("score_seconds")
 
         # 3. Learn: a few clipped passes over the same rollouts.
-        rates = {name: rate_at(cfg, peak, step, cfg.max_steps) for name, peak in peaks.items()}
+        rates = {name: lr_at(cfg, peak, step, cfg.max_steps) for name, peak in peaks.items()}
         guard.skipped, learn = 0, partial(rl_loss, cfg, models, vocabulary, kl.coef)
         for _ in range(cfg.num_ppo_epochs):
             place = 0

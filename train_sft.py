@@ -41,7 +41,8 @@ def train(cfg: SFTConfig, world) -> None:
     from rftt.learn.guard import Guard
     from rftt.learn.model import add_function_rows, load_policy, token_logprobs
     from rftt.learn.offline import Sums, collate_examples, offline_loss, reference_logprobs
-    from rftt.learn.setup import checkpoint_to_resume, checkpoints_of, optimizer_for, rate_at
+    from rftt.learn.optim import build_optimizer, lr_at
+    from rftt.learn.setup import checkpoint_to_resume, checkpoints_of
     from rftt.learn.step import Totals, per_token, update
     from rftt.watch.log import RunLog
 
@@ -61,9 +62,9 @@ def train(cfg: SFTConfig, world) -> None:
     )
     add_function_rows(model, tokenizer, new_tokens)
     shard(model, world, param_dtype=getattr(torch, cfg.dtype), cpu_offload=cfg.fsdp_cpu_offload)
-    optimizer = optimizer_for(cfg, model, cfg.learning_rate)
+    optimizer = build_optimizer(cfg, model, cfg.learning_rate)
     if cfg.initial_state:  # weights and moments of another run; steps and schedule are this one's
-        restore(Path(cfg.initial_state), {"policy": model}, {"policy": optimizer}, world)
+        restore(Path(cfg.initial_state), {"policy": model}, {"policy": optimizer})
 
     def logprobs(batch: Batch):
         return token_logprobs(model, batch, 1.0, len(tokenizer))[0]
@@ -73,7 +74,7 @@ def train(cfg: SFTConfig, world) -> None:
         cache = out / "data" / "reference.jsonl"
         reference = reference_logprobs(cache, rows, logprobs, cfg, world, model)
     modules, optimizers = {"policy": model}, {"policy": optimizer}
-    past = restore(checkpoint, modules, optimizers, world) if checkpoint else {}
+    past = restore(checkpoint, modules, optimizers) if checkpoint else {}
     checkpoints, first_step = checkpoints_of(cfg, world, tokenizer, past), past.get("step", 0)
     log.rewind(first_step)
 
@@ -110,7 +111,7 @@ def train(cfg: SFTConfig, world) -> None:
         batch, names = my_share(picked)
         n_terms = world.sum(float(batch.n_terms))  # over all ranks and microbatches
         guard.skipped, totals = 0, Totals()
-        rates = {"policy": rate_at(cfg, cfg.learning_rate, step, total_steps)}
+        rates = {"policy": lr_at(cfg, cfg.learning_rate, step, total_steps)}
         norms = update(modules, optimizers, rates, batch, partial(learn, totals), cfg, world)
         guard.check(norms, step, batch, names, partial(learn, Totals()))
         metrics = totals.reduce(world, per=n_terms)

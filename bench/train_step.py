@@ -62,6 +62,7 @@ def packed(
     """The trainer's own path: FSDP, packed, chunked log-probs."""
     import torch
 
+    from rftt.config import Training
     from rftt.learn import rl
     from rftt.learn.batch import Batch, collate_rows
     from rftt.learn.distributed import clip_gradients, open_world, shard
@@ -73,7 +74,7 @@ def packed(
     policy = load_policy(folder, torch.float32, gradient_checkpointing=world.device.type == "cuda")
     vocabulary = policy.config.vocab_size
     shard(policy, world, param_dtype=compute)
-    optimizer = build_optimizer(policy, lr=LEARNING_RATE)
+    optimizer = build_optimizer(Training(learning_rate=LEARNING_RATE), policy, LEARNING_RATE)
     ids = documents(lengths, vocabulary, branching=loss == "branching")
     rows = [(d[:PROMPT], d[PROMPT:], [True] * (len(d) - PROMPT)) for d in ids]
     batch = collate_rows(rows)

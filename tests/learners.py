@@ -3,16 +3,19 @@
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
+from rftt.functions import CLOSERS, OPENERS, description_of
 from rftt.learn.batch import Batch, collate_rows
 
 VOCABULARY = 67
@@ -81,3 +84,13 @@ def random_batch(lengths: list[int], seed: int = 0) -> Batch:
     names = ("rewards", "sampling_logprobs", "old_logprobs", "ref_logprobs", "values", "advantages")
     noise = torch.randn(len(names), sum(lengths), generator=generator)
     return batch.replace(**dict(zip(names, noise, strict=True)))
+
+
+def word_tokenizer(n_words: int) -> PreTrainedTokenizerFast:
+    """Whole words, those of the descriptions first."""
+    words = {word for t in OPENERS + CLOSERS for word in description_of(t).split()}
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *sorted(words)])}
+    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), n_words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")

@@ -16,10 +16,9 @@ from rftt.learn.distributed import World, close_world, full_weights, open_world,
 from rftt.learn.model import prepare
 from rftt.learn.optim import build_optimizer
 from rftt.schema import UserError
-from tests.learners import tiny_model
+from tests.learners import tiny_model, word_tokenizer
 from tests.test_distributed import ENVIRONMENT, ROOT, run
-from tests.test_model import word_tokenizer
-from tests.toy_training import train
+from tests.toy_training import SCHEDULE, train
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def test_an_incomplete_checkpoint_is_ignored(world: World, tmp_path: Path) -> No
 
 def test_only_the_newest_and_the_best_are_kept(world: World, tmp_path: Path) -> None:
     train(world, tmp_path, 1)
-    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints = Checkpoints(tmp_path, world, word_tokenizer(67))
     checkpoints.rate(1, 0.5)
     checkpoints.rate(2, 0.5)
     checkpoints.close()
@@ -113,9 +112,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 def test_training_goes_on_while_a_checkpoint_is_written(world: World, tmp_path: Path) -> None:
     """What is written is the moment of the call; the next one, best or not, comes after it."""
     policy = shard(prepare(tiny_model()), world)
-    optimizer = build_optimizer(policy, lr=1e-3)
+    optimizer = build_optimizer(SCHEDULE, policy, 1e-3)
     wanted = {name: weight.clone() for name, weight in full_weights(policy)}
-    checkpoints = Checkpoints(tmp_path, world, tokenizer=word_tokenizer(67), keep=1)
+    checkpoints = Checkpoints(tmp_path, world, word_tokenizer(67), keep=1)
     for step in (1, 2, 3):
         checkpoints.save(step, {"policy": policy}, {"policy": optimizer}, {})
         checkpoints.rate(step, 1.0 / step)
@@ -126,7 +125,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(world: World, tmp_path: 
     names = sorted(path.name for path in tmp_path.glob("checkpoints/*"))
     assert names == ["best", "latest", "step_000001", "step_000003"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_000001/hf")
-    restore(tmp_path / "checkpoints/step_000001", {"policy": policy}, {}, world)
+    restore(tmp_path / "checkpoints/step_000001", {"policy": policy}, {})
     for name, weight in full_weights(policy):
         assert torch.equal(weight, wanted[name])
         assert torch.equal(exported.state_dict()[name], wanted[name])
@@ -136,7 +135,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(world: World, tmp_path: 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(world: World, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     policy = shard(prepare(tiny_model()), world)
-    checkpoints = Checkpoints(tmp_path, world)
+    checkpoints = Checkpoints(tmp_path, world, word_tokenizer(67))
     checkpoints.save(1, {"policy": policy}, {}, {})
     with pytest.raises(NotADirectoryError):
         checkpoints.save(2, {"policy": policy}, {}, {})
@@ -153,8 +152,8 @@ def test_the_exported_folder_is_the_model_oracle(world: World, tmp_path: Path, t
     model, tokenizer = tiny_model(tied=tied), word_tokenizer(67)
     plain = {name: weight.clone() for name, weight in model.state_dict().items()}
     policy = shard(prepare(model), world)
-    optimizer = build_optimizer(policy, lr=1e-3)
-    checkpoints = Checkpoints(tmp_path, world, tokenizer=tokenizer)
+    optimizer = build_optimizer(SCHEDULE, policy, 1e-3)
+    checkpoints = Checkpoints(tmp_path, world, tokenizer)
     checkpoints.save(3, {"policy": policy}, {"policy": optimizer}, {"data": [1, 2]})
     checkpoints.close()
     path = tmp_path / "checkpoints/step_000003"
@@ -165,7 +164,7 @@ def test_the_exported_folder_is_the_model_oracle(world: World, tmp_path: Path, t
         assert torch.equal(weight, plain[name])
     read = PreTrainedTokenizerFast.from_pretrained(path / "hf")
     assert read.get_vocab() == tokenizer.get_vocab()
-    extra = restore(path, {"policy": policy}, {"policy": optimizer}, world)
+    extra = restore(path, {"policy": policy}, {"policy": optimizer})
     assert extra == {"step": 3, "data": [1, 2]}
     export_hf(policy, tokenizer, tmp_path / "alone", world)
     assert (tmp_path / "alone/model.safetensors").exists()

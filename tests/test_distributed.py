@@ -69,7 +69,7 @@ def test_an_absent_device_is_one_clear_line() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("options", [{}, {"reshard": False}, {"cpu_offload": True}])
+@pytest.mark.parametrize("options", [{}, {"cpu_offload": True}])
 def test_sharding_changes_no_bit_at_world_size_one_invariant(
     world: World, tied: bool, options: dict[str, bool]
 ) -> None:

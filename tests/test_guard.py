@@ -47,8 +47,8 @@ class Spike(torch.autograd.Function):
 def trainer(world: World, folder: Path) -> tuple[Callable[[Batch, str], None], Guard, list[str]]:
     """One update of a tiny model; `bad` is what document p2 does, told by its last token."""
     model = shard(prepare(tiny_model()), world)
-    optimizer = build_optimizer(model, lr=1e-3)
     cfg = SFTConfig(output_dir="", model_name_or_path="", train_file="", learning_rate=1e-3)
+    optimizer = build_optimizer(cfg, model, 1e-3)
     said: list[str] = []
     guard = Guard(folder, {"policy": model}, world, said.append)
 

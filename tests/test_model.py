@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rftt.functions import CLOSERS, OPENERS, add_function_tokens, description_of
 from rftt.learn import rl
@@ -23,7 +22,7 @@ from rftt.learn.model import (
 )
 from rftt.learn.tree import forest_of
 from rftt.schema import UserError
-from tests.learners import VOCABULARY, random_batch, tiny_model
+from tests.learners import VOCABULARY, random_batch, tiny_model, word_tokenizer
 
 FAMILIES = ["qwen2", "llama", "gemma"]
 LENGTHS = [9, 3, 17, 2, 12]
@@ -273,16 +272,6 @@ def test_values_speak_of_the_state_before_their_token_oracle() -> None:
 
 
 # ---- Folders and vocabulary ----
-
-
-def word_tokenizer(n_words: int) -> PreTrainedTokenizerFast:
-    """Whole words, those of the descriptions first."""
-    words = {word for t in OPENERS + CLOSERS for word in description_of(t).split()}
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *sorted(words)])}
-    vocabulary |= {f"w{i}": i for i in range(len(vocabulary), n_words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
 @pytest.mark.parametrize("tied", [True, False])

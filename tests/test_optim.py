@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from rftt.config import Training
 from rftt.learn.optim import build_optimizer, lr_at, set_lr
 from rftt.schema import UserError
 
@@ -19,16 +20,14 @@ from rftt.schema import UserError
     ],
 )
 def test_schedules_match_their_oracle(kind: str, expected: list[float]) -> None:
-    rates = [lr_at(s, 6, base=1.0, kind=kind, warmup_steps=2, min_ratio=0.1) for s in range(6)]
-    assert rates == pytest.approx(expected, abs=1e-6)
-    assert lr_at(99, 6, base=1.0, kind=kind, min_ratio=0.1) == pytest.approx(
-        1.0 if kind == "constant" else 0.1
-    )
+    cfg = Training(learning_rate=9, lr_scheduler_type=kind, warmup_ratio=0.25, min_lr_ratio=0.1)
+    assert [lr_at(cfg, 1.0, s, 6) for s in range(6)] == pytest.approx(expected, abs=1e-6)
+    assert lr_at(cfg, 1.0, 99, 6) == pytest.approx(1.0 if kind == "constant" else 0.1)
 
 
 def test_only_matrices_decay_and_the_rate_follows_set_lr() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    optimizer = build_optimizer(model, lr=0.0, weight_decay=0.5)
+    optimizer = build_optimizer(Training(learning_rate=9, weight_decay=0.5), model, 0.0)
     set_lr(optimizer, 0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
@@ -42,4 +41,4 @@ def test_only_matrices_decay_and_the_rate_follows_set_lr() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="installed")
 def test_a_missing_bitsandbytes_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="bitsandbytes"):
-        build_optimizer(nn.Linear(2, 2), name="adamw_8bit", lr=1e-3)
+        build_optimizer(Training(learning_rate=9, optim="adamw_8bit"), nn.Linear(2, 2), 1e-3)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rftt.config import Training
 from rftt.learn import rl
 from rftt.learn.batch import empty_like
 from rftt.learn.checkpoint import Checkpoints, latest, restore
@@ -24,15 +25,16 @@ from rftt.learn.distributed import (
 )
 from rftt.learn.model import Critic, prepare, token_logprobs, token_values
 from rftt.learn.optim import build_optimizer, lr_at, set_lr
-from tests.learners import VOCABULARY, random_batch, tiny_model
+from tests.learners import VOCABULARY, random_batch, tiny_model, word_tokenizer
 
 LENGTHS = [14, 5, 30, 8, 3, 21, 6]
+SCHEDULE = Training(learning_rate=3e-3, lr_scheduler_type="cosine", warmup_ratio=0.25)
 
 
 @dataclass(frozen=True)
 class Result:
     history: list[list[float]]
-    """loss, value loss, gradient norm, a random draw: per step"""
+    """loss, value loss, two gradient norms: per step"""
     digest: str
     weights: dict[str, torch.Tensor]
 
@@ -51,26 +53,25 @@ def train(
         "policy": shard(prepare(tiny_model()), world, param_dtype=param_dtype),
         "critic": shard(Critic(prepare(tiny_model(seed=1)).model), world, param_dtype=param_dtype),
     }
-    optimizers = {name: build_optimizer(module, lr=1e-3) for name, module in modules.items()}
-    generators = {"draw": torch.Generator().manual_seed(world.rank)}
+    optimizers = {name: build_optimizer(SCHEDULE, module, 1e-3) for name, module in modules.items()}
     controller, first, history = rl.AdaptiveKL(0.1, 0.05, 100.0), 0, []
-    checkpoints = Checkpoints(run_dir, world, keep=keep)
+    checkpoints = Checkpoints(run_dir, world, word_tokenizer(VOCABULARY), keep=keep)
     if path := latest(run_dir):
-        extra = restore(path, modules, optimizers, world, generators)
+        extra = restore(path, modules, optimizers)
         controller, first = rl.AdaptiveKL(**extra["kl"]), extra["step"]
         history = extra["history"]
     for step in range(first, steps):
         losses, kl = one_step(world, modules, controller.coef, step)
         for name, optimizer in optimizers.items():
-            set_lr(optimizer, lr_at(step, 6, base=3e-3, kind="cosine", warmup_steps=2))
+            set_lr(optimizer, lr_at(SCHEDULE, 3e-3, step, 6))
             losses.append(clip_gradients(modules[name], 1.0))
             optimizer.step()
             optimizer.zero_grad()
         controller = controller.update(kl, len(LENGTHS))
-        history = [*history, [*losses, torch.rand(1, generator=generators["draw"]).item()]]
+        history = [*history, losses]
         extra = {"kl": vars(controller), "history": history}
         if checkpoint:
-            checkpoints.save(step + 1, modules, optimizers, extra, generators)
+            checkpoints.save(step + 1, modules, optimizers, extra)
     checkpoints.close()
     weights = {name: tensor.clone() for name, tensor in full_weights(modules["policy"])}
     weights |= {name: tensor.clone() for name, tensor in full_weights(modules["critic"])}

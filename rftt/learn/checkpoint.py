@@ -28,7 +28,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import (
@@ -44,13 +43,12 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt.data import write_json
-from rftt.learn.distributed import TIMEOUT, World, full_weights
+from rftt.learn.distributed import TIMEOUT, World, full_weights, own_tensors
 from rftt.schema import UserError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 Modules = Mapping[str, nn.Module]
 Optimizers = Mapping[str, Optimizer]
-Generators = Mapping[str, torch.Generator]
 
 
 def export_hf(
@@ -71,16 +69,16 @@ def export_hf(
 class Checkpoints:
     """Writes the checkpoints of one run while training goes on, one at a time.
 
-    With a tokenizer, modules["policy"] is exported to hf/ in `dtype`. The newest `keep` stay (0:
-    all), and the one with the best score. `best` is that score, "best_score" in a resumed `extra`.
+    modules["policy"] is exported to hf/ in `dtype`. The newest `keep` stay (0: all), and the one
+    with the best score. `best` is that score, "best_score" in a resumed `extra`.
     """
 
     def __init__(
         self,
         run_dir: Path,
         world: World,
+        tokenizer: PreTrainedTokenizerBase,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
         keep: int = 0,
         dtype: str = "float32",
         best: float = -math.inf,
@@ -98,25 +96,21 @@ class Checkpoints:
         modules: Modules,
         optimizers: Optimizers,
         extra: dict[str, Any],
-        generators: Generators | None = None,
     ) -> None:
         """Copy everything and begin to write it, once the one before is written. Collective.
 
         An optimizer carries the name of the module it trains. `extra` is any JSON: data position,
-        KL controller, counters. `generators` are this rank's.
+        KL controller, counters.
         """
         self.wait()
         state = _tensors(modules, optimizers)
         state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
-        rng = {name: generator.get_state() for name, generator in (generators or {}).items()}
-        export = None
-        if self._tokenizer is not None:
-            policy = cast(PreTrainedModel, modules["policy"])
-            weights = _whole_weights(policy, self._world, self._dtype)
-            export = partial(policy.save_pretrained, state_dict=weights)
+        policy = cast(PreTrainedModel, modules["policy"])
+        weights = _whole_weights(policy, self._world, self._dtype)
+        export = partial(policy.save_pretrained, state_dict=weights)
         score = {"best_score": self._best} if math.isfinite(self._best) else {}
         extra = {"step": step, **score, **extra}
-        self._pending.append(self._thread.submit(self._write, step, state, rng, export, extra))
+        self._pending.append(self._thread.submit(self._write, step, state, export, extra))
 
     def rate(self, step: int, score: float) -> None:
         """Name the checkpoint of `step` `best` if no other had as high a score.
@@ -144,8 +138,7 @@ class Checkpoints:
         self,
         step: int,
         state: dict[str, Tensor],
-        rng: dict[str, Tensor],
-        export: Callable[[Path], None] | None,
+        export: Callable[[Path], None],
         extra: dict[str, Any],
     ) -> None:
         final = self._folder / f"step_{step:06d}"
@@ -156,9 +149,7 @@ class Checkpoints:
         dist.barrier(self._group)
         writer = HuggingFaceStorageWriter(str(temp / "state"), save_distributed=True)
         state_dict_saver.save(state, storage_writer=writer, process_group=self._group)
-        if rng:
-            save_file(rng, temp / f"rng_{self._world.rank}.safetensors")
-        if export and self._tokenizer and self._world.is_main:
+        if self._world.is_main:
             export(temp / "hf")
             self._tokenizer.save_pretrained(temp / "hf")
         dist.barrier(self._group)
@@ -179,14 +170,8 @@ def restore(
     path: Path,
     modules: Modules,
     optimizers: Optimizers,
-    world: World,
-    generators: Generators | None = None,
 ) -> dict[str, Any]:
-    """Load a checkpoint in place; returns its `extra` with "step". Collective.
-
-    With another number of ranks the weights are the same; a rank without a saved generator state
-    keeps the one it has.
-    """
+    """Load a checkpoint of any number of ranks in place; its `extra` with "step". Collective."""
     tensors = _tensors(modules, optimizers)
     state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / "state")))
     for name, optimizer in optimizers.items():
@@ -194,11 +179,6 @@ def restore(
         prefix = f"optimizer.{name}."
         state |= {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         set_optimizer_state_dict(modules[name], optimizer, state, options=FLAT)
-    rng_file = path / f"rng_{world.rank}.safetensors"
-    if generators and rng_file.exists():
-        rng = load_file(rng_file)
-        for name, generator in generators.items():
-            generator.set_state(rng[name])
     return json.loads((path / "extra.json").read_text())
 
 
@@ -291,11 +271,7 @@ def _tensors(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
     """Every tensor to save under one flat name, local shards and all; a tied head comes once."""
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
-        seen: set[int] = set()
-        for key, tensor in module.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                tensors[f"module.{name}.{key}"] = tensor.detach()
-            seen.add(id(tensor))
+        tensors |= {f"module.{name}.{key}": tensor for key, tensor in own_tensors(module)}
     for name, optimizer in optimizers.items():
         state = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
         for key, value in state.items():

@@ -135,14 +135,13 @@ def shard(
     world: World,
     *,
     param_dtype: torch.dtype | None = None,
-    reshard: bool = True,
     cpu_offload: bool = False,
 ) -> nn.Module:
     """Shard in place, one FSDP unit per decoder layer plus the root, and move to the device.
 
     The model is one of model.py's: it is entered through its `packed_forward`.
     `param_dtype` is what forward and backward compute in; weights and reductions keep their own
-    dtype and float32. `reshard=False` keeps whole layers between forward and backward (ZeRO-2).
+    dtype and float32.
     """
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     on_gpu = world.device.type == "cuda"  # elsewhere the weights are on the CPU anyway
@@ -153,7 +152,7 @@ def shard(
             mesh=world.mesh,
             mp_policy=precision,
             offload_policy=offload,
-            reshard_after_forward=reshard,
+            reshard_after_forward=True,
         )
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
@@ -167,15 +166,19 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=len))
 
 
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor), one at a time; a tied head comes once. Collective."""
+def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, this rank's shard or whole tensor); a tied head comes once."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
+        if id(tensor) not in seen:
+            yield name, tensor.detach()
         seen.add(id(tensor))
-        detached = tensor.detach()
-        yield name, detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor), one at a time; a tied head comes once. Collective."""
+    for name, tensor in own_tensors(model):
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rftt.cli import check_same_run
-from rftt.config import RLConfig, SFTConfig, Training
+from rftt.config import RLConfig, SFTConfig
 from rftt.learn.checkpoint import Checkpoints, latest, newest_whole
 from rftt.learn.distributed import World, shard
 from rftt.learn.model import load_critic, load_policy
-from rftt.learn.optim import build_optimizer, lr_at
+from rftt.learn.optim import build_optimizer
 from rftt.schema import UserError
 
 
@@ -42,7 +42,7 @@ def build_models(
     modules = {name: models[name] for name in names if name != "reference"}
     peaks = {"policy": cfg.learning_rate, "critic": cfg.critic_learning_rate}
     peaks = {name: peaks[name] for name in modules}
-    optimizers = {name: optimizer_for(cfg, modules[name], peak) for name, peak in peaks.items()}
+    optimizers = {name: build_optimizer(cfg, modules[name], peak) for name, peak in peaks.items()}
     return models, modules, optimizers, peaks
 
 
@@ -85,30 +85,8 @@ def checkpoints_of(
     return Checkpoints(
         Path(cfg.output_dir),
         world,
-        tokenizer=tokenizer,
+        tokenizer,
         keep=cfg.save_total_limit,
         dtype=cfg.dtype,
         best=past.get("best_score", -math.inf),
-    )
-
-
-def optimizer_for(cfg: Training, module: nn.Module, peak: float) -> torch.optim.Optimizer:
-    return build_optimizer(
-        module,
-        name=cfg.optim,
-        lr=peak,
-        betas=(cfg.adam_beta1, cfg.adam_beta2),
-        weight_decay=cfg.weight_decay,
-    )
-
-
-def rate_at(cfg: Training, peak: float, step: int, total: int) -> float:
-    """Learning rate of `step` of `total` under the configured schedule."""
-    return lr_at(
-        step,
-        total,
-        base=peak,
-        kind=cfg.lr_scheduler_type,
-        warmup_steps=math.ceil(cfg.warmup_ratio * total),
-        min_ratio=cfg.min_lr_ratio,
     )
