@@ -24,7 +24,7 @@ NEEDED = {"output_dir": "o", "model_name_or_path": "m", "train_file": "t"}
 
 def config(**changes):
     process = {"use_prm": "true", "prm_url": "u"} if "prm_threshold" in changes else {}
-    given = NEEDED | process | changes
+    given = NEEDED | {"method": "sample"} | process | changes
     return load_config(SearchConfig, [f"{key}={value}" for key, value in given.items()])
 
 
