@@ -10,15 +10,21 @@ import pytest
 from rftt.config import RLConfig
 from rftt.data import eos_id
 from rftt.functions import add_function_tokens, function_ids, render
-from rftt.rewards.compose import RewardScheme, reward, reward_all, score, solves
+from rftt.rewards.compose import reward, reward_all, score, solves
 from rftt.rewards.prm import Unscored
 from rftt.schema import Problem, Rollout, UserError
 from rftt.tiny import build_tokenizer
 
-PAPER = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0)
-BLEND = replace(PAPER, kind="blend")
-GAIN = replace(PAPER, kind="gain")
-WHOLE = replace(PAPER, whole_segments=True)
+
+def config(**changes):
+    needed = {"output_dir": "o", "model_name_or_path": "m", "train_file": "t", "learning_rate": 1}
+    return RLConfig(**needed, **changes)
+
+
+PAPER = config()
+BLEND = config(reward_scheme="blend")
+GAIN = config(reward_scheme="gain")
+WHOLE = config(malformed_responses="reject")
 
 
 def rollout(answer, finish="stop", acts=("analysis", "output"), gold="4"):
@@ -58,43 +64,57 @@ def text(answer):
     ],
 )
 def test_oracle_reward_of_every_step(scheme, answer, process, rewards, outcome):
-    scored = score(rollout(answer), text(answer), scheme, process)
+    scored = score(scheme, rollout(answer), text(answer), process)
     assert scored.step_rewards == pytest.approx(rewards)
     assert scored.outcome == outcome
 
 
 def test_a_response_cut_off_by_its_budget_has_no_answer():
-    scored = score(rollout("4", finish="length"), text("4"), PAPER)
+    scored = score(PAPER, rollout("4", finish="length"), text("4"))
     assert (scored.outcome, scored.step_rewards) == (0.0, (0.0, 0.0))
 
 
 def test_text_outside_whole_segments_is_refused_on_request():
     broken = rollout("4", acts=("analysis", ""))
-    assert score(broken, text("4"), PAPER).outcome == 1.0
-    assert score(broken, text("4"), WHOLE).step_rewards == (0.0, 0.0)
-    assert score(rollout("4"), text("4"), WHOLE).outcome == 1.0
+    assert score(PAPER, broken, text("4")).outcome == 1.0
+    assert score(WHOLE, broken, text("4")).step_rewards == (0.0, 0.0)
+    assert score(WHOLE, broken, text("4"), functional=False).outcome == 1.0
+    assert score(WHOLE, rollout("4"), text("4")).outcome == 1.0
 
 
 def test_a_problem_without_gold_answer_cannot_be_rewarded():
     with pytest.raises(UserError, match="p has no gold answer"):
-        score(rollout("4", gold=None), text("4"), PAPER)
+        score(PAPER, rollout("4", gold=None), text("4"))
+
+
+def shortness(problem: Problem, response: str) -> float:
+    return len(problem.question) / len(response)
 
 
 def test_the_users_own_function_pays_the_last_step_and_leaves_the_outcome_to_the_grader():
-    def shortness(problem: Problem, response: str) -> float:
-        return len(problem.question) / len(response)
-
-    own = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0, custom=shortness)
-    scored = score(rollout("4"), text("4"), own, [0.7, 0.2])
+    own = config(reward_function="tests.test_compose:shortness")
+    scored = score(own, rollout("4"), text("4"), [0.7, 0.2])
     assert scored.step_rewards == (0.7, 4 / len(text("4")))
     assert scored.outcome == 1.0
 
 
-@pytest.mark.parametrize("value", [None, "1", float("nan")])
-def test_a_users_function_must_return_a_number(value):
-    own = RewardScheme(correct=1.0, wrong=0.1, no_answer=0.0, custom=lambda problem, text: value)
+def nothing(problem, response):
+    return None
+
+
+def words(problem, response):
+    return "1"
+
+
+def no_number(problem, response):
+    return float("nan")
+
+
+@pytest.mark.parametrize("name", ["nothing", "words", "no_number"])
+def test_a_users_function_must_return_a_number(name):
+    own = config(reward_function=f"tests.test_compose:{name}")
     with pytest.raises(UserError, match=r"reward_function returned .* for problem p"):
-        score(rollout("4"), text("4"), own)
+        score(own, rollout("4"), text("4"))
 
 
 # ---- With a process reward model ----
@@ -135,11 +155,6 @@ def spoken():
         step_ends=ends,
     )
     return tokenizer, ids, made
-
-
-def config(**changes):
-    needed = {"output_dir": "o", "model_name_or_path": "m", "train_file": "t", "learning_rate": 1}
-    return RLConfig(**needed, use_prm=True, prm_url="http://x", **changes)
 
 
 def rewarded(spoken, prm, rollouts=None, **changes):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rftt.cli import load_function
 from rftt.data import decode
@@ -24,34 +24,6 @@ if TYPE_CHECKING:
 
     from rftt.config import RLConfig
     from rftt.functions import FunctionIds
-
-
-@dataclass(frozen=True)
-class RewardScheme:
-    correct: float
-    """The answer is right."""
-    wrong: float
-    """There is an answer, and it is wrong."""
-    no_answer: float
-    """The response ended without one. With a PRM its last step earns its own score instead."""
-    kind: Literal["paper", "blend", "gain"] = "paper"
-    """What a process score does to a step's reward: config.py says."""
-    whole_segments: bool = False
-    """A response with text outside its segments has no answer, whatever it says."""
-    custom: Callable[[Problem, str], object] | None = None
-    """The user's own: what the last step earns, instead of all of the above."""
-
-
-def scheme_of(cfg: RLConfig, *, functional: bool) -> RewardScheme:
-    """What a run pays for; whole segments can be asked only of who speaks `functional` tokens."""
-    return RewardScheme(
-        correct=cfg.correct_reward,
-        wrong=cfg.wrong_reward,
-        no_answer=cfg.no_answer_reward,
-        kind=cfg.reward_scheme,
-        whole_segments=cfg.malformed_responses == "reject" and functional,
-        custom=load_function("reward_function", own) if (own := cfg.reward_function) else None,
-    )
 
 
 def reward(
@@ -95,22 +67,18 @@ async def reward_all(
 
     Raises UserError when the PRM is down.
     """
-    scheme = scheme_of(cfg, functional=ids is not None)
-    paths = [(r.problem.question, step_texts(r, tokenizer, ids)) for r in rollouts]
+    functional = ids is not None
+    paths = [
+        (r.problem.question, [segment_text(tokenizer, step, ids) for step in r.step_ids()])
+        for r in rollouts
+    ]
     found = await score_paths(prm, paths) if prm else [None] * len(rollouts)
     rewarded = [
-        score(rollout, decode(tokenizer, rollout.response_ids), scheme, process)
+        score(cfg, rollout, decode(tokenizer, rollout.response_ids), process, functional=functional)
         for rollout, process in zip(rollouts, found, strict=True)
         if process is None or isinstance(process, list)
     ]
     return rewarded, [str(process) for process in found if isinstance(process, Unscored)]
-
-
-def step_texts(
-    rollout: Rollout, tokenizer: PreTrainedTokenizerBase, ids: FunctionIds | None
-) -> list[str]:
-    """What a process reward model reads of each step."""
-    return [segment_text(tokenizer, step, ids) for step in rollout.step_ids()]
 
 
 def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed") -> bool:
@@ -120,44 +88,51 @@ def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed
 
 
 def score(
-    rollout: Rollout, text: str, scheme: RewardScheme, process: Sequence[float] | None = None
+    cfg: RLConfig,
+    rollout: Rollout,
+    text: str,
+    process: Sequence[float] | None = None,
+    *,
+    functional: bool = True,
 ) -> Rollout:
     """Grade a rollout and give every step its reward; one cut off by its budget has no answer.
 
     `text` is the decoded response; `process` holds (S,) scores in [0, 1], or None without a PRM.
+    Whole segments can be asked only of a policy that speaks `functional` tokens.
     """
     if rollout.problem.answer is None:
         raise UserError(f"problem {rollout.problem.id} has no gold answer to reward against.")
     known, process = process is not None, process or [0.0] * len(rollout.acts)
     correct, answer = solves(rollout.problem, text, rollout.finish), rollout.answer
-    if rollout.finish == "length" or (scheme.whole_segments and "" in rollout.acts):
+    malformed = functional and cfg.malformed_responses == "reject" and "" in rollout.acts
+    if rollout.finish == "length" or malformed:
         correct, answer = False, None
-    finish = finish_reward(correct, answer, process[-1] if known else None, scheme)
-    if scheme.custom is not None:
-        finish = own_reward(scheme.custom, rollout.problem, text)
+    finish = finish_reward(cfg, correct, answer, process[-1] if known else None)
+    if cfg.reward_function is not None:
+        finish = own_reward(cfg.reward_function, rollout.problem, text)
     rewards = (*process[:-1], finish)
-    if scheme.kind == "gain":
+    if cfg.reward_scheme == "gain":
         rewards = tuple(after - before for before, after in pairwise((0.0, *rewards)))
     scores = tuple(process) if known else ()
     return replace(rollout, outcome=float(correct), step_rewards=rewards, step_scores=scores)
 
 
-def finish_reward(
-    correct: bool, answer: str | None, process: float | None, scheme: RewardScheme
-) -> float:
+def finish_reward(cfg: RLConfig, correct: bool, answer: str | None, process: float | None) -> float:
     """What the last step earns; `process` is its own score, None without a PRM."""
-    if scheme.kind == "blend":
+    if cfg.reward_scheme == "blend":
         return 0.6 * correct + 0.4 * (process or 0.0)
     if correct:
-        return scheme.correct
+        return cfg.correct_reward
     if answer is not None:
-        return scheme.wrong
-    return process if process is not None and scheme.kind == "paper" else scheme.no_answer
+        return cfg.wrong_reward
+    if process is not None and cfg.reward_scheme == "paper":
+        return process
+    return cfg.no_answer_reward
 
 
-def own_reward(function: Callable[[Problem, str], object], problem: Problem, text: str) -> float:
+def own_reward(function: str, problem: Problem, text: str) -> float:
     """What the user's function says. Raises UserError where that is not a finite number."""
-    value = function(problem, text)
+    value = load_function("reward_function", function)(problem, text)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"reward_function returned {value!r} for problem {problem.id}, no number.")
     return float(value)
