@@ -26,8 +26,8 @@ class Common:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when there is one."""
     system_prompt: str | None = None
-    """Goes before every question in SFT, RL, evaluation and plain sampling; phase 1's tree search
-    asks with instructions of its own."""
+    """Goes before every question in SFT, RL, evaluation and plain sampling, and before those of a
+    qwen PRM in this process; phase 1's tree search asks with instructions of its own."""
     trust_remote_code: bool = False
     """Run Python code that comes with a model folder."""
     prompt_key: str | None = None
@@ -302,7 +302,6 @@ class RLConfig(Common, Graded, Engine, Training, Process, Acts):
 
     def __post_init__(self) -> None:
         Process.__post_init__(self)
-        Acts.__post_init__(self)
         rollouts = self.rollout_batch_size * self.num_generations
         _require(
             rollouts % self.train_batch_size == 0,
@@ -366,7 +365,6 @@ class EvalConfig(Common, Graded, Engine, Beam, Process, Acts):
 
     def __post_init__(self) -> None:
         Process.__post_init__(self)
-        Acts.__post_init__(self)
         _require_ids(self)
 
 

@@ -125,10 +125,6 @@ class Acts:
     children_per_act: int = 1
     """Times that a tree over functional tokens may try each act below a node (PAPER §1: once)."""
 
-    def __post_init__(self) -> None:
-        if self.children_per_act < 1:
-            raise UserError(f"children_per_act={self.children_per_act} grows no tree; at least 1.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Beam:

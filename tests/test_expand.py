@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from rftt.cli import load_config
 from rftt.engines import engine_chat
 from rftt.engines.base import Counters
 from rftt.fields import Acts
@@ -195,6 +196,13 @@ def test_stepwise_takes_the_most_likely_act_that_the_grammar_allows():
     assert [step.act for step in steps] == ["analysis", "subquestion"]
 
 
+def test_stepwise_ends_where_every_act_that_may_follow_is_forbidden():
+    ctx = learned([[165, CLOSE["subquestion"]]], stepwise=True,
+                  forbidden=("next_step", "direct_answer"))  # fmt: skip
+    steps = asyncio.run(expand_learned(ctx, PROBLEM, [7], choose("subquestion"), -1.0))
+    assert [(step.act, step.answer) for step in steps] == [("subquestion", None)]
+
+
 def test_invariant_budget_counts_the_whole_response():
     before = [Step("analysis", "", tuple(segment("analysis", "abc")), (0.0,) * 5)]
     ctx = learned([[165] * 4], max_tokens=10)
@@ -245,8 +253,8 @@ def test_invariant_an_act_may_have_several_texts_and_the_likeliest_comes_first()
     assert acts == ["clarify", "clarify", "analysis", "analysis"]  # by prior, each twice
     assert len({node.key for node in tree.nodes}) == len(tree.nodes)
     assert len({sampling.seed for _, sampling in ctx.engine.asked}) == len(ctx.engine.asked)
-    with pytest.raises(UserError, match="children_per_act=0 grows no tree"):
-        Acts(children_per_act=0)
+    with pytest.raises(UserError, match="children_per_act=0 is too small"):
+        load_config(Acts, ["children_per_act=0"])
 
 
 def test_plain_samples_have_no_steps():

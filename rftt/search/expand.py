@@ -253,7 +253,7 @@ async def _stepwise(
         depth = choice.node.depth + len(steps)
         if step.token_ids[-1] != ids.close[act] or act == "output" or depth >= ctx.max_depth:
             break
-        if ctx.room(len(prompt), len(used)) <= 0:
+        if ctx.room(len(prompt), len(used)) <= 0 or not ctx.acts_after(act):
             break
         peek = await ctx.engine.generate([*prompt, *used], ctx.sampling(1, *key, len(steps), "act"))
         act_logprobs = dict(zip(ACTS, peek.watched[0], strict=True))
