@@ -28,6 +28,7 @@ from rftt.cli import check_same_run, cli, load_function
 from rftt.config import SearchConfig
 from rftt.data import (
     Journal,
+    Row,
     gather_parts,
     load_problems,
     load_tokenizer,
@@ -52,7 +53,6 @@ from rftt.watch.log import RunLog
 if TYPE_CHECKING:
     from rftt.learn.distributed import World
 
-Row = dict[str, Any]
 RESPONSES = ("sample", "score")
 """Methods whose raw rows are responses; the others' are curated already."""
 

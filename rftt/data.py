@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from glob import escape
 from itertools import chain
 from pathlib import Path
@@ -53,25 +54,25 @@ def read_jsonl(path: str | Path) -> list[tuple[int, Row]]:
     return rows
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
-    """Write all rows or none: a temporary file takes the name only when it is whole."""
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write all lines or none: a temporary file takes the name only when it is whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(line + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
+def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
+    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
 def write_json(path: str | Path, value: object) -> None:
-    """As `write_jsonl`, for one readable value."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """One readable value."""
+    write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1)])
 
 
 class Journal:
@@ -163,10 +164,7 @@ def load_problems(
     if graded and unread:
         raise UserError(_no_gold(path, unread, len(rows), answer_key))
     if len({problem.id for problem in problems}) < len(problems):
-        problems = [
-            Problem(f"{Path(path).stem}-{i}", p.question, p.answer, p.solution, p.level, p.subject)
-            for i, p in enumerate(problems)
-        ]
+        problems = [replace(p, id=f"{Path(path).stem}-{i}") for i, p in enumerate(problems)]
     return problems
 
 
@@ -291,15 +289,15 @@ def load_rows(
     too_long = 0
     ids = function_ids(tokenizer) if functional else None
     for number, row in read_jsonl(path):
-        question = _question(row, prompt_key, f"{path}:{number}")
+        question = _question(row, prompt_key, where := f"{path}:{number}")
         prompt = encode_chat(tokenizer, question_messages(question, system_prompt))
         example: Example = ()
-        for value in _responses(row, pairs, f"{path}:{number}"):
+        for value in _responses(row, pairs, where):
             if isinstance(value, str):
                 response = tokenizer.encode(value, add_special_tokens=False)
                 mask = [True] * len(response)
             else:
-                response, mask = _encode_steps(value, tokenizer, ids, mask_wrong, path, number)
+                response, mask = _encode_steps(value, tokenizer, ids, mask_wrong, where)
             example += ((prompt, [*response, eos_id(tokenizer)], [*mask, True]),)
         if len(prompt) + max(len(response) for _, response, _ in example) > max_length:
             too_long += 1
@@ -331,15 +329,14 @@ def _encode_steps(
     tokenizer: PreTrainedTokenizerBase,
     ids: FunctionIds | None,
     mask_wrong: bool,
-    path: str,
-    number: int,
+    where: str,
 ) -> tuple[list[int], list[bool]]:
     response: list[int] = []
     mask: list[bool] = []
     for i, step in enumerate(steps):
         act = ALIASES.get(step["act"], step["act"])
         if act not in FUNCTIONS:
-            raise UserError(f"{path}:{number} has the unknown act {step['act']!r}.")
+            raise UserError(f"{where} has the unknown act {step['act']!r}.")
         if ids is None:
             line = step["text"] if i == 0 else "\n" + step["text"]
             segment = tokenizer.encode(line, add_special_tokens=False)

@@ -169,7 +169,10 @@ class LocalPRM:
             )
         path = _Path(ids, marks, self._loop.submit())
         self._waiting.append(path)
-        return checked_here(await path.done, len(steps))
+        try:
+            return checked(await path.done, len(steps))
+        except ValueError as error:  # a broken model: NaN
+            raise UserError(f"the process reward model fails: {error}") from error
 
     def close(self) -> None:
         """Nothing runs between two calls."""
@@ -190,13 +193,6 @@ class LocalPRM:
             scores = iter(self._readout(states.float()).tolist())
             for path in batch:
                 path.done.set_result([next(scores) for _ in path.marks])
-
-
-def checked_here(scores: list[float], n_steps: int) -> list[float]:
-    try:
-        return checked(scores, n_steps)
-    except ValueError as error:  # a broken model: NaN
-        raise UserError(f"the process reward model fails: {error}") from error
 
 
 def label_ids(tokenizer: Any, good: str, bad: str) -> list[int]:

@@ -17,7 +17,7 @@ from rftt.data import Row
 from rftt.functions import Messages, ask_refine, ask_verify, segments
 from rftt.rewards.grader import grade
 from rftt.rewards.prm import reduce
-from rftt.schema import Problem, Step, Trace
+from rftt.schema import Problem, Trace
 from rftt.search.expand import visible
 from rftt.search.filters import follows_grammar, leaks, rank, repeats, select, share_solved
 from rftt.search.mcts import Tree
@@ -112,21 +112,17 @@ async def merge(ask: Ask, good: Trace, bad: Trace) -> Row | str:
     if leaks(turn, str(problem.answer), f"{problem.question}\n{before}\n{check}"):
         return "refine_leaks_answer"
     steps = [
-        *(_entry(step, node) for step, node in zip(good.steps[:n], good.nodes, strict=False)),
-        *(
-            _entry(step, node) | {"wrong": True}
-            for step, node in zip(bad.steps[n:], bad.nodes[n:], strict=True)
-        ),
+        *_entries(good)[:n],
+        *(entry | {"wrong": True} for entry in _entries(bad)[n:]),
         {"act": "verify", "text": check},
         {"act": "refine", "text": turn},
-        *(_entry(step, node) for step, node in zip(good.steps[n:], good.nodes[n:], strict=True)),
+        *_entries(good)[n:],
     ]
     return _row("merged", good, steps, shared=n, failed=list(bad.nodes[n:]))
 
 
 def plain(trace: Trace) -> Row:
-    steps = [_entry(step, node) for step, node in zip(trace.steps, trace.nodes, strict=True)]
-    return _row("plain", trace, steps, shared=0, failed=[])
+    return _row("plain", trace, _entries(trace), shared=0, failed=[])
 
 
 async def curate(
@@ -165,8 +161,9 @@ def _sound(row: Row, problem: Problem, counts: Counter[str]) -> bool:
     return sound
 
 
-def _entry(step: Step, node: int) -> Row:
-    return {"act": step.act, "text": step.text, "node": node}
+def _entries(trace: Trace) -> list[Row]:
+    steps = zip(trace.steps, trace.nodes, strict=True)
+    return [{"act": step.act, "text": step.text, "node": node} for step, node in steps]
 
 
 def _row(kind: str, trace: Trace, steps: list[Row], *, shared: int, failed: list[int]) -> Row:

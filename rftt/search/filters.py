@@ -12,17 +12,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
-from typing import Any, cast
+from typing import cast
 
 from rftt.cli import load_function
 from rftt.config import SearchConfig
+from rftt.data import Row
 from rftt.functions import sentences, successors
 from rftt.schema import UserError
 
-Row = dict[str, Any]
-"""A scored response: text, steps (their texts), tokens, finish, correct, score (PRM) or None,
-refused (why the PRM would not score it) or None."""
 Filter = Callable[[Sequence[Row], SearchConfig], list[bool]]
+"""A row is a scored response: text, steps (their texts), tokens, finish, correct, score (PRM) or
+None, refused (why the PRM would not score it) or None."""
 
 
 # ---- Of a text ----

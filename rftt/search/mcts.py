@@ -76,7 +76,7 @@ class Choice:
 
 class Tree:
     def __init__(
-        self, successors: Successors, *, max_depth: int, exploration_weight: float, seed: int
+        self, successors: Successors, max_depth: int, exploration_weight: float, seed: int
     ) -> None:
         self.successors = successors
         self.max_depth = max_depth

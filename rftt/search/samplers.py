@@ -31,7 +31,7 @@ from rftt.search.expand import (
     whole,
     with_answer,
 )
-from rftt.search.mcts import Choice, Node, Successors, Tree, Value, grow
+from rftt.search.mcts import Choice, Node, Tree, Value, grow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,20 +111,6 @@ def processed(
     return value
 
 
-def _tree(
-    ctx: Prompted | Learned,
-    problem: Problem,
-    acts_after: Successors,
-    weight: float,
-) -> Tree:
-    return Tree(
-        acts_after,
-        max_depth=ctx.max_depth,
-        exploration_weight=weight,
-        seed=seed_for(ctx.seed, problem.id),
-    )
-
-
 # ---- Phase 1 ----
 
 
@@ -138,7 +124,8 @@ async def prompted_tree(
     explore: Explore = grow,
 ) -> Tree:
     """Functional tree search with prompts; leaf value = the grader's verdict (PAPER §1)."""
-    tree = _tree(ctx, problem, partial(successors, phase="prompted"), exploration_weight)
+    acts_after, seed = partial(successors, phase="prompted"), seed_for(ctx.seed, problem.id)
+    tree = Tree(acts_after, ctx.max_depth, exploration_weight, seed)
     expand = partial(expand_prompted, ctx, problem)
     value = graded(problem, visible)
     await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
@@ -174,7 +161,8 @@ async def learned_tree(
     value: Value | None = None,
 ) -> Tree:
     """Tree over functional tokens. Without `value` the gold answer is, or agreement, if hidden."""
-    tree = _tree(ctx, problem, ctx.acts_after, exploration_weight)
+    seed = seed_for(ctx.seed, problem.id)
+    tree = Tree(ctx.acts_after, ctx.max_depth, exploration_weight, seed)
     tree.act_logprobs = await root_act_logprobs(ctx, problem, prompt)
 
     async def expand(choice: Choice) -> list[Step]:
