@@ -29,7 +29,8 @@ class StepModel:
     prm_step_tag: str | None = None
     """What marks the end of a step; None is the family's own: ки, <extra_0>, a line break."""
     prm_good_token: str = "+"
-    """math_shepherd: its share of good + bad is the score (Math-Shepherd)."""
+    """math_shepherd: its share of good + bad is the score (Math-Shepherd). A model over byte-level
+    BPE may have learnt " +" and " -", spaces included."""
     prm_bad_token: str = "-"
     """math_shepherd: the other one."""
     prm_max_tokens_per_batch: int = 16384

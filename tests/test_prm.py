@@ -45,7 +45,7 @@ from rftt.rewards.prm import (
     segment_text,
     to_wire,
 )
-from rftt.rewards.prm_local import LocalPRM
+from rftt.rewards.prm_local import LocalPRM, label_ids
 from rftt.rewards.prm_server import ServeConfig, from_wire, open_server
 from rftt.schema import UserError
 from rftt.tiny import build_tokenizer
@@ -223,6 +223,15 @@ def test_a_broken_model_is_an_error_and_no_number(folders: dict[str, Path]) -> N
     prm._readout = lambda hidden: hidden[:, 0] * math.nan
     with pytest.raises(UserError, match=r"nan is not a score.*; 2 of 2 paths unscored"):
         scores_of(prm, (QUESTION, STEPS), (QUESTION, STEPS))
+
+
+def test_labels_are_two_ids_of_one_kind() -> None:
+    """Byte-level BPE knows " -" as well, and would read "+ -" as "+" and " -"."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([" +", " -"])
+    ids = tokenizer.get_vocab()
+    assert label_ids(tokenizer, "+", "-") == [ids["+"], ids["-"]]
+    assert label_ids(tokenizer, " +", " -") == [ids[" +"], ids[" -"]]
 
 
 @pytest.mark.parametrize(

@@ -196,14 +196,14 @@ class LocalPRM:
 
 
 def label_ids(tokenizer: Any, good: str, bad: str) -> list[int]:
-    """Ids of the good and the bad token, or UserError where one is not a single id."""
-    together = tokenizer.encode(f"{good} {bad}", add_special_tokens=False)
-    if len(together) == 2:  # SentencePiece: both carry their leading space
-        return together
-    alone = [tokenizer.encode(token, add_special_tokens=False) for token in (good, bad)]
-    if any(len(ids) != 1 for ids in alone):
+    """Ids of the good and the bad token, or UserError where one is not a single id.
+
+    Each by itself: "+ -" would be "+" and " -" to byte-level BPE, two spellings.
+    """
+    found = [tokenizer.encode(token, add_special_tokens=False) for token in (good, bad)]
+    if any(len(ids) != 1 for ids in found):
         raise UserError(f"prm_good_token {good!r} and prm_bad_token {bad!r} must be one id each.")
-    return [ids[0] for ids in alone]
+    return [ids[0] for ids in found]
 
 
 # ---- Heads ----
