@@ -334,6 +334,8 @@ def _encode_steps(
     response: list[int] = []
     mask: list[bool] = []
     for i, step in enumerate(steps):
+        if not isinstance(step, dict) or not {"act", "text"} <= step.keys():
+            raise UserError(f"{where} has a step without act and text: {step!r:.80}.")
         act = ALIASES.get(step["act"], step["act"])
         if act not in FUNCTIONS:
             raise UserError(f"{where} has the unknown act {step['act']!r}.")

@@ -195,7 +195,11 @@ def test_rows_unmasked_plain_prompted_and_bounded(tmp_path):
 
 
 def test_rows_with_an_unknown_act_are_named(tmp_path):
-    path = write(tmp_path, {"question": "q", "steps": [{"act": "ponder", "text": "a"}]})
     arguments = {"system_prompt": None, "mask_wrong": True, "functional": True, "max_length": 99}
+    for steps in (["a"], [{"act": "output"}]):
+        path = write(tmp_path, {"question": "q", "steps": steps})
+        with pytest.raises(UserError, match=r"rows.jsonl:1 has a step without act and text: "):
+            load_rows(path, Letters(), **arguments)
+    path = write(tmp_path, {"question": "q", "steps": [{"act": "ponder", "text": "a"}]})
     with pytest.raises(UserError, match=r"rows.jsonl:1 has the unknown act 'ponder'"):
         load_rows(path, Letters(), **arguments)
