@@ -129,28 +129,28 @@ class SearchConfig(Common, Graded, Engine, Api, Filters, Beam, Process):
 
     def __post_init__(self) -> None:
         Process.__post_init__(self)
-        _require(self.method != "score" or bool(self.raw_file), "method=score needs a raw_file.")
-        _require(
-            self.method == "score" or self.raw_file is None, "raw_file is for method=score only."
-        )
-        _require(
-            self.prm_threshold == 0 or self.use_prm,
-            f"prm_threshold={self.prm_threshold} needs process scores; set use_prm: true.",
-        )
+        scores, responses = self.method == "score", self.method in ("sample", "score")
+        if scores and not self.raw_file:
+            raise UserError("method=score needs a raw_file.")
+        if self.raw_file is not None and not scores:
+            raise UserError("raw_file is for method=score only.")
+        if (threshold := self.prm_threshold) and not self.use_prm:
+            raise UserError(f"prm_threshold={threshold} needs process scores; set use_prm: true.")
         default, own = asdict(Filters()), asdict(self)
         idle = [key for key in default if own[key] != default[key] and key != "max_row_tokens"]
-        _require(
-            self.method in ("sample", "score") or not idle,
-            f"{', '.join(idle)}: only method=sample and score filter by it; {self.method} curates "
-            "trees.",
-        )
-        if self.engine == "api":
-            _require(bool(self.api_url and self.api_model), "engine=api needs api_url, api_model.")
-            prices, cost = self.api_prompt_price + self.api_completion_price, self.api_max_cost
-            _require(
-                prices > 0 if cost is not None else self.api_max_tokens is not None,
-                "engine=api needs a budget: api_max_tokens, or api_max_cost with prices.",
+        if idle and not responses:
+            raise UserError(
+                f"{', '.join(idle)}: only method=sample and score filter by it; {self.method} "
+                "curates trees."
             )
+        if self.engine == "api":
+            if not (self.api_url and self.api_model):
+                raise UserError("engine=api needs api_url, api_model.")
+            prices, cost = self.api_prompt_price + self.api_completion_price, self.api_max_cost
+            if not (prices > 0 if cost is not None else self.api_max_tokens is not None):
+                raise UserError(
+                    "engine=api needs a budget: api_max_tokens, or api_max_cost with prices."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +189,8 @@ class SFTConfig(Common, Training):
     """Checkpoint folder of another run: start with its weights and its optimizer's moments."""
 
     def __post_init__(self) -> None:
-        smoothing = self.label_smoothing
-        _require(0 <= smoothing < 0.5, f"label_smoothing={smoothing} is not from 0 to below 0.5.")
+        if not 0 <= (smoothing := self.label_smoothing) < 0.5:
+            raise UserError(f"label_smoothing={smoothing} is not from 0 to below 0.5.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,32 +302,31 @@ class RLConfig(Common, Graded, Engine, Training, Process, Acts):
 
     def __post_init__(self) -> None:
         Process.__post_init__(self)
+        size, grpo = self.train_batch_size, self.advantage_estimator == "grpo"
         rollouts = self.rollout_batch_size * self.num_generations
-        _require(
-            rollouts % self.train_batch_size == 0,
-            f"rollout_batch_size {self.rollout_batch_size} x num_generations "
-            f"{self.num_generations} = {rollouts} is not divisible by train_batch_size "
-            f"{self.train_batch_size}; nearest: "
-            f"{', '.join(map(str, _nearest_divisors(rollouts, self.train_batch_size)))}.",
-        )
-        _require(
-            self.num_generations > 1 or self.advantage_estimator != "grpo",
-            "num_generations=1 gives zero advantages with grpo; use at least 2.",
-        )
-        _require(
-            not self.whiten_rewards or self.advantage_estimator != "grpo",
-            "whiten_rewards does nothing with grpo, which scales by group; use scale_rewards.",
-        )
-        _require(
-            self.reward_scheme != "gain" or self.advantage_estimator != "grpo",
-            "reward_scheme=gain tells steps apart and grpo adds them up; use reinforce++ or ppo.",
-        )
-        _require(
-            self.kl_target is None or self.kl_coef > 0,
-            "kl_target needs a kl_coef above 0 to adapt.",
-        )
-        _require(self.top_p == 1, f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
-        _require(self.temperature > 0, "temperature=0 explores nothing; use a positive one.")
+        if rollouts % size:
+            raise UserError(
+                f"rollout_batch_size {self.rollout_batch_size} x num_generations "
+                f"{self.num_generations} = {rollouts} is not divisible by train_batch_size {size}; "
+                f"nearest: {', '.join(map(str, _nearest_divisors(rollouts, size)))}."
+            )
+        if grpo and self.num_generations == 1:
+            raise UserError("num_generations=1 gives zero advantages with grpo; use at least 2.")
+        if grpo and self.whiten_rewards:
+            raise UserError(
+                "whiten_rewards does nothing with grpo, which scales by group; use scale_rewards."
+            )
+        if grpo and self.reward_scheme == "gain":
+            raise UserError(
+                "reward_scheme=gain tells steps apart and grpo adds them up; use reinforce++ or "
+                "ppo."
+            )
+        if self.kl_target is not None and self.kl_coef <= 0:
+            raise UserError("kl_target needs a kl_coef above 0 to adapt.")
+        if self.top_p != 1:
+            raise UserError(f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
+        if self.temperature <= 0:
+            raise UserError("temperature=0 explores nothing; use a positive one.")
         _require_ids(self)
 
 
@@ -368,15 +367,9 @@ class EvalConfig(Common, Graded, Engine, Beam, Process, Acts):
         _require_ids(self)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def _require_ids(cfg: Engine) -> None:
-    _require(
-        cfg.engine != "api", "engine=api speaks text, not token ids: only search.py can use it."
-    )
+    if cfg.engine == "api":
+        raise UserError("engine=api speaks text, not token ids: only search.py can use it.")
 
 
 def _nearest_divisors(n: int, wanted: int) -> list[int]:
