@@ -161,10 +161,11 @@ def check_same_run(config_file: Path, config: dict[str, Any]) -> None:
 def describe(schema: type) -> str:
     """The help text: every field with its type, default and docstring."""
     hints = typing.get_type_hints(schema)
+    known = {f.name: f for f in fields(schema)}
     lines = [f"{schema.__doc__}\n", "usage: python SCRIPT.py config.yaml [key=value …]\n"]
     for base in reversed(schema.__mro__[:-1]):
         for name, doc in field_docs(base).items():
-            default = "required" if is_required(_field(schema, name)) else _default(schema, name)
+            default = "required" if is_required(known[name]) else repr(_default(known[name]))
             lines.append(f"{name}: {_type_name(hints[name])} = {default}\n    {doc}")
     return "\n".join(lines) + "\n"
 
@@ -234,7 +235,7 @@ def _check(key: str, value: Any, hint: Any, where: str) -> Any:
             pass
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    if isinstance(hint, type) and isinstance(value, hint) and type(value) is hint:
+    if type(value) is hint:
         return value
     raise UserError(f"config: {key}={value!r} is not a {_type_name(hint)} ({where}).")
 
@@ -245,14 +246,9 @@ def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
-def _field(schema: type, name: str) -> Any:
-    return next(f for f in fields(schema) if f.name == name)
-
-
 def is_required(f: Any) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
-def _default(schema: type, name: str) -> str:
-    f = _field(schema, name)
-    return repr(f.default if f.default is not MISSING else f.default_factory())
+def _default(f: Any) -> Any:
+    return f.default_factory() if f.default is MISSING else f.default

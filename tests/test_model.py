@@ -255,7 +255,7 @@ def test_a_new_critic_values_everything_at_zero_and_learns() -> None:
     values = token_values(critic, batch)
     assert values.shape == batch.input_ids.shape
     assert not values.any()
-    loss, _ = rl.value_loss(values, values.detach(), batch.advantages, batch.action_mask, None)
+    loss, _ = rl.value_loss(values, values.detach(), batch.advantages, batch.action_mask, 0.2)
     loss.backward()
     assert critic.head.weight.grad.any()
 

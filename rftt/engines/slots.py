@@ -87,9 +87,8 @@ class Slots:
 
         self.every = torch.arange(n_slots, device=model.device)
         self.length = empty(n_slots)  # columns filled: those of `tokens[:length]`
-        self.tokens = empty(
-            n_slots, max_len
-        )  # prompt and response; `tokens[length]` is decoded next
+        # Prompt and response; `tokens[length]` is decoded next.
+        self.tokens = empty(n_slots, max_len)
         self.drop()
         self.count, self.limit = empty(n_slots), empty(n_slots)  # tokens sampled; max_tokens
         self.kind = empty(n_slots)  # row of the tables below

@@ -167,7 +167,6 @@ def collate(
     rewards: list[float] = []
     logprobs: list[float] = []
     forced: list[bool] = []
-    groups: list[int] = []
     for rollout in rollouts:
         n_prompt, n_response = len(rollout.prompt_ids), len(rollout.response_ids)
         _check(n_prompt, n_response, len(rollout.action_mask), rollout.problem.id)
@@ -185,18 +184,17 @@ def collate(
         rewards += [0.0] * n_prompt + reward
         logprobs += [0.0] * n_prompt + [*rollout.sampling_logprobs]
         forced += [False] * n_prompt + [*(rollout.forced or (False,) * n_response)]
-        groups += [rollout.group] * (n_prompt + n_response)
     lengths = tuple(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
-    return Batch(
+    batch = Batch(
         torch.tensor(ids, dtype=torch.int64),
         lengths,
         torch.tensor(mask, dtype=torch.bool),
         torch.tensor(rewards, dtype=torch.float32),
         torch.tensor(logprobs, dtype=torch.float32),
         forced=torch.tensor(forced, dtype=torch.bool),
-        group=torch.tensor(groups, dtype=torch.int64),
         tree=tree,
     )
+    return batch.replace(group=batch.spread([rollout.group for rollout in rollouts]).long())
 
 
 Row = tuple[Sequence[int], Sequence[int], Sequence[bool]]

@@ -112,17 +112,10 @@ def find(
 def dump(path: Path, batch: Batch, names: Sequence[str]) -> None:
     """Every document with its tensors; numbers that are not finite as text."""
     tensors = {name: getattr(batch, name) for name in ("input_ids", "action_mask", *INPUTS)}
-    columns = {
-        name: [part.tolist() for part in tensor.split(batch.lengths)]
-        for name, tensor in tensors.items()
-        if isinstance(tensor, Tensor)
-    }
+    parts = {k: x.split(batch.lengths) for k, x in tensors.items() if isinstance(x, Tensor)}
     documents = [
         {"sample": sample}
-        | {
-            name: [x if math.isfinite(x) else str(x) for x in column[i]]
-            for name, column in columns.items()
-        }
+        | {k: [x if math.isfinite(x) else str(x) for x in parts[k][i].tolist()] for k in parts}
         for i, sample in enumerate(names)
     ]
     write_json(path, documents)

@@ -206,12 +206,10 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
 ) -> tuple[Tensor, Metrics]:
     """½ (V − R)², the worse of it and of V held within `clip` of its old value; summed."""
     error = 0.5 * (values - returns).square()
-    if clip is None:
-        return torch.where(mask, error, 0.0).sum(), {"value_clip_share": mask.new_zeros(()).float()}
     held = old_values + (values - old_values).clamp(-clip, clip)
     held_error = 0.5 * (held - returns).square()
     metrics = {"value_clip_share": ((held_error > error) & mask).sum()}

@@ -50,29 +50,19 @@ def score_tokens(
 ) -> Batch:
     """What the policy before the update, the reference and the critic say of every token."""
 
-    def logprobs(name: str) -> Tensor:
-        return per_token(
-            lambda micro: token_logprobs(models[name], micro, cfg.temperature, vocabulary)[0],
-            batch,
-            cfg.max_tokens_per_microbatch,
-            world,
-        )
+    def each(function: Callable[[Batch], Tensor]) -> Tensor:
+        return per_token(function, batch, cfg.max_tokens_per_microbatch, world)
 
-    old, mask = logprobs("policy"), batch.action_mask
-    batch = batch.replace(old_logprobs=old)
+    def logprobs(name: str) -> Tensor:
+        return each(lambda b: token_logprobs(models[name], b, cfg.temperature, vocabulary)[0])
+
+    old, ref, values = logprobs("policy"), None, None
     if "reference" in models:
         ref = logprobs("reference")
-        batch = batch.replace(ref_logprobs=ref)
-        totals.add({"kl": (kl_estimate(old, ref, "k3") * mask).sum()})
+        totals.add({"kl": (kl_estimate(old, ref, "k3") * batch.action_mask).sum()})
     if "critic" in models:
-        values = per_token(
-            lambda micro: token_values(models["critic"], micro),
-            batch,
-            cfg.max_tokens_per_microbatch,
-            world,
-        )
-        batch = batch.replace(values=values)
-    return batch
+        values = each(lambda b: token_values(models["critic"], b))
+    return batch.replace(old_logprobs=old, ref_logprobs=ref, values=values)
 
 
 def weigh(batch: Batch, cfg: RLConfig, world: World) -> Batch:
