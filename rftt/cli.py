@@ -26,7 +26,7 @@ from rftt.schema import UserError
 C = TypeVar("C")
 
 MAY_BE_ZERO = (
-    *("seed", "eval_steps", "save_steps", "save_total_limit", "max_eval_problems", "num_samples"),
+    *("seed", "eval_steps", "save_steps", "save_total_limit", "num_samples"),
     *("min_shared_steps", "resample_rounds", "max_plain_paths", "max_direct_sentences", "n_guard"),
     *("min_row_tokens", "port"),
 )

@@ -33,6 +33,7 @@ def test_overrides_come_after_the_file(tmp_path):
         ("top_p=0.9", "top_p=0.9 biases"),
         ("simulations=0", "unknown key 'simulations'"),
         ("num_generations=0", "num_generations=0 is too small (on the command line)"),
+        ("max_eval_problems=0", "max_eval_problems=0 is too small"),
         ("kl_target=0.1 kl_coef=0", "kl_target needs a kl_coef above 0"),
         ("nowhere.yaml", "config file nowhere.yaml does not exist"),
     ],

@@ -42,15 +42,15 @@ def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
         if figure is not None:
             figure.savefig(out / "plots" / f"{name}.png", dpi=110)
             lines += [f"![{name}](plots/{name}.png)", ""]
-    for title, cells in TABLES.items():
-        lines += table(title, {run.name: cells(run) for run in runs})
+    tables = {title: table_rows({run.name: f(run) for run in runs}) for title, f in TABLES.items()}
+    for title, rows in tables.items():
+        lines += table(title, rows)
     for run in runs:
         lines += [f"## Last rollouts of {run.name}", ""] if run.samples else []
         lines += [line for row in run.samples[:N_SAMPLES] for line in sample_lines(row)]
     lines += ["## Left out", "", *(f"- {run.name}: {missing(run)}" for run in runs)]
     report = out / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    tables = {title: table_rows({run.name: f(run) for run in runs}) for title, f in TABLES.items()}
     write_page(runs, tables, out, n_samples=N_SAMPLES)
     return report
 
@@ -109,14 +109,11 @@ def table_rows(cells: Mapping[str, dict[str, str]]) -> list[list[str]]:
     return [["run", *columns], *rows] if columns else []
 
 
-def table(title: str, cells: Mapping[str, dict[str, str]]) -> list[str]:
-    """Markdown lines; none where no run has a cell."""
-    rows = table_rows(cells)
-    if not rows:
-        return []
-    rows.insert(1, ["---"] * len(rows[0]))
-    lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
-    return [f"## {title}", "", *lines, ""]
+def table(title: str, rows: list[list[str]]) -> list[str]:
+    """Markdown lines; none where there are no rows."""
+    ruled = [*rows[:1], ["---"] * len(rows[0]), *rows[1:]] if rows else []
+    lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in ruled]
+    return [f"## {title}", "", *lines, ""] if lines else []
 
 
 def sample_lines(row: Row) -> list[str]:
