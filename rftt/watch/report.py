@@ -17,11 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rftt.data import Row
 from rftt.functions import ACTS
 from rftt.schema import UserError
 from rftt.watch.log import number, say
 from rftt.watch.page import write_page
-from rftt.watch.run import CURVES, Panel, Row, Run, missing, read_run
+from rftt.watch.run import CURVES, Panel, Run, missing, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

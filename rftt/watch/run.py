@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from rftt.data import Row
 from rftt.schema import UserError
 
-Row = dict[str, Any]
 Panel = tuple[str, str, tuple[str, ...]]
 
 CURVES: dict[str, tuple[Panel, ...]] = {
