@@ -246,11 +246,7 @@ def best(responses: list[Row]) -> bool:
 
 
 def accuracy_at(
-    rows: list[Row],
-    kind: str,
-    k: int,
-    seed: int,
-    choose: Callable[[list[Row]], bool] = vote,
+    rows: list[Row], kind: str, k: int, seed: int, choose: Callable[[list[Row]], bool] = vote
 ) -> dict[str, float]:
     """Accuracy of the choice among each problem's first k responses, and what they cost."""
     right = [float(choose(row[kind][:k])) for row in rows]

@@ -292,10 +292,7 @@ async def score_response(prm: ProcessModel | None, problem: Row, response: Row) 
 
 
 def write_data(
-    cfg: SearchConfig,
-    log: RunLog,
-    raw: Sequence[Row],
-    n_tokens: Callable[[str], int] | None = None,
+    cfg: SearchConfig, log: RunLog, raw: Sequence[Row], n_tokens: Callable[[str], int] | None = None
 ) -> None:
     """data/sft.jsonl and data/dpo.jsonl in the order of `raw`, and stats.json with every count."""
     out, counts, rows = Path(cfg.output_dir), Counter[str](), []

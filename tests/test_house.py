@@ -149,7 +149,7 @@ def test_torch_free_modules_and_the_help_of_scripts_stay_torch_free() -> None:
 
 # ---- Sizes ----
 
-FILE_LINES, FUNCTION_LINES, MAIN_LINES, CODE_LINES = 400, 60, 120, 7925
+FILE_LINES, FUNCTION_LINES, MAIN_LINES, CODE_LINES = 400, 60, 120, 7885
 
 
 def n_lines(path: Path) -> int:

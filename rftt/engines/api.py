@@ -190,9 +190,8 @@ class ChatAPI:
         except (ValueError, KeyError, IndexError, TypeError) as error:
             what = f"not a chat completion: {response.text[:80]!r}"
             raise _Retry(what, billed=True) from error
-        n_prompt = usage.get(
-            "prompt_tokens", worst.n_prompt
-        )  # a server that does not say: its worst
+        # A server that does not say what it took: the worst.
+        n_prompt = usage.get("prompt_tokens", worst.n_prompt)
         n_generated = usage.get("completion_tokens", worst.n_generated)
         return self._priced(text, whole, n_prompt, n_generated)
 
