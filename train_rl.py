@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rftt.cli import STOPPED, cli, stop_on_sigterm
+from rftt.cli import STOPPED, cli, load_function, stop_on_sigterm
 from rftt.config import RLConfig
 from rftt.data import (
     decode,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from rftt.learn.batch import Batch
     from rftt.learn.distributed import World
@@ -75,10 +76,8 @@ def train(cfg: RLConfig, world: World) -> None:
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world, cfg.resume_from_checkpoint)
-    keys, eval_file = (cfg.prompt_key, cfg.answer_key), cfg.eval_file or cfg.train_file
-    problems = load_problems(cfg.train_file, keys=keys)
-    eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    problems, eval_problems = read_problems(cfg, tokenizer)
     speaks = cfg.sampling_method == "mcts" or cfg.forbidden_acts or has_function_tokens(tokenizer)
     ids, vocabulary = function_ids(tokenizer) if speaks else None, len(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
@@ -176,6 +175,23 @@ def train(cfg: RLConfig, world: World) -> None:
     world.barrier()
     engine.close()
     log.info(f"model in {out / 'hf'}")
+
+
+def read_problems(
+    cfg: RLConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Problem], list[Problem]]:
+    """To explore, and to evaluate on; what would stop the run hours later stops it here."""
+    from rftt.search.samplers import check_prompts
+
+    keys = (cfg.prompt_key, cfg.answer_key)
+    problems = load_problems(cfg.train_file, keys=keys)
+    eval_file = cfg.eval_file or cfg.train_file
+    eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
+    every = list(dict.fromkeys([*problems, *eval_problems]))
+    check_prompts(tokenizer, every, cfg.system_prompt, cfg.max_model_len)
+    if cfg.reward_function is not None:
+        load_function("reward_function", cfg.reward_function)
+    return problems, eval_problems
 
 
 # ---- 1. Explore ----
