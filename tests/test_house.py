@@ -55,7 +55,7 @@ def inside(name: str, *rooms: str) -> bool:
 # ---- Imports go one way ----
 
 BASE = ("schema", "config", "fields", "cli", "functions", "data", "rewards.grader")
-GRADER = ("rewards.grader", "rewards.reading", "rewards.spelling")
+GRADER = ("rewards.grader", "rewards.spelling", "rewards.audit")  # audit is its command line
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "schema": (),
     "cli": ("schema",),
@@ -149,7 +149,7 @@ def test_torch_free_modules_and_the_help_of_scripts_stay_torch_free() -> None:
 
 # ---- Sizes ----
 
-FILE_LINES, FUNCTION_LINES, MAIN_LINES, CODE_LINES = 400, 60, 120, 7885
+FILE_LINES, FUNCTION_LINES, MAIN_LINES, CODE_LINES = 400, 60, 120, 7650
 
 
 def n_lines(path: Path) -> int:
@@ -185,6 +185,11 @@ def long_functions(tree: ast.AST, *, script: bool) -> list[str]:
 
 def test_the_whole_stays_small() -> None:
     assert sum(n_code_lines(path.read_text(encoding="utf-8")) for path in SOURCES) <= CODE_LINES
+
+
+def test_the_grader_is_read_in_ten_minutes() -> None:
+    files = [ROOT / "rftt" / "rewards" / name for name in ("grader.py", "spelling.py")]
+    assert sum(n_code_lines(path.read_text(encoding="utf-8")) for path in files) <= 400
 
 
 def test_only_code_lines_are_counted() -> None:

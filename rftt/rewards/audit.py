@@ -1,10 +1,18 @@
-"""A look at the grader before a run is spent on a data set: which gold answers can it judge?"""
+"""A look at the grader before a run is spent on a data set: which gold answers can it judge?
 
+`main` is `python -m rftt.rewards.grader FILE.jsonl`: its verdicts on labelled rows, as a table.
+"""
+
+import json
 import re
+import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from rftt.rewards.grader import grade, parse_gold, same_answer
+from rftt.rewards.grader import Verdict, grade, parse_gold, same_answer
+from rftt.schema import UserError
 
 _RESPELT: dict[str, Callable[[str], str]] = {  # the same answer: to refuse it is a false negative
     "spacing": lambda gold: (
@@ -47,3 +55,56 @@ def audit(golds: list[str]) -> dict[str, Any]:
         "false_negatives": {name: misjudged(change, False) for name, change in _RESPELT.items()},
         "false_positives": {name: misjudged(change, True) for name, change in _CHANGED.items()},
     }
+
+
+def table(arguments: list[str]) -> None:
+    """A table by category, then one JSON line: `FILE.jsonl [answer_format=boxed|gsm8k|auto]`.
+
+    Milliseconds are CPU time: other work on the machine does not count.
+    """
+    options = dict(a.split("=", 1) for a in arguments if "=" in a)
+    files = [a for a in arguments if "=" not in a]
+    if len(files) != 1 or {*options} - {"answer_format"}:
+        raise UserError("usage: python -m rftt.rewards.grader FILE.jsonl [answer_format=auto]")
+    with open(files[0], encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
+    table: dict[str, Counter[str]] = {}
+    times: list[float] = []
+    for row in rows:
+        begin, form = time.process_time(), options.get("answer_format", "auto")
+        label = None if row.get("label") is None else bool(row["label"])
+        try:
+            verdict = grade(row["response"], row["gold"], row.get("question"), form)
+            wrong = "false positive" if verdict.correct else "false negative"
+            outcome = {None: "unlabelled", verdict.correct: "right"}.get(label, wrong)
+        except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as surprise:
+            verdict, outcome = Verdict(False, None, "", "", repr(surprise)), "error"
+        times.append(1000 * (time.process_time() - begin))
+        if outcome not in ("right", "unlabelled"):
+            sys.stderr.write(f"{outcome}: {row.get('id')} {verdict}\n")
+        for key in (row.get("category", "none"), "all"):
+            table.setdefault(key, Counter())[outcome] += 1
+        table["all"]["too big"] += verdict.rule == "too big"
+    for key, n in sorted(table.items(), key=lambda item: (item[0] == "all", item[0])):
+        labelled = n.total() - n["unlabelled"] - n["too big"]
+        sys.stdout.write(
+            f"{key:16} {labelled:6} {n['right'] / max(1, labelled):7.3f}"
+            f"  false + {n['false positive']:3}  false - {n['false negative']:3}\n"
+        )
+    total, times = table.get("all", Counter()), sorted(times) or [0.0]
+    summary = {
+        "n": len(rows), "accuracy": total["right"] / max(1, len(rows) - total["unlabelled"]),
+        "false_positives": total["false positive"], "false_negatives": total["false negative"],
+        "errors": total["error"], "timeouts": total["too big"],  # no clock: beyond a bound
+        "pairs_per_second": round(1000 * len(rows) / max(sum(times), 1e-9), 1),
+        **{f"p{p}_ms": round(times[len(times) * p // 100], 3) for p in (50, 99)},
+        "max_ms": round(times[-1], 3),
+    }  # fmt: skip
+    sys.stdout.write(json.dumps(summary) + "\n")
+
+
+def main() -> None:
+    try:
+        table(sys.argv[1:])
+    except (UserError, OSError) as problem:
+        sys.exit(f"error: {problem}")

@@ -1,22 +1,31 @@
-"""The grader: is a response's final answer the gold answer? (the paper's rule-based outcome reward)
+r"""The grader: is a response's final answer the gold one? (the paper's rule-based outcome reward)
 
-`extract` finds the answer, spelling.py gives it one spelling, reading.py says what it is worth,
-`equal` compares. Departures from other graders: with variables, two answers are equal if they are
-wherever both are defined among 12 fixed points, 4 at least; and all is bounded by construction, so
-it is called inline, with no worker and no time-out. A verdict depends on nothing but its arguments.
+`extract` finds the answer, `tokens` gives it one spelling, `parse` takes it apart, a `World` works
+it out with numbers for names and units: two answers are the same if they are at 12 fixed points.
+Departures from other graders: nothing is simplified, and every step is bounded, so it is called
+inline, with no worker and no time-out; a verdict depends on nothing but its arguments.
 """
 
-import json
+import ast
+import functools
+import math
+import operator
 import re
-import sys
-import time
-from collections import Counter
-from fractions import Fraction
+import zlib
 from typing import Any, NamedTuple
 
-from rftt.rewards.reading import EPS, MAX_ITEMS, MP, POINTS, Group, read, world
-from rftt.rewards.spelling import MAX_CHARS, tokens, words
+import mpmath
+
+from rftt.rewards.spelling import MAX_CHARS, NAME, NAMES, UNIT, pointed, tokens, words
 from rftt.schema import UserError
+
+MAX_DEPTH, MAX_ITEMS, MAX_STEPS, MAX_BITS, POINTS = 150, 60, 5_000, 2_150, 12
+MP = mpmath.MPContext()
+MP.dps = 700  # what can be written out is exact; set once and only read, so threads may share it
+EPS = MP.mpf(10) ** -650
+_NO_MATHS = (SyntaxError, TypeError, ValueError, LookupError, AssertionError, AttributeError)
+for _constant in (MP.pi, MP.e, MP.ln2, MP.ln10):
+    _constant(prec=8_000)  # kept by mpmath: no thread will replace digits that another is reading
 
 
 class Verdict(NamedTuple):
@@ -24,7 +33,7 @@ class Verdict(NamedTuple):
     extracted: str | None
     answer_form: str  # `canonical` form of the extracted answer, and of the gold answer
     gold_form: str
-    rule: str  # same text, value, words, time, base, copied, too big, no answer or no gold
+    rule: str  # same text, value, words, time, copied, too big, no answer or no gold
 
 
 # 1. Finding the answer
@@ -33,35 +42,27 @@ _INSIDE = r"(?:[^{}\\]|\\.)*+"
 for _ in range(12):  # braces within braces
     _INSIDE = rf"(?:[^{{}}\\]|\\.|\{{{_INSIDE}\}})*+"
 _HEAD = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*")
-_BOX = re.compile(rf"(?s){_HEAD.pattern}(?:\{{({_INSIDE})\}}|([\w.,+-]*\w))")
-_FILL = r"(?:[\s$]|\\[()\[\],;!]|\\q?quad|\b[A-Za-z](?:_\w)?\s*=)*"  # space, delimiters, a new name
-_JOINT = re.compile(rf"{_FILL}(?:,|;|and|or|\\text\s*\{{\s*(?:and|or)\s*\}}){_FILL}")
-_SAID = re.compile(r"(?i)answer(?:\s+is\s*:?|\s*:)\**\s*(.+)|(?:final answer|answer).*\bis\s+(.+)")
+_BOX = rf"(?:{_HEAD.pattern}(?:\{{({_INSIDE})\}}|([\w.,+-]*\w)))"
+_FILL = r"(?:[\s$]|\\[()\[\],;!]|\\q?quad|\b[A-Za-z](?:_\w)?\s*=)*+"  # also x =
+_JOINT = rf"{_FILL}(?:,|;|and|or|\\text\s*\{{\s*(?:and|or)\s*\}}){_FILL}"
+_RUN = re.compile(rf"(?s){_BOX}(?:{_JOINT}{_BOX})*+")
+_SAID = re.compile(r"(?i)answer(?:.*\bis\b|[^:\n]*:)[*\s:]*(\S.*?)(?:\.\s|\.?$|\s*<[|/])", re.M)
 _LAST = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def _boxed(text: str) -> str | None:
     """The last box, if it is finished; boxes joined by a comma, `and` or `or` are one list."""
-    found: list[re.Match[str]] = []
-    at = later = len(text)
-    while (at := max(text.rfind(name, 0, at) for name in ("\\boxed", "\\fbox", "\\framebox"))) >= 0:
-        if not _HEAD.match(text, at):
-            continue
-        box = _BOX.match(text, at)
-        if not box or not box.end() <= later or len(found) > MAX_ITEMS:
-            break
-        if found and not (later < box.end() + 60 and _JOINT.fullmatch(text, box.end(), later)):
-            break
-        found, later = [box, *found], at
-    parts = [(box[2] or box[1]).strip() for box in found]
-    return ", ".join(parts) if parts and all(parts) else None
+    runs = [*_RUN.finditer(text)]
+    if not runs or _HEAD.search(text, runs[-1].end()):
+        return None
+    parts = [(box[1] or box[2] or "").strip() for box in re.finditer(f"(?s){_BOX}", runs[-1][0])]
+    return ", ".join(_boxed(part) or part for part in parts) if all(parts) else None
 
 
 def extract(response: str, answer_format: str = "boxed") -> str | None:
-    """The final answer, or None. Only text after the last `<output>` counts.
+    """The final answer after the last `<output>`; an unfinished box is no answer in any format.
 
-    `boxed` wants a box; `gsm8k` wants `#### 18`; `auto` takes a box, else `####`, else "the answer
-    is …", else the last formula or number. An unfinished box is no answer in any format.
+    `auto` takes a box, else `#### 18`, else "the answer is 18", else the last formula or number.
     """
     if answer_format not in ("boxed", "gsm8k", "auto"):
         raise UserError(f"answer_format={answer_format!r}: use boxed, gsm8k or auto")
@@ -69,16 +70,10 @@ def extract(response: str, answer_format: str = "boxed") -> str | None:
     if answer_format == "boxed" or (answer_format == "auto" and _HEAD.search(text)):
         return _boxed(text)
     if "####" in text or answer_format == "gsm8k":
-        tail = text.rpartition("####")[2] if "####" in text else ""
-        return tail.strip().split("\n")[0] or None
-    lines = [line.strip() for line in text[-4 * MAX_CHARS :].split("\n") if line.strip()]
-    for line in reversed(lines):
-        if said := list(_SAID.finditer(line)):
-            tail = re.split(r"\.(?:\s|$)|\s*<[|/]", said[-1][1] or said[-1][2])[0]
-            return re.sub(r"(?i)^.*\bis\s+", "", tail).strip() or None
-    if len(lines) == 1 and len(lines[0]) < 60 and " " not in lines[0]:
-        return lines[0]
-    return (_LAST.findall(lines[-1] if lines else "") or [None])[-1]
+        return (text.split("####")[1:] or [""])[-1].strip().split("\n")[0] or None
+    last = text[-4 * MAX_CHARS :].strip().rpartition("\n")[2]
+    found = _SAID.findall(text[-4 * MAX_CHARS :])
+    return (found or ([last] if " " not in last else _LAST.findall(last)) or [""])[-1] or None
 
 
 def parse_gold(gold: str) -> str | None:
@@ -86,105 +81,286 @@ def parse_gold(gold: str) -> str | None:
     return _boxed(gold) or (extract(gold, "gsm8k") if "####" in gold else gold.strip() or None)
 
 
-# 2. Comparing
-
-_RELATIONS = {"=", "<", "≤", "<<", "<≤", "≤<", "≤≤", "∈", "≠", "∖"}
+# 2. What is known
 
 
-def _close(x: Any, y: Any) -> bool:
-    """Equal but for rounding; a decimal of 12 digits may write out a number that has no end."""
-    ends = [isinstance(n, Fraction) and 10**60 % n.denominator == 0 for n in (x, y)]
-    long, other = (x, y) if ends[0] else (y, x)
-    if ends[0] != ends[1] and long.denominator > 10**10 and abs(long.numerator) > 10**11:
-        return abs(MP.convert(long) - MP.convert(other)) * long.denominator < 1
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return x == y
-    x, y = MP.convert(x), MP.convert(y)
-    return x == y or abs(x - y) < 1000 * EPS * (max(abs(x), abs(y)) if x and y else 1)
+def _whole(x: Any) -> int:
+    if x != MP.floor(x) or abs(x) > 5000:
+        raise OverflowError
+    return int(x)
 
 
-def _named(shape: Any) -> bool:
-    """Is this a list in which every member has its own name: AB = 4, CD = 5?"""
-    parts = shape.parts if isinstance(shape, Group) and shape.kind == "{}" else ()
-    names = [part.name for part in parts if isinstance(part, Group)]
-    return 1 < len({*names} - {""}) == len(parts)
+def _power(x: Any, y: Any) -> Any:
+    if abs(y) > MAX_BITS:
+        raise OverflowError
+    if isinstance(x, MP.matrix):
+        return x ** _whole(y)
+    root = 1 / y if y else y
+    odd = abs(root - MP.nint(root)) < EPS and MP.nint(root) % 2
+    return -((-x) ** y) if odd and not x.imag and x < 0 else x**y  # the real odd root
+
+
+# fmt: off
+_SIZES = {"%": MP.mpf(1) / 100, "°": MP.pi / 180, '"unit"': MP.mpf(1)}
+_BASES = {  # 3.5 kg are 3500 g
+    '"kg"': ('"g"', 1000), '"km"': ('"m"', 1000), '"cm"': ('"m"', MP.mpf(1) / 100),
+    '"mm"': ('"m"', MP.mpf(1) / 1000), '"h"': ('"s"', 3600), '"min"': ('"s"', 60),
+}
+_CONSTANTS: dict[str, Any] = {
+    "π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf, "10^6": MP.mpf(10**6), "∅": ("{}", []),
+}
+_DOES: dict[Any, Any] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: _power,
+    ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos,
+    **{
+        name: getattr(MP, name.replace("arc", "a"))
+        for name in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "arcsin",
+                     "arccos", "arctan", "exp", "ln")
+    },
+    "log": lambda *x: MP.ln(x[-1]) / MP.ln([10, *x][-2]), "lg": MP.log10,
+    "gcd": lambda *n: math.gcd(*map(_whole, n)), "lcm": lambda *n: math.lcm(*map(_whole, n)),
+    "min": min, "max": max, "||": abs, "⌊⌋": MP.floor, "⌈⌉": MP.ceil, "frac": operator.truediv,
+    "√": lambda *x: _power(x[-1], 1 / MP.mpf([2, *x][-2])),
+    "binom": lambda n, k: math.comb(_whole(n), _whole(k)), "!": lambda n: math.factorial(_whole(n)),
+    "_": lambda n, base: ("_", [MP.mpf(int(str(int(n)), int(base)))]),  # 52_8 is not 42
+    "⦃⦄": lambda *x: _union(x, distinct=True),
+}
+
+
+# 3. Taking it apart
+
+_KEY, _FLAT = r"[a-z]\d+", r"[^([{⦃⟦⌊⌈)\]}⦄⟧⌋⌉|]*"  # what has been read; text without brackets
+_POWER = rf"(?: \^ {_KEY})?+"
+_REDUCTIONS = [  # each becomes a key, from inside to outside, until none is left
+    rf"(?P<kind>frac|binom) (?P<a>{_KEY}) (?P<b>{_KEY})",
+    r"(?P<kind>√) (?P<a>s\d+)? ?(?P<b>[a-rt-z]\d+)",
+    rf"(?P<a>{_KEY}) (?P<kind>!)",
+    rf"(?P<kind>{NAMES})(?P<power> \^ {_KEY})?(?: _ (?P<a>{_KEY}))?"
+    rf" (?P<b>[bw]\d+|{_KEY}{_POWER}(?: {_KEY}{_POWER})*+(?! \^))",  # sin (x), or sin 2 x ^ 2
+    rf"(?P<kind>[ΣΠ]) _ (?P<a>b\d+) \^ (?P<b>{_KEY}) (?P<c>[^-+,=<>≤≥([{{⦃⟦|⌊⌈]++)(?![([{{⦃⟦|⌊⌈])",
+    rf"(?P<a>{_KEY}) (?P<kind>_) (?P<b>{_KEY})",
+    rf"(?P<open>[(\[{{⦃⟦⌊⌈])(?P<rows>{_FLAT})(?P<close>[)\]}}⦄⟧⌋⌉])",
+    rf"(?P<open>\|)(?P<rows>{_FLAT})(?P<close>\|)",
+]
+_SIGNS = {*"([{⦃⟦⌊⌈)]}⦄⟧⌋⌉|+-·/^!=<>≤≥,&¶_√ΣΠ", "frac", "binom", *NAMES.split("|")}
+_NAMED = re.compile(r"[ ,]*[vw]\d+(?:[ ,*/]+[vw]\d+)*[ ,]*")  # x, AB, A/B, (p, q) may explain
+# fmt: on
+
+
+def _rows(text: str) -> list[list[list[str]]]:
+    """Rows of cells of a text without brackets; x = 5 is a cell of three texts, 2 x is 2 · x."""
+    text = re.sub(r"(?<=\d) (?=[a-z])", " * ", text).replace("·", "*").replace("^", "**")
+    rows = [re.split("[,&]", row) for row in text.split("¶") if row.strip()]
+    return [[re.split("([=<>≤≥])", cell) for cell in row if cell.strip()] for row in rows]
+
+
+@functools.lru_cache(1000)
+def parse(found: tuple[str, ...]) -> tuple[list[list[list[str]]], dict[str, tuple[str, Any]]]:
+    """Cells, and what the keys in them stand for: a number, name, unit, bracket or function."""
+    parts: dict[str, tuple[str, Any]] = {}
+
+    def key(letter: str, kind: str, of: Any) -> str:
+        parts[name := f"{letter}{len(parts)}"] = (kind, of)
+        return name
+
+    keys = {token: token for token in _SIGNS}
+    for before, token in zip(("", *found), found, strict=False):
+        if token in _CONSTANTS or token[0] in ".0123456789":
+            keys[token] = key("n", "number", _CONSTANTS.get(token) or MP.mpf(token))
+        elif UNIT.fullmatch(token) and (
+            token in '"dollar""euro""pound"' or re.search(r'[\w)}⦄⟧"°%/|]$', before)
+        ):
+            keys[token] = key("u", "unit", token)
+        elif token not in keys and NAME.fullmatch(token):
+            keys[token] = key("v", "name", token)
+        elif token not in keys:
+            raise SyntaxError
+    text = " ".join(keys[token] for token in found)
+    while m := next(filter(None, (re.search(pattern, text) for pattern in _REDUCTIONS)), None):
+        part = m.groupdict("")
+        if "open" in part:
+            letter = "s" if m["open"] == "[" else "w" if _NAMED.fullmatch(m["rows"]) else "b"
+            new = key(letter, m["open"] + m["close"], _rows(m["rows"]))
+        else:
+            new = key("f", m["kind"], [_rows(part[name])[0] for name in "abc" if part.get(name)])
+        text = text[: m.start()] + new + part.get("power", "") + text[m.end() :]
+    return _rows(text), parts
+
+
+# 4. Working it out
+
+
+def _opened(shape: Any) -> tuple[str, list[Any]]:
+    """A shape is a number, a matrix or this: (kind, parts), {} in any order, = of an equation."""
+    if isinstance(shape, MP.matrix):
+        return "()" if shape.cols == 1 else f"{shape.rows}", [*shape]
+    return shape if isinstance(shape, tuple) else ("", [shape])
+
+
+def _union(shapes: Any, distinct: bool) -> Any:
+    """Sets in lists are flattened; repeated numbers are dropped from sets only."""
+    kept: list[Any] = []
+    for kind, parts in map(_opened, shapes):
+        inner = parts if kind == "" or (kind == "{}" and parts) else [(kind, parts)]
+        kept += [part for part in inner if part not in kept or not (kind or distinct)]
+    if len(kept) > MAX_ITEMS:
+        raise OverflowError
+    return "{}", kept
+
+
+class World:
+    """What an answer is worth when its names and units are numbers."""
+
+    def __init__(self, found: tuple[str, ...], marks: set[str], bare: bool) -> None:
+        self.rows, self.parts = parse(found)
+        self.marks, self.bare = marks, bare  # tokens of both answers; are units worth 1?
+        self.scales, self.bound = {}, {}  # differences at the first point; indices of sums
+        self.varied = False  # has a name been met, so that points differ?
+
+    def read(self, point: int) -> Any:
+        """The whole answer as one shape."""
+        self.point, self.depth, self.steps = point, 0, 0
+        shapes = [self.said(cell) for row in self.rows for cell in row]
+        if not shapes:
+            raise SyntaxError
+        return shapes[0] if len(shapes) == 1 else _union(shapes, distinct=False)
+
+    def said(self, cell: list[str]) -> Any:
+        """x = 5 says 5, x > 2 the interval (2, ∞); other equations are only equal to equations."""
+        sides = [self.worth(ast.parse(side.strip(), mode="eval").body) for side in cell[::2]]
+        named, signs = [_NAMED.fullmatch(side) for side in cell[::2]], "".join(cell[1::2])
+        if not signs:
+            return sides[0]
+        if set(signs) == {"="}:
+            value = sides[-1] if named[0] else sides[0] if named[-1] else None
+            if not all(isinstance(side, MP.mpf | MP.mpc) for side in sides):
+                return "=", [value, None]
+            difference = sides[-1] - sides[0]
+            return "=", [value, difference / self.scales.setdefault(id(cell), difference)]
+        if signs[0] in ">≥":  # turned round
+            signs = signs[::-1].translate(str.maketrans(">≥<≤", "<≤>≥"))
+            sides, named = sides[::-1], named[::-1]
+        if len(sides) == 2:  # x < 2 is -∞ < x < 2
+            sides = [-MP.inf, *sides] if named[0] else [*sides, MP.inf]
+            signs, named = ("<" + signs, [None, *named]) if named[0] else (signs + "<", named)
+        if len(sides) != 3 or not named[1] or not set(signs) <= {*"<≤"}:
+            raise SyntaxError
+        return "(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], [sides[0], sides[2]]
+
+    def worth(self, tree: ast.AST) -> Any:
+        """Within bounds; what is real up to rounding becomes so."""
+        self.steps, self.depth = self.steps + 1, self.depth + 1
+        if self.steps > MAX_STEPS or self.depth > MAX_DEPTH:
+            raise OverflowError
+        match tree:
+            case ast.Name(key) if key in self.parts:
+                x = self.bound[key] if key in self.bound else self.part(*self.parts[key])
+            case ast.UnaryOp(op, operand) if type(op) in _DOES:
+                x = _DOES[type(op)](self.worth(operand))
+            case ast.BinOp(left, op, right) if type(op) in _DOES:
+                x = _DOES[type(op)](self.worth(left), self.worth(right))
+            case _:
+                raise SyntaxError
+        self.depth -= 1
+        if isinstance(x, tuple | MP.matrix):
+            return x
+        x = MP.convert(x)
+        x = x.real if abs(x.imag) <= abs(x.real) * EPS else x
+        if MP.isnan(x) or (x.imag and "i" not in self.marks):
+            raise ValueError
+        if x and not MP.isinf(x) and abs(MP.mag(x)) > MAX_BITS:
+            raise OverflowError
+        return x
+
+    def part(self, kind: str, of: Any) -> Any:
+        if kind in ("number", "name", "unit"):
+            return of if kind == "number" else self.drawn(kind, of)
+        if kind in "ΣΠ":  # term by term
+            [[[index, _, first]]], ([_], last, body) = self.parts[of[0][0][0]][1], of
+            low, high, total = self.said([first]), self.said(*last), MP.mpf(kind == "Π")
+            for k in range(_whole(low), _whole(high) + 1):
+                self.bound[index.strip()] = MP.mpf(k)
+                total = _DOES[ast.Mult if kind == "Π" else ast.Add](total, self.said(*body))
+            return total
+        rows = [[self.said(cell) for cell in row] for row in of]
+        cells = [x for row in rows for x in row]
+        if kind == "⟦⟧":
+            return MP.matrix(rows)
+        if kind in ("()", "[]", "{}", "(]", "[)"):
+            kind = "()" if len(cells) > 2 and kind == "[]" else kind
+            return cells[0] if len(cells) == 1 else (kind, cells)
+        if kind in NAMES.split("|"):
+            self.steps += 10
+            cells = [y for x in cells for y in (x[1] if isinstance(x, tuple) else [x])]
+            if any(abs(x) > 10**300 for x in cells):
+                raise OverflowError
+        return _DOES[kind](*cells)
+
+    def drawn(self, kind: str, token: str) -> Any:
+        """A number for a name or unit, the same in every process; the last four may be negative."""
+        if kind == "unit" and (self.bare or token in _SIZES):
+            return MP.mpf(1) if self.bare else _SIZES[token]
+        self.varied, (token, size) = True, _BASES.get(token, (token, 1))
+        drawn = zlib.crc32(f"{re.sub('[{}]', '', token)}|{self.point}".encode())
+        if token[0] in "kmn" or (self.marks & {*"!⌊⌈ΣΠ", "binom"} and token[0] not in "xyzt"):
+            return MP.mpf(1 + drawn % 19)  # whole
+        sign = -1 if self.point >= POINTS - 4 and drawn & 1 else 1
+        return sign * MP.mpf(1 + drawn // 2 % 1800) / 256 * size
+
+
+# 5. Comparing
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Are two shapes the same answer, as far as this world can tell?"""
-    related = [isinstance(s, Group) and s.kind in _RELATIONS for s in (a, b)]
-    names = [s.name if relation else "" for s, relation in zip((a, b), related, strict=True)]
-    alike = ("(" in names[0]) == ("(" in names[1])  # f(x) = x+1 may be y = x+1, but x = 1 not y = 1
-    if all(related) and alike and None not in (a.difference, b.difference):
-        return a.kind == b.kind and _close(a.difference, b.difference)
-    a, b = (s.parts[0] if relation else s for s, relation in zip((a, b), related, strict=True))
-    kinds = [s.kind if isinstance(s, Group) else "" for s in (a, b)]
-    if kinds == ["", ""]:
-        return None not in (a, b) and _close(a, b)
-    parts = [[*s.parts] if isinstance(s, Group) else [s] for s in (a, b)]
-    if "{}" in kinds and _named(a) == _named(b):
-        rest, others = (
-            p if k == "{}" else [s] for p, k, s in zip(parts, kinds, (a, b), strict=True)
-        )
-        for part in others:
-            found = [i for i, one in enumerate(rest) if equal(one, part)]
-            if not found:
+    """Are two shapes the same answer, as far as one point can tell?"""
+    (kind, parts), (other, others) = _opened(a), _opened(b)
+    if "=" in (kind, other):  # what is said, or of two equations the differences
+        both = kind == other
+        return equal(parts[both] if kind == "=" else a, others[both] if other == "=" else b)
+    if "{}" in (kind, other):
+        rest = [*others] if other == "{}" else [b]
+        for part in parts if kind == "{}" else [a]:
+            if (at := next((i for i, one in enumerate(rest) if equal(part, one)), -1)) < 0:
                 return False
-            del rest[found[0]]
+            del rest[at]
         return not rest
-    same = kinds[0] == kinds[1] or "{}" in kinds or {*kinds} in ({"&", "()"}, {"¶", "()"})
-    return same and len(parts[0]) == len(parts[1]) and all(map(equal, *parts))
+    if kind or other:
+        return kind == other and len(parts) == len(others) and all(map(equal, parts, others))
+    if a is None or b is None:
+        return False
+    return a == b or abs(a - b) < EPS * ((a and b and max(abs(a), abs(b))) or 1)
 
 
-def _agree(a: tuple[str, ...], b: tuple[str, ...], marks: set[str], bare: bool = False) -> bool:
-    """Are two answers equal wherever both are defined? If only one has a unit, also without it."""
-    agreed, scales = 0, ({}, {})
-    varied = any(world(t, marks, 0, bare) != world(t, marks, 1, bare) for t in (a, b))
-    for point in range(POINTS if varied else 1):
+def _agree(a: tuple[str, ...], b: tuple[str, ...], bare: bool) -> bool:
+    """Are two answers equal at every point where both have a value?"""
+    worlds, agreed = [World(found, {*a, *b}, bare) for found in (a, b)], 0
+    for point in range(POINTS):
         try:
-            x, y = (read(t, marks, point, bare, s) for t, s in zip((a, b), scales, strict=True))
-        except OverflowError:
-            raise
-        except (ArithmeticError, ValueError):
+            x, y = (world.read(point) for world in worlds)
+        except (ZeroDivisionError, ValueError):
             continue
         if not equal(x, y):
-            units = [world(t, marks, 0, False) != world(t, marks, 0, True) for t in (a, b)]
-            return not bare and units[0] != units[1] and _agree(a, b, marks, True)
+            return False
+        if not any(world.varied for world in worlds):
+            return True
         agreed += 1
-    return agreed >= (4 if varied else 1)
-
-
-def _spellings(text: str, both: str) -> list[str]:
-    """1,234 may be a number or a list; 2,74 a list or, beside 2.74, a decimal. Not in brackets."""
-    if "," not in text or re.search(r"[(\[]|\\\{", text):
-        return [text]
-    thousands = r"(?<![\d,])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)"
-    found = [re.sub(thousands, lambda m: m[0].replace(",", ""), text), text]
-    if re.fullmatch(r"\W*(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)\D*", text) and "." in both:
-        found.append(text.replace(",", "."))
-    return list(dict.fromkeys(found))
+    return agreed >= 4
 
 
 def _compare(a: str, b: str) -> tuple[bool, str]:
     """(the same answer?, the rule that decided)"""
-    first, second = (), ()
     try:
-        first, second = tokens(a), tokens(b)
-        if first == second:
-            return first != (), "same text"
-        if all(re.fullmatch(r"\s*\d{1,2}:[0-5]\d\D*", text) for text in (a, b)):  # 1:30 is not 2:60
-            return False, "time"
-        joined = ["".join(first), "".join(second)]
-        based = [re.fullmatch(r"\(?(\d[0-9A-Za-z]*)\)?_\{?(\d{1,2})\}?", text) for text in joined]
-        if any(based):
-            return len({int(m[1], int(m[2])) if m else -1 for m in based}) == 1, "base"
-        marks = {*first, *second} | ({"(-1)^"} if "(-1)^" in "".join(joined) else set())
-        pairs = [(tokens(x), tokens(y)) for x in _spellings(a, a + b) for y in _spellings(b, a + b)]
-        return any(_agree(x, y, marks) for x, y in pairs), "value"
+        found = tokens(pointed(a, b)), tokens(pointed(b, a))
+        if found[0] == found[1]:
+            return found[0] != (), "same text"
+        if all(re.fullmatch(r"\s*\d?\d:[0-5]\d\D*", text) for text in (a, b)):
+            return False, "time"  # 2:30 is not 1:15
+        units = [any(map(UNIT.fullmatch, text)) for text in found]  # 5 cm is 5, but not 5 m
+        return _agree(*found, False) or (units[0] != units[1] and _agree(*found, True)), "value"
     except OverflowError:
         return a.strip() == b.strip() != "", "too big"
-    except (SyntaxError, TypeError, ValueError):
-        return words(first) == words(second) != "", "words"
+    except _NO_MATHS:  # the last two are of mpmath's matrices
+        return words(a) == words(b) != "", "words"
 
 
 def same_answer(a: str, b: str) -> bool:
@@ -192,101 +368,33 @@ def same_answer(a: str, b: str) -> bool:
     return _compare(a, b)[0]
 
 
-def _key(shape: Any) -> str:
-    if isinstance(shape, Group) and shape.kind in _RELATIONS:
-        return _key(shape.difference if shape.parts == (None,) else shape.parts[0])
-    if isinstance(shape, Group):
-        keys = (sorted if shape.kind == "{}" else list)(map(_key, shape.parts))
-        return f"{shape.kind[0]}{', '.join(keys)}{shape.kind[-1]}"
-    whole = isinstance(shape, Fraction) and shape.denominator == 1 and abs(shape) < 10**100
-    return str(shape) if whole else str(MP.nstr(MP.convert(shape), 40)).removesuffix(".0")
-
-
 def canonical(answer: str) -> str:
     """A key that equal answers share where possible: 40 digits at the first point, or words."""
-    found: tuple[str, ...] = ()
     try:
-        found = tokens(_spellings(answer, "")[0])
-        return _key(read(found, {*found}, 0, True, {}))
-    except OverflowError:
-        return answer.strip()[:MAX_CHARS]
-    except (ArithmeticError, SyntaxError, TypeError, ValueError):
-        return words(found)
-
-
-def _copied(answer: str, gold: str, question: str) -> bool:
-    """Is the answer a formula of the question, in another form than the gold answer's?"""
-    drop = re.compile(r"\s|\\[,;!]|\\left|\\right|\$|\.$")
-    shown, wanted, asked = (drop.sub("", text) for text in (answer, gold, question))
-    if re.fullmatch(r"-?\d+|[A-Za-z]+", shown) or shown == wanted:
-        return False
-    return bool(re.search(rf"(?<![0-9.]){re.escape(shown)}(?![0-9])", asked))
+        kind, parts = _opened(World(tokens(answer), {*tokens(answer)}, True).read(0))
+        forms = [str(MP.nstr(part, 40)) for part in parts]
+        return f"{kind}{sorted(forms)}" if kind == "{}" else forms[0] if kind in "=" else f"{forms}"
+    except (ArithmeticError, *_NO_MATHS):
+        return words(answer)
 
 
 def grade(
     response: str, gold: str, question: str | None = None, answer_format: str = "boxed"
 ) -> Verdict:
-    """Is the response's final answer the gold answer? With `question`, copying is refused."""
+    """Is the response's final answer the gold answer? A formula of the question is no answer."""
     wanted, found = parse_gold(gold), extract(response, answer_format)
     if wanted is None or found is None:
         return Verdict(False, found, "", "", "no gold" if wanted is None else "no answer")
     same, rule = _compare(found, wanted)
-    if same and question and _copied(found, wanted, question):
+    drop = re.compile(r"\s|\\[,;!]|\\left|\\right|\$|\.$")
+    shown, other, asked = (drop.sub("", text) for text in (found, wanted, question or ""))
+    own = shown == other or re.fullmatch(r"-?\d+|[A-Za-z]+", shown)
+    if same and not own and re.search(rf"(?<![0-9.]){re.escape(shown)}(?![0-9])", asked):
         same, rule = False, "copied"
     return Verdict(same, found, canonical(found), canonical(wanted), rule)
 
 
-# 3. The command line
-
-
-def main(arguments: list[str]) -> None:
-    """A table by category, then one JSON line: `FILE.jsonl [answer_format=boxed|gsm8k|auto]`.
-
-    Milliseconds are CPU time: other work on the machine does not count.
-    """
-    options = dict(a.split("=", 1) for a in arguments if "=" in a)
-    files = [a for a in arguments if "=" not in a]
-    if len(files) != 1 or {*options} - {"answer_format"}:
-        raise UserError("usage: python -m rftt.rewards.grader FILE.jsonl [answer_format=auto]")
-    with open(files[0], encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    table: dict[str, Counter[str]] = {}
-    times: list[float] = []
-    for row in rows:
-        begin, form = time.process_time(), options.get("answer_format", "auto")
-        label = None if row.get("label") is None else bool(row["label"])
-        try:
-            verdict = grade(row["response"], row["gold"], row.get("question"), form)
-            wrong = "false positive" if verdict.correct else "false negative"
-            outcome = {None: "unlabelled", verdict.correct: "right"}.get(label, wrong)
-        except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as surprise:
-            verdict, outcome = Verdict(False, None, "", "", repr(surprise)), "error"
-        times.append(1000 * (time.process_time() - begin))
-        if outcome not in ("right", "unlabelled"):
-            sys.stderr.write(f"{outcome}: {row.get('id')} {verdict}\n")
-        for key in (row.get("category", "none"), "all"):
-            table.setdefault(key, Counter())[outcome] += 1
-        table["all"]["too big"] += verdict.rule == "too big"
-    for key, n in sorted(table.items(), key=lambda item: (item[0] == "all", item[0])):
-        labelled = n.total() - n["unlabelled"] - n["too big"]
-        sys.stdout.write(
-            f"{key:16} {labelled:6} {n['right'] / max(1, labelled):7.3f}"
-            f"  false + {n['false positive']:3}  false - {n['false negative']:3}\n"
-        )
-    total, times = table.get("all", Counter()), sorted(times) or [0.0]
-    summary = {
-        "n": len(rows), "accuracy": total["right"] / max(1, len(rows) - total["unlabelled"]),
-        "false_positives": total["false positive"], "false_negatives": total["false negative"],
-        "errors": total["error"], "timeouts": total["too big"],  # no clock: beyond a bound
-        "pairs_per_second": round(1000 * len(rows) / max(sum(times), 1e-9), 1),
-        **{f"p{p}_ms": round(times[len(times) * p // 100], 3) for p in (50, 99)},
-        "max_ms": round(times[-1], 3),
-    }  # fmt: skip
-    sys.stdout.write(json.dumps(summary) + "\n")
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    from rftt.rewards.audit import main
+
+    main()

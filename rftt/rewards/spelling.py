@@ -1,132 +1,88 @@
 r"""One spelling for each thing: LaTeX, unicode and plain text become tokens (see grader.py).
 
-Departure from LaTeX parsers: no grammar of LaTeX but three tables. _REWRITES are patterns over the
-text, in order, for what concerns more than one token; _TOKEN cuts it; _SPELT renames single tokens.
-Every pattern is linear or bounded, and at most 500 characters are read: no text can make it hang.
+Departure from LaTeX parsers: no grammar of LaTeX but two tables. _REWRITES are patterns over the
+text, in order, for what concerns more than one token; _SPELT names single tokens. Every pattern is
+linear or bounded, and at most 500 characters are read: no text can make it hang.
 """
 
 import functools
 import re
 import unicodedata
-from fractions import Fraction
 from typing import Any
 
 MAX_CHARS = 500
 
 # fmt: off
-FUNCTIONS = {
-    "sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "arcsin", "arccos", "arctan",
-    "exp", "ln", "log", "lg", "gcd", "lcm", "min", "max",
-}
-_SPELT = {  # the token that the reader knows: other ways of writing it ("" for none)
+NAMES = "tanh|tan|sinh|sin|sec|min|max|log|ln|lg|lcm|gcd|exp|csc|cot|cosh|cos|arctan|arcsin|arccos"
+_SPELT = {  # the token that the parser knows: other ways of writing it ("" for none)
     "≤": r"\le \leq \leqslant \leqq ⩽ <= =<", "≥": r"\ge \geq \geqslant \geqq ⩾ >=", "<": r"\lt",
-    ">": r"\gt", "=": r"\equiv ≡", "≠": r"\ne \neq != /=", "∈": r"\in",
-    "±": r"\pm", "∓": r"\mp", "-": "− – — ‐", "^": "**", "/": r"\div ÷ ⁄ : per", "'": "’ ′",
-    "·": r"\cdot \times \ast × ⋅ ∙ • ∗ *", "∅": r"\emptyset \varnothing ⌀", "π": r"\pi pi",
-    "∞": r"\infty infinity inf", "|": r"\lvert \rvert \vert \mid ∣", "⌊": r"\lfloor", "ℝ": r"\R",
-    "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil", "(": r"\langle \lparen ⟨ 〈", "√": r"\sqrt",
-    ")": r"\rangle \rparen ⟩ 〉", "[": r"\lbrack", "]": r"\rbrack", "⦃": r"\{ \lbrace",
-    "⦄": r"\} \rbrace", "¶": r"\\ \cr", "Σ": r"\sum", "Π": r"\prod", "∖": r"\setminus \backslash",
-    "°": r"\circ \degree degree degrees",
-    "frac": r"\frac \dfrac \tfrac \cfrac", "binom": r"\binom \dbinom \tbinom", '"yen"': "¥",
-    "%": r"\% percent percentage pct", '"dollar"': r"\$ \textdollar", '"euro"': r"€ \euro",
-    '"pound"': r"£ \pounds", ",": r"and or ∪ \cup \bigcup",
-    "1": "one", "2": "two", "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven",
-    "8": "eight", "9": "nine", "10": "ten", **{name: f"\\{name}" for name in FUNCTIONS},
-    "": r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle
+    ">": r"\gt", "=": r"\equiv ≡", "±": r"\pm", "∓": r"\mp", "-": "− – — ‐", "^": "**", "'": "’ ′",
+    "/": r"\div ÷ ⁄ : per", "·": r"\cdot \times × ⋅ ∙ • *", "π": r"\pi pi", "√": r"\sqrt",
+    "∞": r"\infty infinity inf", "∅": r"\emptyset \varnothing", "|": r"\lvert \rvert \vert \mid",
+    "⌊": r"\lfloor", "⌋": r"\rfloor", "⌈": r"\lceil", "⌉": r"\rceil", "(": r"\langle ⟨",
+    ")": r"\rangle ⟩", "[": r"\lbrack", "]": r"\rbrack", "⦃": r"\{ \lbrace", "⦄": r"\} \rbrace",
+    "¶": r"\\ \cr", "Σ": r"\sum", "Π": r"\prod", ",": r"; and or ∪ \cup \bigcup",
+    "frac": r"\frac \dfrac \tfrac \cfrac", "binom": r"\binom \dbinom \tbinom", "10^6": "million",
+    "°": r"\circ \degree degree", "%": r"\% percent pct percentage", '"dollar"': r"\$ dollar",
+    '"pound"': r"£ \pounds", '"euro"': "€", '"m"': "meter", '"cm"': "centimeter",
+    '"km"': "kilometer", '"kg"': "kilogram", '"g"': "gram", '"min"': "minute", '"h"': "hour hr",
+    **{name: f"\\{name}" for name in NAMES.split("|")},
+    "2": "two", "3": "three", "5": "five", "7": "seven", "8": "eight",
+    "": r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \textstyle
         \limits \angle \triangle \rm \bf \it \vec \overrightarrow \bar \hat \overline \underline
         $ ~ \, \; \: \! \> \( \) \[ \]""",
 }
+_REWRITES: list[tuple[str, Any]] = [  # what concerns more than one token, in this order
+    (r"[\u200b-\u200f\u2060\ufeff\xad]|\\displaystyle", ""),  # invisible
+    (r"[²³¹⁰⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}"),
+    (r"[₀-₉]+", r"_{\g<0>}"),
+    (r"(\d*)([¼-¾⅐-⅞])", r"(0\1+\2)"),
+    (r"ℝ|\\mathbb\s*\{?R\}?|(?:all\s+)?real\s+numbers", r"(-∞,∞)"),
+    (r"\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?|[º˚]", "°"),
+    (r"(?s).+", lambda m: unicodedata.normalize("NFKC", m[0])),  # full-width, raised, styled
+    *[(r"\\(?:text\w*|[mh]box|math\w+|boldsymbol|bm|emph|operatorname)\s*\{([^{}]*)\}",
+       # words are quoted: m in 3\text{ m} is a metre
+       lambda m: re.sub(r"\b(?:[A-Za-z]{2,}|[mgshlL])\b", r'"\g<0>"', f" {m[1]} "))] * 3,
+    (r"\\begin\s*\{(?:array|\w*matrix)\}(?:\s*\{[clr|\s]+\})?", "⟦"),
+    (r"\\end\s*\{(?:array|\w*matrix)\}", "⟧"),
+    (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ | |,\s*\\!)\s*(?=\d{3}(?![\d/]|\s*\\?/))", ""),  # 10{,}080
+    (r"(?<![\d,.(\[{])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)", lambda m: m[0].replace(",", "")),
+    (r"(\d*)\.(\d*?)(?:\\overline\s*\{?(\d+)\}?|(\d+?)\4{2,}(?:\.{3}|\\[lc]?dots))",  # period
+     lambda m: f"({m[1]}.{m[2]}0+.{'0' * len(m[2])}{m[3] or m[4]}/(1-.1^{len(m[3] or m[4])}))"),
+    (r"(?<!\\)\\(?:\s|$|q?quad)", " "),
+    (r"\\?(sin|cos|tan)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)", r"\\arc\1 "),
+    (r"\\\{\s*[a-z]\s*(?:\\in\s*\(-∞,∞\)\s*)?(?:\||:|\\mid)(?=.*(?:[<>=≤≥≠∈]|\\[gln][et]))", r"\{"),
+    (r"\(-∞,∞\)\s*(?:\\setminus|\\backslash|∖)\s*\\?\{([^,{}\\]*)\\?\}", r"(-∞,\1)∪(\1,∞)"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\\([dtc]?frac|sqrt|[dt]?binom)\s*(\d)", r"\\\1{\2}"),  # \frac12 is 1/2
+    (r"\\([dtc]?(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\\\1{\2}"),
+    (r"(?<=\d) (\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}"),  # 1 4/5 and 1\frac45 are sums
+    (r"(?<![\d.^_])(\d+)\s*(\\[dtc]?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"(\1+\2)"),
+    (r"(?<=\d)(?<![_^]\d)\s+(?=\.?\d)", "#"),  # 7 8 is not 56
+    (r"^([\s$]*)\w\s*(?:∈|\\in(?![a-z]))", r"\1"),  # x ∈ [2, 7] says [2, 7]
+    (r"^[\s$]*\w\s*(?:≠|!=|\\neq?(?![a-z]))(.*?)[.\s$]*$", r"(-∞,\1)∪(\1,∞)"),
+    (r"(?<=[\d)}\"])(?:\s|\\[,;:!])*((?:[ckm]m|k?g|m[lg]|min|hr|in|ft)\b|[A-Za-z]{4,})(?![\"\w(])",
+     r' "\1"'),  # 5 cm, 5 pens
+    (r"(?<=\")\s*(?:/|per\b)\s*([a-z]+)\b(?!\")", r'/"\1"'),  # km per hour
+    (r"^(\s*\$*\w*)\s*(?:\\approx|≈)", r"\1="),  # x ≈ 11 says 11, but x = 1/3 ≈ 0.33 says 1/3
+    (r"(?:\\approx|\\simeq|≈).*", ""),
+]
+UNIT = re.compile(  # percent, degree, or a word that may be one
+    r'[%°]|"(?!(?:maybe|unless|except|than|least|most|about|from|only|wrong|more|less|when|with|never'
+    r'|even)")(?:[^"]{4,}|[ckm]?m|k?g|m[lg]|min|in|ft|[shlL])"'
+)
+# fmt: on
 _SAME = {other: token for token, others in _SPELT.items() for other in others.split()}
-UNITS: dict[str, tuple[str, Any]] = {  # word: (what it measures, how many of the base unit)
-    word: (kind, Fraction(size))
-    for kind, sizes in {
-        "metre": {
-            "1/1000": "mm millimeter", "1/100": "cm centimeter", "1": "m meter metre",
-            "1000": "km kilometer kilometre", "127/5000": "in inch inche",
-            "381/1250": "ft feet foot", "1143/1250": "yd yard", "201168/125": "mi mile",
-        },
-        "gram": {"1/1000": "mg milligram", "1": "g gram", "1000": "kg kilogram"},
-        "second": {"1": "s sec second", "60": "min minute", "3600": "h hr hour", "86400": "day"},
-        "litre": {"1/1000": "ml mL milliliter", "1": "l L liter litre"},
-        "pound": {"1": "pound"}, "yen": {"1": "yen"},
-        "dollar": {"1": "dollar usd", "1/100": "cent"}, "euro": {"1": "euro"}, "%": {"1/100": "%"},
-        "": {"1": "unit", "1000": "thousand", "1000000": "million", "1000000000": "billion"},
-    }.items() for size, words in sizes.items() for word in words.split()
-} | {"°": ("°", Fraction(1))}
-KINDS = {kind for kind, _ in UNITS.values()}
-_SHORT = "|".join(word for word in UNITS if 1 < len(word) < 4)
-NO_UNIT = {
-    "maybe", "unless", "except", "than", "least", "most", "about", "from", "only", "wrong", "more",
-    "less", "when", "with", "never", "even", "odd",
-}
-_GREEK = (
-    "alpha|beta|gamma|delta|epsilon|varepsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|"
-    "phi|varphi|chi|psi|omega|ell|Gamma|Delta|Theta|Lambda|Phi|Psi|Omega"
-)
-_LETTER = rf"(?:\\(?:{_GREEK})|[A-Za-z])(?![A-Za-z])(?:_(?:\{{[^{{}}]*\}}|\\[a-z]+|\w))?'*"
-NAME = re.compile(  # what may stand left of = only to say what the answer is: x, AB, |AB|, (p, q)
-    rf"\|?(?:[A-Z]{{2,}}|{_LETTER}(?:\([^()]*\))?)\|?(?:/(?:[A-Z]+|{_LETTER}))?"
-    rf"|\({_LETTER}(?:,{_LETTER})*\)|frac\{{[A-Z]+\}}\{{[A-Z]+\}}"
-)
-_TOKEN = re.compile(  # f(x) and, left of =, P(A) are names; 6.7e-5, 5e3 and 1e-5 numbers, 2e-1 not
-    rf"[fg]'*\([^()]*\)|{_LETTER}(?:\([^()]*\)(?=\s*[=<≤]))?|\\[A-Za-z]+|\\.|\"[^\"]*\"|\*\*|[<>!/]="
+_LETTER = r"(?:\\(?!sum|prod|log)[A-Za-z]+|[A-Za-z])(?![A-Za-z])(?:_(?:\{[^{}]*\}|\\[a-z]+|\w))?'*"
+NAME = re.compile(rf"{_LETTER}(?:\([^()]*\))?")
+_TOKEN = re.compile(  # f(x) and, left of =, P(A) are names; 6.7e-5, 5e3 and 1e-5 numbers
+    rf"[fg]'*\([^()]*\)|{_LETTER}(?:\([^()]*\)(?=\s*[=<≤]))?|\\[A-Za-z]+|\\.|\"[^\"]*\"|\*\*|[<>]="
     r"|=<|(?:\d+\.\d+[eE][+-]?|\d+[eE]|1[eE]-)\d{1,3}\b|\d+(?:\.\d+)?|\.\d+|[A-Za-z]+|\S"
 )
-_WORD = re.compile(r"(?=.*[a-z]).{4,}|.[eiou].|..[eiou]|(?i:no|yes|odd|an)")  # not mn, RC, abc
-_MATRIX = r"\s*\{(?:array|[pbB]?(?:small)?matrix)\}"
+_WORD = re.compile(r"(?=.*[a-z]).{4,}|.[eiou]|..[eiou]|(?i:no|yes|odd|an)")  # not mn, RC, abc
 
 
-def _nfkc(found: re.Match[str]) -> str:
-    """Full-width, raised and styled characters made plain; invisible ones dropped."""
-    plain = unicodedata.normalize("NFKC", found[0]).replace("−", "-")
-    return "".join(c for c in plain if c.isspace() or unicodedata.category(c)[0] != "C")
-
-
-def _repeating(found: re.Match[str]) -> str:
-    r"""0.1\overline{6} as a fraction."""
-    whole, fixed, period = found.groups()
-    top = int(whole + fixed + period) - int(whole + fixed or 0)
-    return rf"\frac{{{top}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}}"
-
-
-_REWRITES: list[tuple[re.Pattern[str], Any]] = [  # what concerns more than one token, in this order
-    (re.compile(pattern), new)
-    for pattern, new in [
-        (r"[²³¹⁰⁴-⁹⁺⁻ⁿ]+", lambda m: f"^{{{_nfkc(m)}}}"),
-        (r"[₀-₉]+", lambda m: f"_{{{_nfkc(m)}}}"),
-        (r"[¼-¾⅐-⅞]", lambda m: r"\frac{" + _nfkc(m).replace("⁄", "}{") + "}"),
-        (r"ℝ|\\mathbb\s*\{?R\}?|(?:all\s+)?real\s+numbers", r"\\R "),
-        (r"[º˚]", "°"),
-        (r"(?s).+", _nfkc),
-        (r"\^\s*\{?\s*(?:\\circ|\\degree|°)\s*\}?", "°"),
-        *[(r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|tt|cal)|boldsymbol|bm|"
-           r"emph|operatorname)\s*\{([^{}]*)\}",  # words are quoted: m in `3\text{ m}` is a metre
-           lambda m: re.sub(r"\b(?:[A-Za-z]{2,}|[mgshlL])\b", r'"\g<0>"', f" {m[1]} "))] * 3,
-        (rf"\\begin{_MATRIX}(?:\s*\{{[clr|\s]+\}})?", "⟦"),
-        (rf"\\end{_MATRIX}", "⟧"),
-        (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ | |,\s*\\!)\s*(?=\d{3}(?![\d/]|\s*\\?/))", ""),  # 10{,}080
-        (r"(?<=\d)\{,\}(?=\d)", "."),  # 3{,}5 is the continental 3.5
-        (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?", _repeating),
-        (r"(\d*)\.(\d{0,9}?)(\d{1,9}?)\3{2,}(?:\.\.\.|\\[lc]?dots)", _repeating),
-        (r"(?<!\\)\\(?:\s|$|q?quad)", " "),
-        (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"\(?\s*\\?[pb]?mod\s*\{?\s*(\w+)\s*\}?\s*\)?", r' "modulo\1"'),
-        (r"\\([dt]?frac|sqrt|[dt]?binom)\s*(\d)", r"\\\1{\2}"),  # \frac12 is 1/2
-        (r"\\([dt]?(?:frac|binom)\s*\{[^{}]*\})\s*(\d)", r"\\\1{\2}"),
-        (r"(?<=\d) (\d+)\s*/\s*(\d+)", r"\\frac{\1}{\2}"),  # 1 4/5 and 1\frac45 are sums
-        (r"(?<![\d.^_])(\d+)\s*(\\[dtc]?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})", r"(\1+\2)"),
-        (r"\"?\b(?:sq(?:uare)?|(cubic))\b\"?\s*\"?([a-z]+)\"?",
-         lambda m: f'"{m[2]}"^{2 + bool(m[1])}'),
-        (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\R\s*)?(?:\||:|\\mid)(?=.*[<>=≤≥≠∈]|.*\\[gln][et])",
-         r"\\{"),  # {x | x > 3}
-        (rf"(?<=[\d)}}\"])\s*((?:{_SHORT})\b|[A-Za-z]{{4,}})(?![\"\w(])", r' "\1"'),  # 5 cm, 5 pens
-        (r"(?<=\")\s*(?:/|per\b)\s*([a-z]+)\b(?!\")", r'/"\1"'),
-        (r"^(\s*\$*\w*)\s*(?:\\approx|≈)", r"\1="),  # x ≈ 11 says 11, but x = 1/3 ≈ 0.33 says 1/3
-        (r"(?:\\approx|\\simeq|≈).*", ""),
-    ]
-]
-# fmt: on
+_ARTICLES = ("a", "an", "the", "The")  # not A, which is an answer
 
 
 @functools.lru_cache(1000)
@@ -134,22 +90,31 @@ def tokens(text: str) -> tuple[str, ...]:
     """LaTeX, unicode and plain ways of writing a thing become the same."""
     if len(text) > MAX_CHARS:
         raise OverflowError
-    for pattern, new in () if text.isdecimal() else _REWRITES:
-        text = pattern.sub(new, text)
+    for pattern, new in () if re.fullmatch("[0-9]+", text) else _REWRITES:
+        text = re.sub(pattern, new, text)
     found: list[str] = []
     for token in _TOKEN.findall(text.strip(" *=")):
-        word = token.strip('"')
-        token = _SAME.get(word.lower() if word.isalpha() else word, "".join(token.split()))
-        known = not token.isalpha() or token in _SPELT or token in UNITS or _WORD.fullmatch(token)
+        word = re.sub("(?<=[a-z]{2})s$", "", token.strip('"').lower())
+        token = _SAME.get(word if word.isalpha() else token, "".join(token.split()))
+        known = not token.isalpha() or token in _SPELT or _WORD.fullmatch(token)
         found += [token] if known else token  # mn is m times n
     while found and found[-1] in (*".,:;", '"."', ""):
         found.pop()
+    plus, minus = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
+    if {*found} & {*"±∓"}:  # a set of both
+        both = [t.translate(plus) for t in found], [t.translate(minus) for t in found]
+        found = ["⦃", *both[0], ",", *both[1], "⦄"]
     return tuple(token for token in found if token)
 
 
-def words(found: tuple[str, ...]) -> str:
+def pointed(text: str, other: str) -> str:
+    """1,5 is a list, but beside 1.5 a decimal."""
+    comma = re.fullmatch(r"\W*(?:\d+,(?:\d{1,2}|\d{4,})|0,\d+)\D*", text)
+    return text.replace(",", ".") if comma and re.search(r"\.\d", other) else text
+
+
+def words(text: str) -> str:
     """For answers in words: no case, articles, plural or punctuation; lists in any order."""
-    dropped = {*".;!?", "the", "The", "a", "an"}
-    kept = [word for token in found if (word := token.strip('"')) not in dropped]
-    text = "".join(re.sub("(?<=[a-z]{3})s$", "", word) for word in kept).lower()
-    return ",".join(sorted(text.split(",")))
+    kept = [token for token in tokens(text[:MAX_CHARS]) if token.strip('"') not in _ARTICLES]
+    text = " ".join(kept).lower().replace('"', "")
+    return ",".join(sorted(re.sub(r"(?<=\w{3})s\b|[ .;?]", "", text).split(",")))
