@@ -42,7 +42,7 @@ def train(cfg: SFTConfig, world) -> None:
     from rftt.learn.model import add_function_rows, load_policy, token_logprobs
     from rftt.learn.offline import Sums, collate_examples, offline_loss, reference_logprobs
     from rftt.learn.optim import build_optimizer, lr_at
-    from rftt.learn.setup import checkpoint_to_resume, checkpoints_of
+    from rftt.learn.setup import checkpoint_to_resume, checkpoints_of, same_data
     from rftt.learn.step import Totals, per_token, update
     from rftt.watch.log import RunLog
 
@@ -75,6 +75,7 @@ def train(cfg: SFTConfig, world) -> None:
         reference = reference_logprobs(cache, rows, logprobs, cfg, world, model)
     modules, optimizers = {"policy": model}, {"policy": optimizer}
     past = restore(checkpoint, modules, optimizers) if checkpoint else {}
+    extra = {"data": same_data(rows, past.get("data"), out)}
     checkpoints, first_step = checkpoints_of(cfg, world, tokenizer, past), past.get("step", 0)
     log.rewind(first_step)
 
@@ -131,7 +132,7 @@ def train(cfg: SFTConfig, world) -> None:
             checkpoints.rate(done, -metrics["eval_loss"])
         stopped = world.max(float(stop.is_set())) > 0
         if stopped or saving:
-            checkpoints.save(done, modules, optimizers, {})
+            checkpoints.save(done, modules, optimizers, extra)
         if stopped:
             checkpoints.close()
             raise SystemExit(STOPPED)

@@ -166,6 +166,19 @@ def test_a_mistake_is_one_line_that_names_the_cure(
     assert [piece for piece in pieces if piece not in line] == [], line
 
 
+def test_a_training_does_not_go_on_with_other_rows(
+    world: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    more = [f"train_file={file}", "eval_ratio=0", "num_train_epochs=1"]
+    write(file, *[{"question": "1+1?", "response": "\\boxed{2}"}] * 4)
+    command = [sys.executable, "train_sft.py", *settings("train_sft", world, tmp_path / "out")]
+    assert "2 steps from 0" in run(*command, *more).stdout
+    assert "2 steps from 2" in run(*command, *more).stdout
+    write(file, *[{"question": "1+2?", "response": "\\boxed{3}"}] * 4)
+    assert "out was begun with other rows; use a new output_dir" in fails("train_sft", *more)
+
+
 def test_a_run_in_use_is_not_overwritten(
     bad: Path, tmp_path: Path, fails: Callable[..., str]
 ) -> None:

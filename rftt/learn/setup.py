@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,14 @@ def checkpoint_to_resume(
     if begun:
         check_same_run(out / "config.yaml", asdict(cfg))
     return newest_whole(out, world)
+
+
+def same_data(rows: Sequence[object], before: str | None, out: Path) -> str:
+    """Digest of the rows, to be kept in checkpoints. Raises UserError where theirs is another."""
+    digest = hashlib.sha256(repr(rows).encode()).hexdigest()
+    if before not in (None, digest):
+        raise UserError(f"{out} was begun with other rows; use a new output_dir for these.")
+    return digest
 
 
 def checkpoints_of(
