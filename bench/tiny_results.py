@@ -1,7 +1,8 @@
-"""The tables of docs/results.md: python bench/tiny_results.py [chain|forgetting|controls] RUN…
+"""Tables of docs/results.md: python bench/tiny_results.py [chain|forgetting|controls|curves] RUN…
 
 Each RUN is the output folder of one seed, written by runs/results_tiny.sh (chain),
-runs/forgetting_tiny.sh or runs/controls_tiny.sh. Prints tables, then one JSON object. Intervals are
+runs/forgetting_tiny.sh or runs/controls_tiny.sh (controls; curves writes process_rewards.png beside
+the runs). Prints tables, then one JSON object. Intervals are
 95 % bootstraps over the problems of all seeds together, paired where two models are compared: they
 say how well these models were measured, not how another seed would have come out.
 """
@@ -10,8 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, mean
+
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.watch.metrics import mean_ci, paired_bootstrap
@@ -204,7 +208,37 @@ def controls(runs: list[Path]) -> dict:
     return result
 
 
-TABLES = {"chain": chain, "forgetting": forgetting, "controls": controls}
+PANELS = {
+    "response_length": "response length, tokens",
+    "accuracy": "accuracy of the rollouts",
+    "reward": "reward",
+    "kl": "KL, nats per token",
+}
+"""Metric -> title: the paper's four curves."""
+
+
+def curves(runs: list[Path]) -> dict:
+    """Every way to pay for process scores in a colour of its own, a line per seed."""
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(PANELS))
+    for i, (label, name) in enumerate(CELLS["advantages | process scores"].items()):
+        for number, run in enumerate(run for run in runs if (run / name / "hf").exists()):
+            lines = (run / name / "metrics.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            spent = [tokens / 1e6 for tokens in accumulate(r["tokens_generated"] for r in rows)]
+            for ax, key in zip(axes, PANELS, strict=True):
+                shown = label.replace(" | ", ", ") if number == 0 else None
+                ax.plot(spent, [row[key] for row in rows], color=f"C{i}", lw=0.9, label=shown)
+    for ax, (key, title) in zip(axes, PANELS.items(), strict=True):
+        ax.set(title=title, xlabel="million tokens sampled")
+        ax.set_yscale("log" if key in ("reward", "kl") else "linear")
+    axes[0].legend(frameon=False, fontsize=8)
+    file = runs[0].parent / "process_rewards.png"
+    figure.savefig(file, dpi=70)
+    return {"figure": str(file)}
+
+
+TABLES = {"chain": chain, "forgetting": forgetting, "controls": controls, "curves": curves}
 
 if __name__ == "__main__":
     kind = sys.argv[1] if sys.argv[1] in TABLES else "chain"
