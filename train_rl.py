@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
     from rftt.learn.batch import Batch
     from rftt.learn.distributed import World
@@ -70,14 +69,15 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.rewards.compose import reward
     from rftt.rewards.prm import open_prm
     from rftt.search.expand import speaker
-    from rftt.search.samplers import check_warm
+    from rftt.search.samplers import check_prompts, check_warm
     from rftt.watch.log import Clock, RunLog
     from rftt.watch.metrics import examples, learned_metrics, rollout_metrics
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world, cfg.resume_from_checkpoint)
+    problems, eval_problems = read_problems(cfg)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
-    problems, eval_problems = read_problems(cfg, tokenizer)
+    check_prompts(tokenizer, problems + eval_problems, cfg.system_prompt, cfg.max_model_len)
     speaks = cfg.sampling_method == "mcts" or cfg.forbidden_acts or has_function_tokens(tokenizer)
     ids, vocabulary = function_ids(tokenizer) if speaks else None, len(tokenizer)
     log = RunLog(out, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
@@ -177,18 +177,12 @@ def train(cfg: RLConfig, world: World) -> None:
     log.info(f"model in {out / 'hf'}")
 
 
-def read_problems(
-    cfg: RLConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Problem], list[Problem]]:
-    """To explore, and to evaluate on; what would stop the run hours later stops it here."""
-    from rftt.search.samplers import check_prompts
-
+def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
+    """To explore, and to evaluate on; and what the user pays them with is tried."""
     keys = (cfg.prompt_key, cfg.answer_key)
     problems = load_problems(cfg.train_file, keys=keys)
     eval_file = cfg.eval_file or cfg.train_file
     eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
-    every = list(dict.fromkeys([*problems, *eval_problems]))
-    check_prompts(tokenizer, every, cfg.system_prompt, cfg.max_model_len)
     if cfg.reward_function is not None:
         load_function("reward_function", cfg.reward_function)
     return problems, eval_problems

@@ -258,7 +258,7 @@ def test_invariant_budget_is_never_exceeded(
     server.delay_s = 0.02
     with pytest.raises(UserError, match="used up"):
         ask(*range(100), **budget)
-    assert server.most == 3
+    assert server.most <= 3
     spending = ask()[1]
     assert spending.requests == len(server.seen) > 3
     share = max(

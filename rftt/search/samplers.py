@@ -292,7 +292,7 @@ def check_prompts(
     """Before the run: raise UserError where a question leaves no room for a response."""
     long = [
         problem.id
-        for problem in problems
+        for problem in dict.fromkeys(problems)
         if len(encode_chat(tokenizer, question_messages(problem.question, system_prompt)))
         >= max_model_len - 1
     ]
