@@ -23,6 +23,7 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.cli import cli
 from rftt.data import read_jsonl, write_json
 from rftt.schema import UserError

@@ -1,5 +1,6 @@
 """Strict reading of configs, and what a mistake on the command line prints."""
 
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import pytest
 from rftt.cli import check_same_run, describe, load_config
 from rftt.config import EvalConfig, RLConfig, SFTConfig
 from rftt.schema import UserError
+from tests.conftest import ROOT
 
 NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate=1e-6"]
 
@@ -108,3 +110,12 @@ def test_a_run_directory_keeps_to_its_settings(tmp_path):
     check_same_run(file, {"seed": 0, "max_num_seqs": 16})
     with pytest.raises(UserError, match="begun with seed=0, now it is 1"):
         check_same_run(file, {"seed": 1})
+
+
+@pytest.mark.parametrize("name", ["prm_train", "search", "grader", "train_step"])
+def test_a_bench_script_starts_as_its_header_says(name):
+    """From another folder and without PYTHONPATH: the script finds the package by itself."""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / f"bench/{name}.py"), "--help"]
+    done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
