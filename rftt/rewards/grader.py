@@ -105,10 +105,10 @@ _SIZES = {"%": MP.mpf(1) / 100, "°": MP.pi / 180, '"unit"': MP.mpf(1)}
 _BASES = {  # 3.5 kg are 3500 g
     '"kg"': ('"g"', 1000), '"km"': ('"m"', 1000), '"cm"': ('"m"', MP.mpf(1) / 100),
     '"mm"': ('"m"', MP.mpf(1) / 1000), '"h"': ('"s"', 3600), '"min"': ('"s"', 60),
+    '"day"': ('"s"', 86400), '"ft"': ('"in"', 12), '"cent"': ('"dollar"', MP.mpf(1) / 100),
 }
-_CONSTANTS: dict[str, Any] = {
-    "π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf, "10^6": MP.mpf(10**6), "∅": ("{}", []),
-}
+_CONSTANTS: dict[str, Any] = {"π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf,
+                              "10^6": MP.mpf(10**6), "∅": ("{}", [])}
 _DOES: dict[Any, Any] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: _power,
     ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos,

@@ -27,7 +27,8 @@ _SPELT = {  # the token that the parser knows: other ways of writing it ("" for 
     '"pound"': r"£ \pounds", '"euro"': "€", '"m"': "meter", '"cm"': "centimeter",
     '"km"': "kilometer", '"kg"': "kilogram", '"g"': "gram", '"min"': "minute", '"h"': "hour hr",
     **{name: f"\\{name}" for name in NAMES.split("|")},
-    "2": "two", "3": "three", "5": "five", "7": "seven", "8": "eight",
+    '"in"': "inch inche", '"ft"': "foot feet", "1": "one", "2": "two",
+    "3": "three", "4": "four", "5": "five", "6": "six", "7": "seven", "8": "eight", "9": "nine",
     "": r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \textstyle
         \limits \angle \triangle \rm \bf \it \vec \overrightarrow \bar \hat \overline \underline
         $ ~ \, \; \: \! \> \( \) \[ \]""",
@@ -69,7 +70,7 @@ _REWRITES: list[tuple[str, Any]] = [  # what concerns more than one token, in th
 ]
 UNIT = re.compile(  # percent, degree, or a word that may be one
     r'[%°]|"(?!(?:maybe|unless|except|than|least|most|about|from|only|wrong|more|less|when|with|never'
-    r'|even)")(?:[^"]{4,}|[ckm]?m|k?g|m[lg]|min|in|ft|[shlL])"'
+    r'|even)")(?:[^"]{3,}|[ckm]?m|k?g|m[lg]|min|in|ft|[shlL])"'
 )
 # fmt: on
 _SAME = {other: token for token, others in _SPELT.items() for other in others.split()}
@@ -82,9 +83,6 @@ _TOKEN = re.compile(  # f(x) and, left of =, P(A) are names; 6.7e-5, 5e3 and 1e-
 _WORD = re.compile(r"(?=.*[a-z]).{4,}|.[eiou]|..[eiou]|(?i:no|yes|odd|an)")  # not mn, RC, abc
 
 
-_ARTICLES = ("a", "an", "the", "The")  # not A, which is an answer
-
-
 @functools.lru_cache(1000)
 def tokens(text: str) -> tuple[str, ...]:
     """LaTeX, unicode and plain ways of writing a thing become the same."""
@@ -94,8 +92,9 @@ def tokens(text: str) -> tuple[str, ...]:
         text = re.sub(pattern, new, text)
     found: list[str] = []
     for token in _TOKEN.findall(text.strip(" *=")):
-        word = re.sub("(?<=[a-z]{2})s$", "", token.strip('"').lower())
-        token = _SAME.get(word if word.isalpha() else token, "".join(token.split()))
+        word = re.sub("(?<=[a-z]{3})s$", "", token.strip('"').lower())
+        token = f'"{word}"' if token[0] == '"' else "".join(token.split())
+        token = _SAME.get(word if word.isalpha() else token, token)
         known = not token.isalpha() or token in _SPELT or _WORD.fullmatch(token)
         found += [token] if known else token  # mn is m times n
     while found and found[-1] in (*".,:;", '"."', ""):
@@ -115,6 +114,7 @@ def pointed(text: str, other: str) -> str:
 
 def words(text: str) -> str:
     """For answers in words: no case, articles, plural or punctuation; lists in any order."""
-    kept = [token for token in tokens(text[:MAX_CHARS]) if token.strip('"') not in _ARTICLES]
+    # articles go, but A is an answer
+    kept = [t for t in tokens(text[:MAX_CHARS]) if t.strip('"') not in ("a", "an", "the", "The")]
     text = " ".join(kept).lower().replace('"', "")
     return ",".join(sorted(re.sub(r"(?<=\w{3})s\b|[ .;?]", "", text).split(",")))
