@@ -178,7 +178,7 @@ def train(cfg: RLConfig, world: World) -> None:
 
 
 def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
-    """To explore, and to evaluate on; and what the user pays them with is tried."""
+    """To explore, and to evaluate on. A reward_function that is not there fails here, too."""
     keys = (cfg.prompt_key, cfg.answer_key)
     problems = load_problems(cfg.train_file, keys=keys)
     eval_file = cfg.eval_file or cfg.train_file

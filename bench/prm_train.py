@@ -180,7 +180,7 @@ def _train(cfg: PRMTrainConfig, model: Any, head: Any, examples: list[Any]) -> N
 
 
 def _judge(folder: Path, rows: list[Labelled]) -> dict[str, float]:
-    """AUC on held-out problems, asked as everyone asks; and of each path's worst step."""
+    """AUC of the steps of held-out problems, asked as everyone asks."""
     from rftt.rewards.prm import score_paths
     from rftt.rewards.prm_local import LocalPRM
     from rftt.rewards.prm_server import ServeConfig

@@ -18,6 +18,7 @@ from statistics import fmean, mean
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.data import Row, read_jsonl
 from rftt.watch.metrics import mean_ci, paired_bootstrap
 
 MODELS = {
@@ -35,12 +36,14 @@ def summary(run: Path, model: str) -> dict | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
+def steps(run: Path) -> list[Row]:
+    """The metrics of a training run, a row per step."""
+    return [row for _, row in read_jsonl(run / "metrics.jsonl")]
+
+
 def total(run: Path, key: str) -> float | None:
     """Sum of a key over the steps of a training run; None where there is no such run."""
-    file = run / "metrics.jsonl"
-    if not file.exists():
-        return None
-    return sum(json.loads(line)[key] for line in file.read_text().splitlines())
+    return sum(row[key] for row in steps(run)) if (run / "metrics.jsonl").exists() else None
 
 
 def scores(folder: Path) -> dict[str, list[float]] | None:
@@ -171,13 +174,11 @@ FORBIDDEN = ("clarify", "analysis", "next_step", "subquestion", "direct_answer",
 
 def last_rounds(run: Path, key: str) -> float:
     """Mean of a metric over the last three steps of a training run."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()[-3:]
-    return fmean(json.loads(line)[key] for line in lines)
+    return fmean(row[key] for row in steps(run)[-3:])
 
 
-def compared(runs: list[Path], name: str, against: str) -> list[str]:
-    """Greedy, its change, sampled, its change, seeds: five cells of a table."""
-    found = measured(runs, name, against)
+def compared(found: dict[str, tuple[str, str, int]]) -> list[str]:
+    """Of what was `measured`: greedy, its change, sampled, its change, seeds: five cells."""
     row = [x for figures in found.values() for x in figures[:2]]
     return [*row, str(found["greedy"][2])] if found else ["not run", "", "", "", ""]
 
@@ -194,17 +195,17 @@ def controls(runs: list[Path]) -> dict:
                 there = [run / name for run in runs if scores(run / f"eval-{name}")]
                 length = " / ".join(f"{last_rounds(run, 'response_length'):.0f}" for run in there)
                 spent = [total(run, "tokens_generated") or 0.0 for run in there]
-                row = [*compared(runs, f"eval-{name}", "eval-rl"), length]
-                row += [f"{mean(spent) / 1e6:.2f}" if spent else ""]
                 result[name] = measured(runs, f"eval-{name}", "eval-rl")
+                row = [*compared(result[name]), length]
+                row += [f"{mean(spent) / 1e6:.2f}" if spent else ""]
             print(f"| {cell} | {' | '.join(row)} |")
         print()
     print(f"| act forbidden after RL only | model | {figures} |\n|---|---|---|---|---|---|---|")
     for model in ("rl", "sft"):
         for act in ("none", *FORBIDDEN):
             name, whole = f"masked/eval-{model}-{act}", f"masked/eval-{model}-none"
-            print(f"| {act} | {MODELS[model]} | {' | '.join(compared(runs, name, whole))} |")
-            result[f"{model} without {act}"] = measured(runs, name, whole)
+            result[f"{model} without {act}"] = found = measured(runs, name, whole)
+            print(f"| {act} | {MODELS[model]} | {' | '.join(compared(found))} |")
     return result
 
 
@@ -223,8 +224,7 @@ def curves(runs: list[Path]) -> dict:
     axes = figure.subplots(1, len(PANELS))
     for i, (label, name) in enumerate(CELLS["advantages | process scores"].items()):
         for number, run in enumerate(run for run in runs if (run / name / "hf").exists()):
-            lines = (run / name / "metrics.jsonl").read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
+            rows = steps(run / name)
             spent = [tokens / 1e6 for tokens in accumulate(r["tokens_generated"] for r in rows)]
             for ax, key in zip(axes, PANELS, strict=True):
                 shown = label.replace(" | ", ", ") if number == 0 else None
