@@ -8,6 +8,7 @@ vocabulary] never exists whole. Temperature is divided here and nowhere else in 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import getsource
@@ -34,6 +35,41 @@ CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 """Float32 logits at one time: on a CPU 8 MB, which stay in its caches; on a GPU 256 MB."""
 KEPT_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 """Logits kept for the backward rather than computed again."""
+
+
+# ---- Arithmetic ----
+
+ISAS_WITHOUT_BFLOAT16 = (
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+)
+"""Values of ONEDNN_MAX_CPU_ISA that forbid every bfloat16 instruction for matrix products."""
+
+
+def computes_in_bfloat16(device: torch.device | str) -> bool:
+    """Return whether `device` multiplies bfloat16 matrices in hardware.
+
+    A CPU without such instructions still accepts bfloat16. It emulates each product and is about
+    100 times slower than in float32.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    # PyTorch leaves these products to oneDNN, which is the only library whose limit matters:
+    # ATEN_CPU_CAPABILITY and MKL_ENABLE_INSTRUCTIONS do not change their speed.
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
+    if limit.upper() in ISAS_WITHOUT_BFLOAT16:
+        return False
+    found = torch.cpu.get_capabilities()
+    instructions = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is the name on ARM
+    return any(found.get(name, False) for name in instructions)
 
 
 # ---- Loading ----
