@@ -63,7 +63,7 @@ def test_process_scores_of_a_tree_choose_the_pair():
     unread = [PLAN, ("direct_answer", "unreadable \\boxed{1}")]
     tree = build(RIGHT, WRONG, OTHER, unread)
     good, bad = choose_pair(traces(tree, PROBLEM), RULES)
-    assert (good.nodes, bad.nodes) == ((5, 6), (1, 7))  # the shortest, the longest
+    assert (good.nodes, bad.nodes) == ((1, 2, 3), (1, 7))  # most steps; few steps, long text
     assert asyncio.run(score_steps(Doubter(), tree, PROBLEM)) == 1
     assert [node.step.score for node in tree.nodes[1:]] == [0.9, 0.9, 0.9, 0.1, 0.2, 0.9, None]
     good, bad = choose_pair(traces(tree, PROBLEM), RULES)

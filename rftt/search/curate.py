@@ -38,11 +38,17 @@ def traces(tree: Tree, problem: Problem) -> list[Trace]:
     return paths
 
 
-def quality(cfg: SearchConfig, trace: Trace) -> tuple[float, int, int]:
-    """Higher is better: process score; without a PRM few repeats, then short (PAPER §1)."""
+def quality(cfg: SearchConfig, trace: Trace) -> tuple[float, int, int, int]:
+    """Return what ranks a path, higher is better: process score, then few repeats, then length.
+
+    The paper ranks by length too, and does not say in which direction. Here more steps are better:
+    a path that answers at once is often right by luck, and rows of such paths teach the model to
+    guess (docs/log.md). Among paths of as many steps the shorter text is better.
+    """
     scores = [step.score for step in trace.steps if step.score is not None]
     score = reduce(scores, cfg.prm_reduce) if scores else 0.0
-    return score, -repeats(step.text for step in trace.steps), -len(visible(trace.steps))
+    n_repeats = repeats(step.text for step in trace.steps)
+    return score, -n_repeats, len(trace.steps), -len(visible(trace.steps))
 
 
 def shared(one: Trace, other: Trace) -> int:
