@@ -18,7 +18,7 @@ check: $(VENV)/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
-	@$(BIN)/codespell rftt tests docs configs runs bench $(wildcard *.py *.md)
+	@$(BIN)/codespell rftt tools tests docs configs runs bench $(wildcard *.py *.md)
 	@$(BIN)/python -m pytest -q tests/test_house.py tests/test_configs.py
 
 env: $(VENV)/.dev

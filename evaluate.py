@@ -19,18 +19,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rftt.cli import check_same_run, cli
-from rftt.config import EvalConfig
-from rftt.data import Row, decode, gather_parts, load_problems, load_tokenizer, write_json
-from rftt.functions import function_ids, has_function_tokens
-from rftt.rewards.audit import audit
-from rftt.rewards.compose import solves
-from rftt.rewards.grader import canonical
-from rftt.rewards.prm import ProcessModel, open_prm
-from rftt.schema import Problem, Rollout, Step
-from rftt.search.beam import explorer
-from rftt.search.expand import Learned, speaker
-from rftt.search.samplers import (
+from rftt.beam import explorer
+from rftt.graders.audit import audit
+from rftt.graders.math import canonical
+from rftt.graders.prm import ProcessModel, open_prm
+from rftt.rewards import solves
+from rftt.rollout import Learned, speaker
+from rftt.run.cli import check_same_run, cli
+from rftt.run.config import EvalConfig
+from rftt.run.data import Row, decode, gather_parts, load_problems, load_tokenizer, write_json
+from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
+from rftt.samplers import (
     check_prompts,
     encode_question,
     for_each,
@@ -39,14 +38,15 @@ from rftt.search.samplers import (
     sample,
     tree_rollouts,
 )
-from rftt.watch.metrics import majority, mean_ci, paired_bootstrap, pass_at_k
+from rftt.tokens import function_ids, has_function_tokens
+from rftt.types import Problem, Rollout, Step
 
 if TYPE_CHECKING:
-    from rftt.learn.distributed import World
+    from rftt.learner.fsdp import World
 
 
 def main(cfg: EvalConfig) -> None:
-    from rftt.learn.distributed import joined
+    from rftt.learner.fsdp import joined
 
     if cfg.audit:
         audit_grader(cfg, Path(cfg.output_dir) / "eval" / "audit.json")
@@ -58,8 +58,8 @@ def main(cfg: EvalConfig) -> None:
 def evaluate(cfg: EvalConfig, world: World) -> None:
     # Heavy imports wait until the config is known to be good.
     from rftt.engines import build_engine
-    from rftt.learn.distributed import open_part
-    from rftt.watch.log import RunLog
+    from rftt.learner.fsdp import open_part
+    from rftt.run.log import RunLog
 
     out, name = Path(cfg.output_dir), Path(cfg.eval_file).stem
     check_same_run(out / "config.yaml", asdict(cfg))
@@ -165,7 +165,7 @@ def verdict(
 
 def audit_grader(cfg: EvalConfig, file: Path) -> None:
     """How far the rewards of a data set can be trusted, before a run is spent on it."""
-    from rftt.watch.log import say
+    from rftt.run.log import say
 
     problems = load_problems(
         cfg.eval_file, limit=cfg.max_problems, graded=False, keys=(cfg.prompt_key, cfg.answer_key)

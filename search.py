@@ -24,9 +24,16 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from rftt.cli import check_same_run, cli, load_function
-from rftt.config import SearchConfig
-from rftt.data import (
+from rftt.beam import explorer
+from rftt.curate import curate, curate_responses, step_texts
+from rftt.engines import open_chat
+from rftt.engines.base import Counters
+from rftt.graders.math import extract, grade
+from rftt.graders.prm import ProcessModel, Unscored, open_prm
+from rftt.rollout import Prompted, reply
+from rftt.run.cli import check_same_run, cli, load_function
+from rftt.run.config import SearchConfig
+from rftt.run.data import (
     Journal,
     Row,
     gather_parts,
@@ -37,35 +44,28 @@ from rftt.data import (
     write_json,
     write_jsonl,
 )
-from rftt.engines import open_chat
-from rftt.engines.base import Counters
-from rftt.fields import Filters
-from rftt.functions import Messages
-from rftt.rewards.grader import extract, grade
-from rftt.rewards.prm import ProcessModel, Unscored, open_prm
-from rftt.schema import Problem, Reply, UserError
-from rftt.search.beam import explorer
-from rftt.search.curate import curate, curate_responses, step_texts
-from rftt.search.expand import Prompted, reply
-from rftt.search.samplers import for_each, prompted_tree, score_steps, tree_record
-from rftt.watch.log import RunLog
+from rftt.run.fields import Filters
+from rftt.run.log import RunLog
+from rftt.samplers import for_each, prompted_tree, score_steps, tree_record
+from rftt.tokens import Messages
+from rftt.types import Problem, Reply, UserError
 
 if TYPE_CHECKING:
-    from rftt.learn.distributed import World
+    from rftt.learner.fsdp import World
 
 RESPONSES = ("sample", "score")
 """Methods whose raw rows are responses; the others' are curated already."""
 
 
 def main(cfg: SearchConfig) -> None:
-    from rftt.learn.distributed import joined
+    from rftt.learner.fsdp import joined
 
     with joined(cfg.device) as world:
         search(cfg, world)
 
 
 def search(cfg: SearchConfig, world: World) -> None:
-    from rftt.learn.distributed import open_part
+    from rftt.learner.fsdp import open_part
 
     if cfg.engine == "api" and cfg.method != "score" and world.size > 1:
         raise UserError("engine=api has one ledger: run one process, raise api_max_concurrent.")
@@ -239,7 +239,7 @@ async def score(
 
     With a `world` each rank scores its share, and rank 0 alone gets them all.
     """
-    from rftt.learn.distributed import open_part
+    from rftt.learner.fsdp import open_part
 
     file = Path(cfg.output_dir) / "data" / "scored.jsonl"
     if world:

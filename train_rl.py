@@ -19,9 +19,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rftt.cli import STOPPED, cli, load_function, stop_on_sigterm
-from rftt.config import RLConfig
-from rftt.data import (
+from rftt.run.cli import STOPPED, cli, load_function, stop_on_sigterm
+from rftt.run.config import RLConfig
+from rftt.run.data import (
     decode,
     load_problems,
     load_tokenizer,
@@ -29,18 +29,18 @@ from rftt.data import (
     write_json,
     write_jsonl,
 )
-from rftt.functions import function_ids, has_function_tokens
-from rftt.schema import Problem, Rollout, UserError, seed_for
+from rftt.tokens import function_ids, has_function_tokens
+from rftt.types import Problem, Rollout, UserError, seed_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from rftt.learn.batch import Batch
-    from rftt.learn.distributed import World
-    from rftt.learn.step import Totals
-    from rftt.search.expand import Learned
+    from rftt.batch import Batch
+    from rftt.learner.fsdp import World
+    from rftt.rollout import Learned
+    from rftt.update import Totals
 
 LINE = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", "search_seconds",
         "train_seconds", "eval/greedy")  # fmt: skip
@@ -49,7 +49,7 @@ LINE = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", 
 
 def main(cfg: RLConfig) -> None:
     # Heavy imports wait until the config is known to be good.
-    from rftt.learn.distributed import close_world, open_world
+    from rftt.learner.fsdp import close_world, open_world
 
     world = open_world(cfg.device)
     train(cfg, world)
@@ -57,21 +57,21 @@ def main(cfg: RLConfig) -> None:
 
 
 def train(cfg: RLConfig, world: World) -> None:
+    from rftt.batch import collate
     from rftt.engines import build_engine
-    from rftt.learn.batch import collate
-    from rftt.learn.checkpoint import export_hf, restore
-    from rftt.learn.distributed import full_weights
-    from rftt.learn.guard import Guard
-    from rftt.learn.optim import lr_at
-    from rftt.learn.rl import AdaptiveKL, critic_metrics
-    from rftt.learn.setup import build_models, checkpoint_to_resume, checkpoints_of
-    from rftt.learn.step import Totals, deal, score_tokens, update, weigh
-    from rftt.rewards.compose import reward
-    from rftt.rewards.prm import open_prm
-    from rftt.search.expand import speaker
-    from rftt.search.samplers import check_prompts, check_warm
-    from rftt.watch.log import Clock, RunLog
-    from rftt.watch.metrics import examples, learned_metrics, rollout_metrics
+    from rftt.graders.prm import open_prm
+    from rftt.learner.checkpoint import export_hf, restore
+    from rftt.learner.fsdp import full_weights
+    from rftt.learner.guard import Guard
+    from rftt.learner.optim import lr_at
+    from rftt.learner.setup import build_models, checkpoint_to_resume, checkpoints_of
+    from rftt.rewards import reward
+    from rftt.rl import AdaptiveKL, critic_metrics
+    from rftt.rollout import speaker
+    from rftt.run.log import Clock, RunLog
+    from rftt.run.stats import examples, learned_metrics, rollout_metrics
+    from rftt.samplers import check_prompts, check_warm
+    from rftt.update import Totals, deal, score_tokens, update, weigh
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world, cfg.resume_from_checkpoint)
@@ -212,7 +212,7 @@ def fill_batch(
 
     Each of `resample_rounds` replaces the problems whose rollouts all earned the same.
     """
-    from rftt.learn.rl import informative
+    from rftt.rl import informative
 
     explored: list[Rollout] = []
     new: list[Rollout] = []
@@ -240,7 +240,7 @@ async def explore(
     cfg: RLConfig, policy: Learned, problems: list[tuple[int, Problem]], trees: Path | None
 ) -> list[Rollout]:
     """Rollouts of every (group, problem)."""
-    from rftt.search import samplers as search
+    from rftt import samplers as search
 
     async def one(item: tuple[int, Problem]) -> list[Rollout]:
         group, problem = item
@@ -268,8 +268,8 @@ async def explore(
 
 def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], world: World) -> float:
     """Share of the problems that greedy decoding solves, over all ranks."""
-    from rftt.rewards.compose import solves
-    from rftt.search.samplers import encode_question, for_each, sample
+    from rftt.rewards import solves
+    from rftt.samplers import encode_question, for_each, sample
 
     greedy = replace(policy, temperature=0.0)
 
@@ -296,7 +296,7 @@ def estimate_advantages(
     world: World,
 ) -> tuple[Tensor, Tensor | None]:
     """(T,) advantages and, for the critic, returns. Three estimators side by side."""
-    from rftt.learn.rl import discounted_returns, gae, group_advantages, token_rewards, whiten
+    from rftt.rl import discounted_returns, gae, group_advantages, token_rewards, whiten
 
     mask, lengths, old, values = batch.action_mask, batch.lengths, batch.old_logprobs, batch.values
     assert old is not None, "score_tokens comes first"
@@ -332,8 +332,8 @@ def rl_loss(
     """Clipped policy loss and what the estimator adds: KL, entropy, value. Summed over tokens."""
     import torch
 
-    from rftt.learn.model import token_logprobs, token_values
-    from rftt.learn.rl import importance_weights, kl_estimate, policy_loss, value_loss
+    from rftt.learner.model import token_logprobs, token_values
+    from rftt.rl import importance_weights, kl_estimate, policy_loss, value_loss
 
     mask, old, advantages = micro.action_mask, micro.old_logprobs, micro.advantages
     assert old is not None, "score_tokens comes first"

@@ -17,15 +17,15 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from rftt.cli import STOPPED, cli, stop_on_sigterm
-from rftt.config import SFTConfig
-from rftt.data import Example, load_rows, load_tokenizer, shuffled_epochs
-from rftt.functions import add_function_tokens
+from rftt.run.cli import STOPPED, cli, stop_on_sigterm
+from rftt.run.config import SFTConfig
+from rftt.run.data import Example, load_rows, load_tokenizer, shuffled_epochs
+from rftt.tokens import add_function_tokens
 
 
 def main(cfg: SFTConfig) -> None:
     # Heavy imports wait until the config is known to be good.
-    from rftt.learn.distributed import close_world, open_world
+    from rftt.learner.fsdp import close_world, open_world
 
     world = open_world(cfg.device)
     train(cfg, world)
@@ -35,16 +35,16 @@ def main(cfg: SFTConfig) -> None:
 def train(cfg: SFTConfig, world) -> None:
     import torch
 
-    from rftt.learn.batch import Batch
-    from rftt.learn.checkpoint import export_hf, restore
-    from rftt.learn.distributed import shard
-    from rftt.learn.guard import Guard
-    from rftt.learn.model import add_function_rows, load_policy, token_logprobs
-    from rftt.learn.offline import Sums, collate_examples, offline_loss, reference_logprobs
-    from rftt.learn.optim import build_optimizer, lr_at
-    from rftt.learn.setup import checkpoint_to_resume, checkpoints_of, same_data
-    from rftt.learn.step import Totals, per_token, update
-    from rftt.watch.log import RunLog
+    from rftt.batch import Batch
+    from rftt.learner.checkpoint import export_hf, restore
+    from rftt.learner.fsdp import shard
+    from rftt.learner.guard import Guard
+    from rftt.learner.model import add_function_rows, load_policy, token_logprobs
+    from rftt.learner.offline import Sums, collate_examples, offline_loss, reference_logprobs
+    from rftt.learner.optim import build_optimizer, lr_at
+    from rftt.learner.setup import checkpoint_to_resume, checkpoints_of, same_data
+    from rftt.run.log import RunLog
+    from rftt.update import Totals, per_token, update
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world)

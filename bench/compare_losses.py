@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer, GRPOTrainer
 
-from rftt.learn import rl
+from rftt import rl
 
 ROWS, TOKENS, LIMIT = 8, 24, 1e-5
 

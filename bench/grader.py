@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rftt.rewards.grader import grade, parse_gold  # the path comes first
+from rftt.graders.math import grade, parse_gold  # the path comes first
 
 FIELDS = {
     "math500": "answer",

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from rftt.schema import Problem
+from rftt.types import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +57,8 @@ def make_model(folder: Path) -> Weights:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from rftt.functions import add_function_tokens
-    from rftt.tiny import build_tokenizer
+    from rftt.tokens import add_function_tokens
+    from tools.tiny_world import build_tokenizer
 
     tokenizer = build_tokenizer()
     add_function_tokens(tokenizer)
@@ -105,7 +105,7 @@ def markov_chain(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[st
     """
     import torch
 
-    from rftt.functions import ACTS, function_ids, successors
+    from rftt.tokens import ACTS, function_ids, successors
 
     ids, n_acts = function_ids(tokenizer), len(ACTS)
     special = {*ids.openers, *ids.closers, *tokenizer.all_special_ids}
@@ -149,12 +149,11 @@ def samplers(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, simulations: int, in_flight: int
 ) -> dict[str, tuple[str, Work]]:
     """Name -> (phase, work)."""
+    from rftt.beam import beam_search
     from rftt.engines import engine_chat
-    from rftt.functions import function_ids
-    from rftt.search.beam import beam_search
-    from rftt.search.expand import Learned, Prompted
-    from rftt.search.mcts import grow
-    from rftt.search.samplers import (
+    from rftt.mcts import grow
+    from rftt.rollout import Learned, Prompted
+    from rftt.samplers import (
         Explore,
         encode_question,
         for_each,
@@ -162,6 +161,7 @@ def samplers(
         prompted_tree,
         sample,
     )
+    from rftt.tokens import function_ids
 
     ids = function_ids(tokenizer)
     policy = Learned(engine, tokenizer, ids, 1.0, MAX_TOKENS, DEPTH, 0)
@@ -256,10 +256,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
 
-    from rftt.config import SearchConfig
-    from rftt.data import load_tokenizer
     from rftt.engines import build_engine
-    from rftt.tiny import make_tale
+    from rftt.run.config import SearchConfig
+    from rftt.run.data import load_tokenizer
+    from tools.tiny_world import make_tale
 
     with tempfile.TemporaryDirectory() as made:
         folder = args.model or made

@@ -18,8 +18,8 @@ from statistics import fmean, mean
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.data import Row, read_jsonl
-from rftt.watch.metrics import mean_ci, paired_bootstrap
+from rftt.run.data import Row, read_jsonl
+from rftt.run.stats import mean_ci, paired_bootstrap
 
 MODELS = {
     "base": "base model, direct answers",

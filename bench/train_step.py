@@ -63,12 +63,12 @@ def packed(
     """The trainer's own path: FSDP, packed, chunked log-probs."""
     import torch
 
-    from rftt.config import Training
-    from rftt.learn import rl
-    from rftt.learn.batch import Batch, collate_rows
-    from rftt.learn.distributed import clip_gradients, open_world, shard
-    from rftt.learn.model import load_policy, token_logprobs
-    from rftt.learn.optim import build_optimizer
+    from rftt import rl
+    from rftt.batch import Batch, collate_rows
+    from rftt.learner.fsdp import clip_gradients, open_world, shard
+    from rftt.learner.model import load_policy, token_logprobs
+    from rftt.learner.optim import build_optimizer
+    from rftt.run.config import Training
 
     world = open_world()
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]

@@ -20,7 +20,7 @@ for SEED in "$@"; do
   TOKENS=$(python -c 'import json, sys
 print(round(sum(json.loads(line)["tokens_generated"] for line in open(sys.argv[1]))))' "$OUT/rl/metrics.jsonl")
   PRM="use_prm=true prm_model_name_or_path=$OUT/prm"
-  [ -d "$OUT/prm" ] || python bench/prm_train.py search_dir="$OUT/search" seed="$SEED" \
+  [ -d "$OUT/prm" ] || python tools/prm_train.py search_dir="$OUT/search" seed="$SEED" \
     model_name_or_path="$OUT/base" output_dir="$OUT/prm"
   for CELL in $CELLS; do
     START=sft HOW=

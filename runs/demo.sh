@@ -33,7 +33,7 @@ evaluate() {  # evaluate NAME MODEL [key=value …]
 }
 
 mkdir -p "$OUT"
-[ -d "$OUT/base" ] || stage base python -m rftt.tiny output_dir="$OUT" seed="$SEED" "${TINY[@]}"
+[ -d "$OUT/base" ] || stage base python tools/tiny_world.py output_dir="$OUT" seed="$SEED" "${TINY[@]}"
 evaluate base "$OUT/base" simulations='[]'
 stage search python search.py configs/tiny/search.yaml model_name_or_path="$OUT/base" \
   train_file="$OUT/train.jsonl" output_dir="$OUT/search" seed="$SEED" "${SEARCH[@]}"
@@ -43,7 +43,7 @@ evaluate sft "$OUT/sft/hf"
 stage rl python train_rl.py configs/tiny/rl.yaml model_name_or_path="$OUT/sft/hf" \
   train_file="$OUT/train.jsonl" eval_file="$OUT/test.jsonl" output_dir="$OUT/rl" seed="$SEED" "${RL[@]}"
 evaluate rl "$OUT/rl/hf"
-stage report python -m rftt.watch.report "$OUT/search" "$OUT/sft" "$OUT/rl" "$OUT/eval-base" \
+stage report python tools/report.py "$OUT/search" "$OUT/sft" "$OUT/rl" "$OUT/eval-base" \
   "$OUT/eval-sft" "$OUT/eval-rl" --out "$OUT"
 
 OUT=$OUT python - <<'PY'

@@ -10,7 +10,7 @@ ROOT=${ROOT:-outputs}
 
 for SEED in "$@"; do
   WORLD=$ROOT/tiny-seed$SEED OUT=$ROOT/tiny-seed$SEED/forgetting
-  [ -d "$WORLD/base" ] || python -m rftt.tiny output_dir="$WORLD" seed="$SEED"
+  [ -d "$WORLD/base" ] || python tools/tiny_world.py output_dir="$WORLD" seed="$SEED"
   evaluate() {  # evaluate NAME MODEL
     for set in test guard; do
       python evaluate.py configs/tiny/evaluate.yaml model_name_or_path="$2" seed="$SEED" \

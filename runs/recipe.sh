@@ -18,4 +18,4 @@ for stage in sft rl; do
   python evaluate.py "$C/evaluate.yaml" model_name_or_path="$OUT/$stage/hf" eval_file="$TEST" \
     output_dir="$OUT/eval-$stage"
 done
-python -m rftt.watch.report "$OUT/rl" "$OUT"/eval-*
+python tools/report.py "$OUT/rl" "$OUT"/eval-*

@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 CONFIG=${1:-configs/tiny/self_improve.yaml}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [ "$CONFIG" = configs/tiny/self_improve.yaml ] && [ ! -d outputs/tiny/base ]; then
-  python -m rftt.tiny output_dir=outputs/tiny
+  python tools/tiny_world.py output_dir=outputs/tiny
 fi
-python self_improve.py "$CONFIG" "${@:2}"
+python tools/self_improve.py "$CONFIG" "${@:2}"

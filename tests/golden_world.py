@@ -15,12 +15,12 @@ from random import Random
 
 import train_rl
 import train_sft
-from rftt.cli import load_config
-from rftt.config import RLConfig, SFTConfig
-from rftt.data import write_json, write_jsonl
-from rftt.learn.distributed import close_world, open_world
-from rftt.tiny import END, PAD, build_tokenizer, make_tale, write_line
+from rftt.learner.fsdp import close_world, open_world
+from rftt.run.cli import load_config
+from rftt.run.config import RLConfig, SFTConfig
+from rftt.run.data import write_json, write_jsonl
 from tests.learners import random_qwen2
+from tools.tiny_world import END, PAD, build_tokenizer, make_tale, write_line
 
 SFT = [
     "dtype=float32", "learning_rate=1e-2", "train_batch_size=16", "num_train_epochs=3",

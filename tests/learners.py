@@ -15,8 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rftt.functions import CLOSERS, OPENERS, description_of
-from rftt.learn.batch import Batch, collate_rows
+from rftt.batch import Batch, collate_rows
+from rftt.tokens import CLOSERS, OPENERS, description_of
 
 VOCABULARY = 67
 SIZES = {

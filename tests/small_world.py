@@ -8,10 +8,10 @@ from random import Random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from rftt.data import write_jsonl
-from rftt.functions import add_function_tokens
-from rftt.tiny import build_tokenizer, make_tale
+from rftt.run.data import write_jsonl
+from rftt.tokens import add_function_tokens
 from tests.conftest import ROOT
+from tools.tiny_world import build_tokenizer, make_tale
 
 CONFIGS = {"search": "search", "train_sft": "sft", "train_rl": "rl", "evaluate": "evaluate"}
 

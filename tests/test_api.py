@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 import search
-from rftt.config import EvalConfig, RLConfig, SearchConfig
-from rftt.data import read_jsonl, write_jsonl
-from rftt.engines import api as api_module
-from rftt.engines.api import Spending, open_api
-from rftt.fields import Api
-from rftt.schema import Reply, Sampling, UserError
-from rftt.search.samplers import for_each
-from rftt.tiny import build_tokenizer
+from rftt.engines import openai as api_module
+from rftt.engines.openai import Spending, open_api
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig
+from rftt.run.data import read_jsonl, write_jsonl
+from rftt.run.fields import Api
+from rftt.samplers import for_each
+from rftt.types import Reply, Sampling, UserError
+from tools.tiny_world import build_tokenizer
 
 MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
 Answer = tuple[int, dict[str, str], bytes] | None

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.learn.batch import collate, collate_rows, empty_like
-from rftt.schema import Problem, Rollout, UserError
+from rftt.batch import collate, collate_rows, empty_like
+from rftt.types import Problem, Rollout, UserError
 from tests.learners import random_batch
 
 ROLLOUT = Rollout(

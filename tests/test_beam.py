@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 
-from rftt.schema import Step
-from rftt.search.beam import beam_search
-from rftt.search.mcts import Tree
-from rftt.search.samplers import learned_tree, prompted_tree, tree_rollouts
+from rftt.beam import beam_search
+from rftt.mcts import Tree
+from rftt.samplers import learned_tree, prompted_tree, tree_rollouts
+from rftt.types import Step
 from tests.test_expand import CLOSE, PROBLEM, learned, prompted, segment
 
 ACTS = ("a", "b", "c", "d")

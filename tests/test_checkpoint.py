@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from rftt.learn.checkpoint import Checkpoints, export_hf, latest, newest_whole, restore
-from rftt.learn.distributed import World, close_world, full_weights, open_world, shard
-from rftt.learn.model import prepare
-from rftt.learn.optim import build_optimizer
-from rftt.schema import UserError
+from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole, restore
+from rftt.learner.fsdp import World, close_world, full_weights, open_world, shard
+from rftt.learner.model import prepare
+from rftt.learner.optim import build_optimizer
+from rftt.types import UserError
 from tests.learners import tiny_model, word_tokenizer
 from tests.test_distributed import ENVIRONMENT, ROOT, run
 from tests.toy_training import SCHEDULE, train

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from rftt.cli import check_same_run, describe, load_config
-from rftt.config import EvalConfig, RLConfig, SFTConfig
-from rftt.schema import UserError
+from rftt.run.cli import check_same_run, describe, load_config
+from rftt.run.config import EvalConfig, RLConfig, SFTConfig
+from rftt.types import UserError
 from tests.conftest import ROOT
 
 NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate=1e-6"]
@@ -112,10 +112,15 @@ def test_a_run_directory_keeps_to_its_settings(tmp_path):
         check_same_run(file, {"seed": 1})
 
 
-@pytest.mark.parametrize("name", ["prm_train", "search", "grader", "train_step"])
-def test_a_bench_script_starts_as_its_header_says(name):
+TOOLS = [
+    f"tools/{name}" for name in ("prm_serve", "prm_train", "report", "self_improve", "tiny_world")
+]
+
+
+@pytest.mark.parametrize("name", ["bench/search", "bench/grader", "bench/train_step", *TOOLS])
+def test_a_tool_starts_as_its_header_says(name):
     """From another folder and without PYTHONPATH: the script finds the package by itself."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, str(ROOT / f"bench/{name}.py"), "--help"]
+    command = [sys.executable, str(ROOT / f"{name}.py"), "--help"]
     done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

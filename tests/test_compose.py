@@ -7,13 +7,13 @@ from itertools import accumulate
 
 import pytest
 
-from rftt.config import RLConfig
-from rftt.data import eos_id
-from rftt.functions import add_function_tokens, function_ids, render
-from rftt.rewards.compose import reward, reward_all, score, solves
-from rftt.rewards.prm import Unscored
-from rftt.schema import Problem, Rollout, UserError
-from rftt.tiny import build_tokenizer
+from rftt.graders.prm import Unscored
+from rftt.rewards import reward, reward_all, score, solves
+from rftt.run.config import RLConfig
+from rftt.run.data import eos_id
+from rftt.tokens import add_function_tokens, function_ids, render
+from rftt.types import Problem, Rollout, UserError
+from tools.tiny_world import build_tokenizer
 
 
 def config(**changes):

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rftt.cli import describe, field_docs, load_config
-from rftt.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
-from rftt.schema import UserError
-from self_improve import LoopConfig
+from rftt.run.cli import describe, field_docs, load_config
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
+from rftt.types import UserError
+from tools.self_improve import LoopConfig
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {
@@ -20,7 +20,7 @@ SCRIPTS = {
     "sft": (SFTConfig, "train_sft.py"),
     "rl": (RLConfig, "train_rl.py"),
     "evaluate": (EvalConfig, "evaluate.py"),
-    "self_improve": (LoopConfig, "self_improve.py"),
+    "self_improve": (LoopConfig, "tools/self_improve.py"),
 }
 """How a config file's name begins -> its class and script."""
 YAMLS = sorted(ROOT.glob("configs/**/*.yaml"))

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from rftt.config import SearchConfig
-from rftt.functions import ACTS, FunctionIds, ask_verify, render
-from rftt.rewards.grader import extract
-from rftt.rewards.prm import Unscored
-from rftt.schema import Problem, Step
-from rftt.search.curate import choose_pair, curate, disjoint_correct, traces
-from rftt.search.mcts import Choice, Tree
-from rftt.search.samplers import score_steps
+from rftt.curate import choose_pair, curate, disjoint_correct, traces
+from rftt.graders.math import extract
+from rftt.graders.prm import Unscored
+from rftt.mcts import Choice, Tree
+from rftt.run.config import SearchConfig
+from rftt.samplers import score_steps
+from rftt.tokens import ACTS, FunctionIds, ask_verify, render
+from rftt.types import Problem, Step
 
 PROBLEM = Problem("p", "Eva has 19 pens, triples them, sells 3. How many?", "54")
 RULES = SearchConfig(output_dir="o", model_name_or_path="m", train_file="t")
@@ -191,7 +191,7 @@ def test_paths_that_phase_2_could_not_speak_are_left_out():
 
 
 def test_invariant_every_row_renders_to_a_response_of_whole_segments():
-    from rftt.functions import parse
+    from rftt.tokens import parse
 
     ids = FunctionIds(
         {act: i for i, act in enumerate(ACTS)}, {act: 8 + i for i, act in enumerate(ACTS)}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rftt.data import (
+from rftt.run.data import (
     Journal,
     load_problems,
     load_rows,
@@ -13,8 +13,8 @@ from rftt.data import (
     shuffled_epochs,
     write_jsonl,
 )
-from rftt.functions import CLOSERS, OPENERS
-from rftt.schema import UserError, seed_for
+from rftt.tokens import CLOSERS, OPENERS
+from rftt.types import UserError, seed_for
 
 SHARED = Path("../shared/data")
 SETS = {"math500": 500, "gsm8k_test": 1319, "aime24": 30, "amc23": 40, "olympiadbench": 675}
@@ -127,8 +127,8 @@ def test_seeds_are_stable_across_processes():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="benchmark files are not here")
 def test_evaluate_audits_the_grader_on_a_data_set(tmp_path, capsys):
     import evaluate
-    from rftt.cli import load_config
-    from rftt.config import EvalConfig
+    from rftt.run.cli import load_config
+    from rftt.run.config import EvalConfig
 
     arguments = ["model_name_or_path=none", f"eval_file={SHARED / 'amc23.jsonl'}", "audit=true"]
     evaluate.main(load_config(EvalConfig, [*arguments, f"output_dir={tmp_path}"]))

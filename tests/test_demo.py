@@ -9,8 +9,8 @@ import time
 import pytest
 from conftest import ENV, ROOT, run
 
-from rftt.data import Journal, read_jsonl
-from rftt.functions import function_ids
+from rftt.run.data import Journal, read_jsonl
+from rftt.tokens import function_ids
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from rftt.learn import rl
-from rftt.learn.distributed import (
+from rftt import rl
+from rftt.learner.fsdp import (
     World,
     clip_gradients,
     close_world,
@@ -20,8 +20,8 @@ from rftt.learn.distributed import (
     open_world,
     shard,
 )
-from rftt.learn.model import prepare, token_logprobs
-from rftt.schema import UserError
+from rftt.learner.model import prepare, token_logprobs
+from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model
 from tests.toy_training import train
 
@@ -137,7 +137,7 @@ def test_closing_joins_the_threads_of_the_process_group() -> None:
     """A gloo thread that survives can abort the interpreter at exit."""
     code = """
 import os, pathlib, tempfile
-from rftt.learn.distributed import close_world, open_world
+from rftt.learner.fsdp import close_world, open_world
 from tests.toy_training import train
 
 def gloo_threads():

@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from rftt import doctor
-from rftt.cli import load_config
-from rftt.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
+from rftt.batch import collate_rows
 from rftt.engines import build_engine
-from rftt.learn.batch import collate_rows
-from rftt.learn.distributed import close_world, open_world
-from rftt.learn.model import CHUNK_LOGITS, KEPT_LOGITS, load_policy, token_logprobs
-from rftt.learn.rl import sft_loss
-from rftt.learn.setup import build_models
-from rftt.memory import complaint, estimate
-from rftt.schema import Sampling, UserError
+from rftt.learner.fsdp import close_world, open_world
+from rftt.learner.model import CHUNK_LOGITS, KEPT_LOGITS, load_policy, token_logprobs
+from rftt.learner.setup import build_models
+from rftt.rl import sft_loss
+from rftt.run.cli import load_config
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
+from rftt.types import Sampling, UserError
 from tests.conftest import run
 from tests.small_world import damage, make_world, settings
+from tools import doctor
+from tools.memory import complaint, estimate
 
 SCHEMAS = {"search": SearchConfig, "train_sft": SFTConfig, "train_rl": RLConfig}
 SCHEMAS |= {"evaluate": EvalConfig}
@@ -54,7 +54,7 @@ def test_it_knows_whose_config_it_reads(script: str, world: Path) -> None:
 @pytest.mark.parametrize("script", ["train_rl", "search"])
 def test_all_is_well_in_a_minute(script: str, world: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = run("python", "-m", "rftt.doctor", *settings(script, world, world / "out"))
+    done = run("python", "tools/doctor.py", *settings(script, world, world / "out"))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < 60  # on a machine of its own; 15 when written
     lines = done.stdout.splitlines()
@@ -144,10 +144,10 @@ def test_the_step_of_an_audit_has_no_metrics(world: Path) -> None:
 
 def test_a_failure_saves_the_step_and_sets_the_exit_code(world: Path) -> None:
     arguments = settings("train_rl", world, world / "out", "device=cuda")
-    done = run("python", "-m", "rftt.doctor", *arguments, check=False)
+    done = run("python", "tools/doctor.py", *arguments, check=False)
     assert done.returncode == 1
     assert "one step" not in done.stdout
-    done = run("python", "-m", "rftt.doctor", *arguments, "sede=1", check=False)
+    done = run("python", "tools/doctor.py", *arguments, "sede=1", check=False)
     assert (done.returncode, done.stdout) == (2, "")
 
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rftt.config import SFTConfig
-from rftt.data import encode_chat, load_rows, question_messages, read_jsonl, write_jsonl
-from rftt.functions import add_function_tokens, function_ids, render
-from rftt.learn.batch import empty_like
-from rftt.learn.offline import collate_examples, offline_loss
-from rftt.schema import UserError
-from rftt.tiny import build_tokenizer
+from rftt.batch import empty_like
+from rftt.learner.offline import collate_examples, offline_loss
+from rftt.run.config import SFTConfig
+from rftt.run.data import encode_chat, load_rows, question_messages, read_jsonl, write_jsonl
+from rftt.tokens import add_function_tokens, function_ids, render
+from rftt.types import UserError
 from tests.learners import random_qwen2
+from tools.tiny_world import build_tokenizer
 
 PAIRS = [
     {
@@ -170,7 +170,7 @@ def test_oracle_dpo_loss_and_gradient_from_the_formula(world, unbroken):
     """−(1−ε) log σ(m) − ε log σ(−m), m = β (log π/π_ref (chosen) − log π/π_ref (rejected))."""
     from itertools import islice
 
-    from rftt.data import shuffled_epochs
+    from rftt.run.data import shuffled_epochs
 
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     start = AutoModelForCausalLM.from_pretrained(world / "model")
@@ -262,7 +262,7 @@ def test_dpo_on_two_ranks_equals_one_invariant(world, unbroken):
 
 
 def test_mix_file_adds_rows_by_ratio(world):
-    from rftt.data import load_tokenizer
+    from rftt.run.data import load_tokenizer
     from train_sft import read_rows
 
     write_jsonl(world / "rows.jsonl", [{"question": f"{i}", "response": "a"} for i in range(10)])

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from rftt.config import SearchConfig
 from rftt.engines import build_engine
 from rftt.engines.base import Engine, checksum
 from rftt.engines.loop import StepLoop
 from rftt.engines.slots import pick
-from rftt.schema import Completion, Sampling, UserError
+from rftt.run.config import SearchConfig
+from rftt.types import Completion, Sampling, UserError
 from tests.learners import random_qwen2
 
 N_TOKENS = 61

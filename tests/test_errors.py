@@ -18,9 +18,9 @@ import pytest
 from torch import distributed as dist
 from transformers.utils import logging
 
-from rftt.cli import load_config
-from rftt.config import RLConfig
-from rftt.learn import distributed
+from rftt.learner import fsdp as distributed
+from rftt.run.cli import load_config
+from rftt.run.config import RLConfig
 from tests.conftest import ROOT, run
 from tests.small_world import damage, make_world, settings
 
@@ -109,7 +109,7 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "doubled BOS": ("evaluate", ["model_name_or_path={bad}/doubled"],
         ["two BOS tokens", "doubled", "take the other out"]),
     "not enough memory": ("evaluate", ["max_num_seqs=1000000000000"],
-        ["not enough memory", "max_num_seqs", "rftt.doctor"]),
+        ["not enough memory", "max_num_seqs", "tools/doctor.py"]),
     "prompt too long in RL": ("train_rl", ["max_model_len=4"],
         ["do not fit max_model_len=4", "problems train-1", "raise it"]),
     "no such function": ("train_rl", ["reward_function=nobody:knows"],

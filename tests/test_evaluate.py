@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from evaluate import steps_of, summarise, table
-from rftt.rewards.prm import Unscored
-from rftt.schema import Problem
-from rftt.search.samplers import learned_tree, processed, sample, tree_rollouts
+from rftt.graders.prm import Unscored
+from rftt.samplers import learned_tree, processed, sample, tree_rollouts
+from rftt.types import Problem
 from tests.test_expand import CLOSE, PROBLEM, learned, segment
 
 

@@ -7,15 +7,15 @@ from functools import partial
 
 import pytest
 
-from rftt.cli import load_config
 from rftt.engines import engine_chat
 from rftt.engines.base import Counters
-from rftt.fields import Acts
-from rftt.functions import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
-from rftt.schema import Completion, Problem, Step, UserError
-from rftt.search.expand import Learned, Prompted, cut, expand_learned, expand_prompted
-from rftt.search.mcts import Tree
-from rftt.search.samplers import learned_tree, sample, tree_rollouts
+from rftt.mcts import Tree
+from rftt.rollout import Learned, Prompted, cut, expand_learned, expand_prompted
+from rftt.run.cli import load_config
+from rftt.run.fields import Acts
+from rftt.samplers import learned_tree, sample, tree_rollouts
+from rftt.tokens import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
+from rftt.types import Completion, Problem, Step, UserError
 
 EOS = 2
 FIRST = 10

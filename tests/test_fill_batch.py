@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 import train_rl
-from rftt.config import RLConfig
-from rftt.schema import Problem, Rollout
+from rftt.run.config import RLConfig
+from rftt.types import Problem, Rollout
 from tests.test_step import Ranks
 
 

@@ -4,10 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rftt.cli import load_config, load_function
-from rftt.config import SearchConfig
-from rftt.schema import UserError
-from rftt.search.filters import (
+from rftt.run.cli import load_config, load_function
+from rftt.run.config import SearchConfig
+from rftt.run.filters import (
     FILTERS,
     follows_grammar,
     leaks,
@@ -18,6 +17,7 @@ from rftt.search.filters import (
     select,
     similarity,
 )
+from rftt.types import UserError
 
 NEEDED = {"output_dir": "o", "model_name_or_path": "m", "train_file": "t"}
 

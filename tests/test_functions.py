@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rftt.data import encode_chat, question_messages
-from rftt.functions import (
+from rftt.run.data import encode_chat, question_messages
+from rftt.tokens import (
     ACTS,
     ALIASES,
     CLOSERS,
@@ -33,7 +33,7 @@ from rftt.functions import (
     render,
     successors,
 )
-from rftt.schema import UserError
+from rftt.types import UserError
 
 # ---- The families: what their released tokenizer.json say, on a vocabulary of a few hundred ----
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.rewards.audit import audit
-from rftt.rewards.grader import canonical, extract, grade, parse_gold, same_answer
-from rftt.schema import UserError
+from rftt.graders.audit import audit
+from rftt.graders.math import canonical, extract, grade, parse_gold, same_answer
+from rftt.types import UserError
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -316,7 +316,7 @@ def test_threads_and_hash_seeds_do_not_matter_invariant() -> None:
     alone = [same_answer(a, b) for a, b in pairs]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda pair: same_answer(*pair), pairs)) == alone
-    code = r"from rftt.rewards.grader import canonical; print(canonical('\\sqrt{x+1}, \\pi, y=2x'))"
+    code = r"from rftt.graders.math import canonical; print(canonical('\\sqrt{x+1}, \\pi, y=2x'))"
     keys = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -352,7 +352,7 @@ def test_command_line_prints_one_json_line_last(tmp_path: Path) -> None:
     file.write_text(
         "".join(json.dumps({"gold": g, "response": r, "label": y}) + "\n" for g, r, y in made)
     )
-    command = [sys.executable, "-m", "rftt.rewards.grader", str(file)]
+    command = [sys.executable, "-m", "rftt.graders.math", str(file)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     summary = json.loads(result.stdout.splitlines()[-1])
     assert (summary["n"], summary["false_negatives"], summary["false_positives"]) == (3, 1, 0)

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rftt.config import SFTConfig
-from rftt.learn import rl
-from rftt.learn.batch import Batch, collate_rows
-from rftt.learn.distributed import World, close_world, full_weights, open_world, shard
-from rftt.learn.guard import LIMIT, Guard
-from rftt.learn.model import prepare, token_logprobs
-from rftt.learn.optim import build_optimizer
-from rftt.learn.step import update
-from rftt.schema import UserError
+from rftt import rl
+from rftt.batch import Batch, collate_rows
+from rftt.learner.fsdp import World, close_world, full_weights, open_world, shard
+from rftt.learner.guard import LIMIT, Guard
+from rftt.learner.model import prepare, token_logprobs
+from rftt.learner.optim import build_optimizer
+from rftt.run.config import SFTConfig
+from rftt.types import UserError
+from rftt.update import update
 from tests.learners import VOCABULARY, rows, tiny_model
 
 NAMES = ["p0", "p1", "p2", "p3"]

@@ -98,11 +98,11 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("search.curate", "from rftt.learn.rl import gae"),
-        ("learn.batch", "from rftt.search import mcts"),
-        ("search.mcts", "import rftt.data"),
-        ("engines.hf", "from rftt import tiny"),
-        ("rewards.prm", "from rftt.search.mcts import Tree"),
+        ("search.curate", "from rftt.rl import gae"),
+        ("learn.batch", "from rftt import mcts"),
+        ("search.mcts", "import rftt.run.data"),
+        ("engines.hf", "from tools import tiny_world as tiny"),
+        ("rewards.prm", "from rftt.mcts import Tree"),
     ],
 )
 def test_a_wrong_import_is_found(module: str, line: str) -> None:
@@ -114,7 +114,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("rftt/learn/distributed.py", "rftt/learn/checkpoint.py"),
     "wandb": ("rftt/watch/log.py",),
     "torch.utils.tensorboard": ("rftt/watch/log.py",),
-    "rftt.tiny": (),
+    "tools.tiny_world": (),
 }
 """What only these files may know."""
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from rftt.schema import UserError
-from rftt.watch import log as log_module
-from rftt.watch.log import RunLog, environment, number
+from rftt.run import log as log_module
+from rftt.run.log import RunLog, environment, number
+from rftt.types import UserError
 
 CONFIG = {"learning_rate": 5e-7, "report_to": [], "eval_file": None}
 

@@ -13,12 +13,12 @@ from conftest import ENV, ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.cli import load_config
-from rftt.config import SFTConfig
-from rftt.data import read_jsonl, write_jsonl
-from rftt.schedule import MAX_VALUE, value_at
-from rftt.schema import UserError
-from self_improve import LoopConfig, arguments, best_of, check_steps, iterate, table
+from rftt.run.cli import load_config
+from rftt.run.config import SFTConfig
+from rftt.run.data import read_jsonl, write_jsonl
+from rftt.run.schedule import MAX_VALUE, value_at
+from rftt.types import UserError
+from tools.self_improve import LoopConfig, arguments, best_of, check_steps, iterate, table
 
 # ---- Expressions ----
 
@@ -251,8 +251,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is often right about which of two digits is larger, and problems for it."""
     import torch
 
-    from rftt.data import question_messages
-    from rftt.tiny import Pair, TinyConfig, build_tokenizer, train_model
+    from rftt.run.data import question_messages
+    from tools.tiny_world import Pair, TinyConfig, build_tokenizer, train_model
 
     out, rng = tmp_path_factory.mktemp("loop"), Random(0)
 
@@ -280,7 +280,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def loop_command(world: Path, name: str, *arguments: str) -> list[str]:
     return [
-        "python", "self_improve.py", YAML, f"model_name_or_path={world / 'base'}",
+        "python", "tools/self_improve.py", YAML, f"model_name_or_path={world / 'base'}",
         f"output_dir={world / name}", f"target_file={world / 'test.jsonl'}",
         f"guard_files=[{world / 'guard.jsonl'}]", "iterations=2", "evaluate.num_samples=1",
         "guard_max_drop=1",

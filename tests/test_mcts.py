@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from rftt.functions import successors
-from rftt.schema import Step, seed_for
-from rftt.search.mcts import Node, Tree, grow
+from rftt.mcts import Node, Tree, grow
+from rftt.tokens import successors
+from rftt.types import Step, seed_for
 
 
 def learned(act):

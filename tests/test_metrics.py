@@ -8,10 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rftt.functions import ACTS
-from rftt.learn.batch import collate
-from rftt.schema import Problem, Rollout
-from rftt.watch.metrics import (
+from rftt.batch import collate
+from rftt.run.stats import (
     learned_metrics,
     majority,
     mean_ci,
@@ -20,6 +18,8 @@ from rftt.watch.metrics import (
     readable,
     rollout_metrics,
 )
+from rftt.tokens import ACTS
+from rftt.types import Problem, Rollout
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rftt.functions import CLOSERS, OPENERS, add_function_tokens, description_of
-from rftt.learn import rl
-from rftt.learn.batch import Batch, collate_rows, empty_like
-from rftt.learn.model import (
+from rftt import rl
+from rftt.batch import Batch, collate_rows, empty_like
+from rftt.learner.model import (
     Critic,
     _ChunkedLogprobs,
     add_function_rows,
@@ -21,8 +20,9 @@ from rftt.learn.model import (
     token_logprobs,
     token_values,
 )
-from rftt.learn.tree import forest_of
-from rftt.schema import UserError
+from rftt.learner.prefix_tree import forest_of
+from rftt.tokens import CLOSERS, OPENERS, add_function_tokens, description_of
+from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model, word_tokenizer
 
 FAMILIES = ["qwen2", "llama", "gemma"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from rftt.config import Training
-from rftt.learn.optim import build_optimizer, lr_at, set_lr
-from rftt.schema import UserError
+from rftt.learner.optim import build_optimizer, lr_at, set_lr
+from rftt.run.config import Training
+from rftt.types import UserError
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rftt.functions import ACTS, successors
-from rftt.schema import Problem, Step
-from rftt.search.mcts import Choice, Tree, grow
-from rftt.search.samplers import tree_record
-from rftt.watch.page import filled
-from rftt.watch.report import write_report
+from rftt.mcts import Choice, Tree, grow
+from rftt.samplers import tree_record
+from rftt.tokens import ACTS, successors
+from rftt.types import Problem, Step
+from tools.page import filled
+from tools.report import write_report
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(

@@ -27,14 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench.prm_train import PRMTrainConfig, auc, label_trees
-from bench.prm_train import main as train
-from rftt.cli import load_config
-from rftt.config import EvalConfig, RLConfig, SearchConfig
-from rftt.data import eos_id, write_json, write_jsonl
-from rftt.functions import add_function_tokens, function_ids, render
-from rftt.rewards import prm as prm_module
-from rftt.rewards.prm import (
+from rftt.graders import prm as prm_module
+from rftt.graders.prm import (
     CHECK,
     RemotePRM,
     Unscored,
@@ -45,13 +39,20 @@ from rftt.rewards.prm import (
     segment_text,
     to_wire,
 )
-from rftt.rewards.prm_local import LocalPRM, label_ids
-from rftt.rewards.prm_server import ServeConfig, from_wire, open_server
-from rftt.schema import UserError
-from rftt.tiny import build_tokenizer
+from rftt.graders.prm_local import LocalPRM, label_ids
+from rftt.run.cli import load_config
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig
+from rftt.run.data import eos_id, write_json, write_jsonl
+from rftt.run.fields import ServeConfig
+from rftt.tokens import add_function_tokens, function_ids, render
+from rftt.types import UserError
 from tests.conftest import ROOT, run
 from tests.learners import random_qwen2
 from tests.small_world import make_world, settings
+from tools.prm_serve import from_wire, open_server
+from tools.prm_train import PRMTrainConfig, auc, label_trees
+from tools.prm_train import main as train
+from tools.tiny_world import build_tokenizer
 
 QUESTION = "Eva has 12 pens, buys 7, sells 4. How many now?"
 STEPS = ["buys 7? 12+7=19.", "sells 4 gives 19-4=15.", "so \\boxed{15}."]
@@ -397,7 +398,7 @@ def test_serve_binds_to_loopback_unless_told_otherwise() -> None:
 
 
 def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rftt.rewards.prm", "serve", "--model", str(folders["value"])]
+    command = [sys.executable, "tools/prm_serve.py", "--model", str(folders["value"])]
     more = ["--port=0", "--dtype", "float32", "--device", "cpu"]
     check = tmp_path / "check.json"  # which no model can rank: the warning does not hang on weights
     check.write_text(json.dumps({"question": "1+1?", "good": ["2"], "bad": ["2"]}))
@@ -413,7 +414,7 @@ def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path], tmp_p
 
 
 def test_serve_without_a_model_is_one_line() -> None:
-    done = run(sys.executable, "-m", "rftt.rewards.prm", "serve", "--port", "1", check=False)
+    done = run(sys.executable, "tools/prm_serve.py", "--port", "1", check=False)
     assert (done.returncode, done.stderr) == (2, "error: serve needs --model FOLDER.\n")
 
 

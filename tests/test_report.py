@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rftt.functions import ACTS
-from rftt.schema import UserError
-from rftt.watch.report import draw_curves, draw_search, main, write_report
-from rftt.watch.run import Run
+from rftt.tokens import ACTS
+from rftt.types import UserError
+from tools.report import draw_curves, draw_search, main, write_report
+from tools.run_folder import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -161,7 +161,7 @@ def test_the_command_names_runs_apart(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == f"{tmp_path / 'both/report.md'}\n"
     assert f"# {one}, {two}" in (tmp_path / "both/report.md").read_text()
     result = subprocess.run(
-        [sys.executable, "-m", "rftt.watch.report", str(tmp_path / "none")],
+        [sys.executable, "tools/report.py", str(tmp_path / "none")],
         cwd=ROOT,
         capture_output=True,
         text=True,

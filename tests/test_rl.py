@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rftt.learn import rl
+from rftt import rl
 
 Case = tuple[Tensor, Tensor, Tensor, tuple[int, ...]]
 

@@ -11,14 +11,14 @@ import pytest
 from conftest import run
 
 import search
-from rftt.cli import load_config
-from rftt.config import SearchConfig
-from rftt.data import load_rows, load_tokenizer, write_jsonl
-from rftt.functions import add_function_tokens
-from rftt.schema import Problem, Reply, UserError
-from rftt.search.curate import curate_responses, step_texts
-from rftt.search.expand import Prompted
-from rftt.tiny import build_tokenizer
+from rftt.curate import curate_responses, step_texts
+from rftt.rollout import Prompted
+from rftt.run.cli import load_config
+from rftt.run.config import SearchConfig
+from rftt.run.data import load_rows, load_tokenizer, write_jsonl
+from rftt.tokens import add_function_tokens
+from rftt.types import Problem, Reply, UserError
+from tools.tiny_world import build_tokenizer
 
 
 def answer(process, i, *, right=True):

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from rftt.data import Journal, gather_parts, part_of, read_jsonl, write_jsonl
-from rftt.functions import add_function_tokens
-from rftt.tiny import build_tokenizer
+from rftt.run.data import Journal, gather_parts, part_of, read_jsonl, write_jsonl
+from rftt.tokens import add_function_tokens
 from tests.conftest import run
 from tests.learners import random_qwen2
+from tools.tiny_world import build_tokenizer
 
 N = 7
 """Problems: not divisible by the number of ranks."""

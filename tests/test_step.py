@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rftt.config import RLConfig
-from rftt.learn.batch import collate_rows
-from rftt.learn.rl import document_sums, gae, sequence_weights, whiten
-from rftt.learn.step import Totals, deal, equal_count, per_token, weigh
+from rftt.batch import collate_rows
+from rftt.rl import document_sums, gae, sequence_weights, whiten
+from rftt.run.config import RLConfig
+from rftt.update import Totals, deal, equal_count, per_token, weigh
 
 
 @dataclass

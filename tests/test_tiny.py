@@ -10,9 +10,10 @@ from random import Random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rftt import tiny
-from rftt.data import encode_chat, load_problems, question_messages
-from rftt.functions import (
+from rftt.graders.math import grade
+from rftt.run.data import encode_chat, load_problems, question_messages
+from rftt.run.filters import leaks
+from rftt.tokens import (
     ACTS,
     OPENERS,
     add_function_tokens,
@@ -22,9 +23,8 @@ from rftt.functions import (
     function_ids,
     successors,
 )
-from rftt.rewards.grader import grade
-from rftt.schema import UserError
-from rftt.search.filters import leaks
+from rftt.types import UserError
+from tools import tiny_world as tiny
 
 TALES = [tiny.make_tale(Random(seed), set()) for seed in range(300)]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rftt.config import RLConfig
-from rftt.learn.batch import collate
-from rftt.learn.model import Critic, prepare
-from rftt.learn.step import Totals, deal, equal_count, score_tokens
-from rftt.schema import Problem, Rollout
+from rftt.batch import collate
+from rftt.learner.model import Critic, prepare
+from rftt.run.config import RLConfig
+from rftt.types import Problem, Rollout
+from rftt.update import Totals, deal, equal_count, score_tokens
 from tests.learners import VOCABULARY, tiny_model
 from tests.test_step import Ranks
 from train_rl import estimate_advantages, rl_loss

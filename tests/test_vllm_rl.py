@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rftt.data import write_jsonl
-from rftt.functions import add_function_tokens
-from rftt.schema import UserError
-from rftt.tiny import build_tokenizer
+from rftt.run.data import write_jsonl
+from rftt.tokens import add_function_tokens
+from rftt.types import UserError
 from tests.conftest import run
 from tests.learners import random_qwen2
+from tools.tiny_world import build_tokenizer
 from train_rl import agreed
 
 SETTINGS = {

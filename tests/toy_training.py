@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 
-from rftt.config import Training
-from rftt.learn import rl
-from rftt.learn.batch import empty_like
-from rftt.learn.checkpoint import Checkpoints, latest, restore
-from rftt.learn.distributed import (
+from rftt import rl
+from rftt.batch import empty_like
+from rftt.learner.checkpoint import Checkpoints, latest, restore
+from rftt.learner.fsdp import (
     World,
     clip_gradients,
     close_world,
@@ -23,8 +22,9 @@ from rftt.learn.distributed import (
     open_world,
     shard,
 )
-from rftt.learn.model import Critic, prepare, token_logprobs, token_values
-from rftt.learn.optim import build_optimizer, lr_at, set_lr
+from rftt.learner.model import Critic, prepare, token_logprobs, token_values
+from rftt.learner.optim import build_optimizer, lr_at, set_lr
+from rftt.run.config import Training
 from tests.learners import VOCABULARY, random_batch, tiny_model, word_tokenizer
 
 LENGTHS = [14, 5, 30, 8, 3, 21, 6]

@@ -22,8 +22,8 @@ import torch.distributed.fsdp  # noqa: F401
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
 import rftt.engines.hf
-import rftt.learn.setup
-import rftt.watch.log  # noqa: F401
+import rftt.learner.setup
+import rftt.run.log  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rftt.data import decode, encode_chat, eos_id
-from rftt.functions import Messages
-from rftt.schema import Reply, Sampling, UserError
+from rftt.run.data import decode, encode_chat, eos_id
+from rftt.tokens import Messages
+from rftt.types import Reply, Sampling, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rftt.config import SearchConfig
     from rftt.engines.base import Engine, EngineConfig
+    from rftt.run.config import SearchConfig
 
 Chat = Callable[[Messages, Sampling], Awaitable[Reply]]
 """All that phase 1 asks of a model; the reply is empty where the messages leave no room for one."""
@@ -69,7 +69,7 @@ async def open_chat(
         finally:
             engine.close()
         return
-    from rftt.engines.api import open_api
+    from rftt.engines.openai import open_api
 
     async with open_api(cfg, ledger) as api:
 

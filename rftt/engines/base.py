@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from rftt.schema import Completion, Sampling, UserError
+from rftt.types import Completion, Sampling, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rftt.config import EvalConfig, RLConfig, SearchConfig
+    from rftt.run.config import EvalConfig, RLConfig, SearchConfig
 
     EngineConfig = SearchConfig | RLConfig | EvalConfig
 

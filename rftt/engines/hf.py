@@ -17,7 +17,7 @@ from torch import Tensor
 from rftt.engines.base import Counters, check_request, checksum
 from rftt.engines.loop import StepLoop
 from rftt.engines.slots import Slots, load_model
-from rftt.schema import Completion, Sampling, UserError
+from rftt.types import Completion, Sampling, UserError
 
 if TYPE_CHECKING:
     from rftt.engines.base import EngineConfig

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from rftt.schema import Sampling, UserError
+from rftt.types import Sampling, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

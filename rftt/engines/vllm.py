@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rftt.engines.base import Counters, check_request, checksum
 from rftt.engines.loop import StepLoop
-from rftt.schema import Completion, Sampling, UserError
+from rftt.types import Completion, Sampling, UserError
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -1,0 +1,245 @@
+"""A process reward model in this process: three families, one forward pass, one place that batches.
+
+Families differ in how a solution is written down and in what is read at the end of each step
+(`Layout`, `Readout`); the rest is shared:
+
+math_shepherd: a causal LM reads "Step 1: … ки"; the score is P(good) among the good and the bad
+    token (arXiv 2312.08935).
+qwen: a two-class head at `<extra_0>` in the assistant's turn (Qwen2.5-Math-PRM, 2501.07301).
+value: a head with one output through a sigmoid at the end of each line (Skywork-o1-Open-PRM and
+    other value heads), or with two classes (TRL's PRMTrainer).
+
+1. A step's mark is the token that holds the last character of its tag, found by character offsets:
+   a tag that a step quotes makes no extra score.
+2. The head is read from the safetensors themselves (`score.*`, `v_head.*`, `classifier.*`): no code
+   of a model folder runs.
+3. Rows are padded on the right, where causal attention never looks: no mask.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, AutoModelForCausalLM
+
+from rftt.engines.loop import StepLoop
+from rftt.graders.prm import TAG, Unscored, checked
+from rftt.run.data import load_tokenizer
+from rftt.types import UserError
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from transformers import PreTrainedTokenizerBase
+
+    from rftt.graders.prm import ProcessConfig
+    from rftt.run.fields import ServeConfig
+
+Readout = Callable[[Tensor], Tensor]
+"""(S, hidden) states at the marks -> (S,) scores."""
+Head = list[tuple[Tensor, Tensor | None]]
+"""Weight and bias of each layer; ReLU between them."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    tag: str
+    step: str
+    """What precedes the tag."""
+    between: str = ""
+    lead: str = ""
+    """Between the question and the first step."""
+    chat: bool = False
+    """The question is the user's turn, the steps are the assistant's."""
+
+
+LAYOUTS = {
+    "math_shepherd": Layout(TAG, "Step {n}: {text} ", between="\n", lead=" "),
+    "qwen": Layout("<extra_0>", "{text}", chat=True),
+    "value": Layout("\n", "{text}", lead="\n"),
+}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How a family's model is given a solution."""
+
+    tokenizer: PreTrainedTokenizerBase
+    layout: Layout
+    tag: str
+    system_prompt: str | None = None
+
+    def write(self, question: str, steps: Sequence[str]) -> tuple[str, list[int]]:
+        """The text that the model reads, and where in it each step's tag has its last character."""
+        body, ends, layout = "", [], self.layout
+        for n, text in enumerate(steps, 1):
+            body += layout.between if body else ""
+            body += layout.step.format(n=n, text=text.strip()) + self.tag
+            ends.append(len(body) - 1)
+        text = question.strip() + layout.lead + body
+        if layout.chat:
+            turns = [("system", self.system_prompt)] if self.system_prompt else []
+            turns += [("user", question), ("assistant", body)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        start = text.rfind(body)
+        if start < 0:
+            raise UserError(
+                "the PRM's chat template changes the assistant's turn; it cannot be used."
+            )
+        return text, [start + end for end in ends]
+
+    def encode(self, question: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Token ids of a path, and the index of the token at which each step is scored."""
+        text, ends = self.write(question, steps)
+        encoded: Any = self.tokenizer(
+            text, add_special_tokens=not self.layout.chat, return_offsets_mapping=True
+        )
+        held = [
+            (stop, i) for i, (start, stop) in enumerate(encoded["offset_mapping"]) if stop > start
+        ]
+        stops = [stop for stop, _ in held]
+        # A character of several bytes may be several tokens of equal offsets: the last one counts.
+        last = [bisect_right(stops, stops[bisect_right(stops, end)]) - 1 for end in ends]
+        return list(encoded["input_ids"]), [held[i][1] for i in last]
+
+
+@dataclass(eq=False)
+class _Path:
+    ids: list[int]
+    marks: list[int]
+    done: asyncio.Future[list[float]]
+
+
+class LocalPRM:
+    """ProcessModel over one transformers model."""
+
+    def __init__(self, cfg: ProcessConfig | ServeConfig) -> None:
+        path, trust = str(cfg.prm_model_name_or_path), cfg.trust_remote_code
+        tokenizer = load_tokenizer(path, trust_remote_code=trust, chat=False)
+        if not tokenizer.is_fast:
+            raise UserError(f"the tokenizer of {path} gives no offsets; a PRM needs a fast one.")
+        head, tag_id = read_head(path), tokenizer.convert_tokens_to_ids(LAYOUTS["qwen"].tag)
+        family = cfg.prm_family
+        if family == "auto":
+            family = "value" if tag_id in (None, tokenizer.unk_token_id) else "qwen"
+            family = family if head else "math_shepherd"
+        if not head and family != "math_shepherd":
+            raise UserError(
+                f"prm_family={family} but {path} has no score, v_head or classifier head."
+            )
+        kind = AutoModelForCausalLM if family == "math_shepherd" else AutoModel
+        dtype = getattr(torch, cfg.dtype)
+        model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust).eval()
+        model.requires_grad_(False)
+        if cfg.device != "cpu" and torch.cuda.is_available():
+            torch.nn.Module.cuda(model)
+        self.device, self.max_length = model.device, model.config.max_position_embeddings
+        if family == "math_shepherd":
+            labels = label_ids(tokenizer, cfg.prm_good_token, cfg.prm_bad_token)
+            rows = model.get_output_embeddings().weight[labels].float()  # pyright: ignore[reportOptionalMemberAccess]
+            self._readout: Readout = lambda hidden: linear(hidden, rows).softmax(-1)[:, 0]
+            model = model.base_model
+        else:
+            self._readout = readout_of(_on(head, self.device), path)
+        layout = LAYOUTS[family]
+        tag = cfg.prm_step_tag or layout.tag
+        self._model, self.writer = model, Writer(tokenizer, layout, tag, cfg.system_prompt)
+        self._batch_tokens = cfg.prm_max_tokens_per_batch
+        self._waiting: list[_Path] = []
+        self._loop = StepLoop(self._step, self._waiting.clear)
+
+    async def score(self, question: str, steps: Sequence[str]) -> list[float]:
+        """See ProcessModel."""
+        ids, marks = self.writer.encode(question, steps)
+        if len(ids) > self.max_length:
+            raise Unscored(
+                f"path of {len(ids)} tokens; the process reward model reads {self.max_length}"
+            )
+        path = _Path(ids, marks, self._loop.submit())
+        self._waiting.append(path)
+        try:
+            return checked(await path.done, len(steps))
+        except ValueError as error:  # a broken model: NaN
+            raise UserError(f"the process reward model fails: {error}") from error
+
+    def close(self) -> None:
+        """Nothing runs between two calls."""
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Score everything that waits, paths of like length together."""
+        waiting = sorted((p for p in self._waiting if not p.done.done()), key=lambda p: -len(p.ids))
+        self._waiting.clear()
+        while waiting:
+            size = max(1, self._batch_tokens // len(waiting[0].ids))
+            batch, waiting = waiting[:size], waiting[size:]
+            rows = [torch.tensor(path.ids) for path in batch]
+            ids = pad_sequence(rows, batch_first=True).to(self.device)
+            hidden = self._model(input_ids=ids, use_cache=False).last_hidden_state
+            at = [(row, mark) for row, path in enumerate(batch) for mark in path.marks]
+            states = hidden[[row for row, _ in at], [mark for _, mark in at]]
+            scores = iter(self._readout(states.float()).tolist())
+            for path in batch:
+                path.done.set_result([next(scores) for _ in path.marks])
+
+
+def label_ids(tokenizer: Any, good: str, bad: str) -> list[int]:
+    """Ids of the good and the bad token, or UserError where one is not a single id.
+
+    Each by itself: "+ -" would be "+" and " -" to byte-level BPE, two spellings.
+    """
+    found = [tokenizer.encode(token, add_special_tokens=False) for token in (good, bad)]
+    if any(len(ids) != 1 for ids in found):
+        raise UserError(f"prm_good_token {good!r} and prm_bad_token {bad!r} must be one id each.")
+    return [ids[0] for ids in found]
+
+
+# ---- Heads ----
+
+HEAD = re.compile(r"(?:score|v_head|classifier)\..*?(weight|bias)")
+
+
+def read_head(path: str) -> Head:
+    """The layers of a PRM's head, in order; none in a plain language model."""
+    from huggingface_hub import snapshot_download
+
+    kept = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+    folder = (
+        Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=kept))
+    )
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= {k: tensors.get_tensor(k).float() for k in tensors.keys() if HEAD.fullmatch(k)}  # noqa: SIM118
+    weights = sorted(name for name in found if name.endswith("weight"))
+    return [(found[name], found.get(name.removesuffix("weight") + "bias")) for name in weights]
+
+
+def readout_of(head: Head, path: str) -> Readout:
+    """Two outputs are the classes wrong and right, one is a logit."""
+    outputs, fits = len(head[-1][0]), all(len(a) == b.shape[1] for (a, _), (b, _) in pairwise(head))
+    if outputs not in (1, 2) or not fits:
+        raise UserError(f"the head of {path} has {outputs} outputs; a PRM has 1 or 2.")
+
+    def readout(hidden: Tensor) -> Tensor:
+        for i, (weight, bias) in enumerate(head):
+            hidden = linear(hidden.relu() if i else hidden, weight, bias)
+        return hidden.softmax(-1)[:, 1] if outputs == 2 else hidden.sigmoid()[:, 0]
+
+    return readout
+
+
+def _on(head: Head, device: torch.device) -> Head:
+    return [(w.to(device), None if b is None else b.to(device)) for w, b in head]

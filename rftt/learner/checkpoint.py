@@ -1,0 +1,280 @@
+"""Checkpoints that survive kill −9, and resume bit for bit, on any number of ranks.
+
+`<run_dir>/checkpoints/step_000040/{hf/, state/, extra.json, COMPLETE}`, files `latest` and `best`.
+Weights and optimizer state go through torch's distributed checkpoint in its safetensors format:
+every rank writes its shards, a reader with another world size reads the slices it needs, and no
+pickle is involved (DCP's default format keeps its metadata in one). Hyper-parameters of the
+optimizer are not saved: they come from the config and the step.
+
+Training waits for the copy to host memory only; a thread writes it, with collectives of its own.
+COMPLETE, written last, holds a checksum of every file, all of them forced to the disk before. The
+ranks share one file system.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rftt.learner.fsdp import TIMEOUT, World, full_weights, own_tensors
+from rftt.run.data import write_json
+from rftt.types import UserError
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+Modules = Mapping[str, nn.Module]
+Optimizers = Mapping[str, Optimizer]
+
+
+def export_hf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    world: World,
+    dtype: str = "float32",
+) -> None:
+    """Write a normal Hugging Face folder in `dtype`. Collective; rank 0 writes."""
+    weights = _whole_weights(model, world, dtype)
+    if world.is_main:
+        model.save_pretrained(path, state_dict=weights)
+        tokenizer.save_pretrained(path)
+    world.barrier()
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run while training goes on, one at a time.
+
+    modules["policy"] is exported to hf/ in `dtype`. The newest `keep` stay (0: all), and the one
+    with the best score. `best` is that score, "best_score" in a resumed `extra`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        keep: int = 0,
+        dtype: str = "float32",
+        best: float = -math.inf,
+    ) -> None:
+        self._folder, self._world, self._best = run_dir / "checkpoints", world, best
+        self._tokenizer, self._keep, self._dtype = tokenizer, keep, dtype
+        self._thread = ThreadPoolExecutor(1)
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self._group = cast(dist.ProcessGroup, group)  # for the thread alone
+        self._pending: list[Future[None]] = []
+
+    def save(
+        self,
+        step: int,
+        modules: Modules,
+        optimizers: Optimizers,
+        extra: dict[str, Any],
+    ) -> None:
+        """Copy everything and begin to write it, once the one before is written. Collective.
+
+        An optimizer carries the name of the module it trains. `extra` is any JSON: data position,
+        KL controller, counters.
+        """
+        self.wait()
+        state = _tensors(modules, optimizers)
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        policy = cast(PreTrainedModel, modules["policy"])
+        weights = _whole_weights(policy, self._world, self._dtype)
+        export = partial(policy.save_pretrained, state_dict=weights)
+        score = {"best_score": self._best} if math.isfinite(self._best) else {}
+        extra = {"step": step, **score, **extra}
+        self._pending.append(self._thread.submit(self._write, step, state, export, extra))
+
+    def rate(self, step: int, score: float) -> None:
+        """Name the checkpoint of `step` `best` if no other had as high a score.
+
+        It may come just before its `save`: a run killed in between writes it when it goes on.
+        """
+        if score > self._best:
+            self._best = score
+            if self._world.is_main:
+                name = f"step_{step:06d}"
+                self._pending.append(self._thread.submit(_point, self._folder, "best", name))
+
+    def wait(self) -> None:
+        """Return when nothing is being written. Raises what went wrong with it."""
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(
+        self,
+        step: int,
+        state: dict[str, Tensor],
+        export: Callable[[Path], None],
+        extra: dict[str, Any],
+    ) -> None:
+        final = self._folder / f"step_{step:06d}"
+        temp = final.with_name(f".{final.name}.tmp")
+        if self._world.is_main:
+            shutil.rmtree(temp, ignore_errors=True)
+            write_json(temp / "extra.json", extra)
+        dist.barrier(self._group)
+        writer = HuggingFaceStorageWriter(str(temp / "state"), save_distributed=True)
+        state_dict_saver.save(state, storage_writer=writer, process_group=self._group)
+        if self._world.is_main:
+            export(temp / "hf")
+            self._tokenizer.save_pretrained(temp / "hf")
+        dist.barrier(self._group)
+        shares: list[Any] = [None] * self._world.size
+        dist.all_gather_object(shares, _checksums(temp, self._world), self._group)
+        if self._world.is_main:
+            write_json(temp / "COMPLETE", dict(chain(*(share.items() for share in shares))))
+            for path in (*temp.rglob("*"), temp):
+                _sync(path)
+            shutil.rmtree(final, ignore_errors=True)
+            temp.rename(final)
+            _sync(self._folder)
+            _point(self._folder, "latest", final.name)
+            _prune(self._folder, self._keep)
+
+
+def restore(
+    path: Path,
+    modules: Modules,
+    optimizers: Optimizers,
+) -> dict[str, Any]:
+    """Load a checkpoint of any number of ranks in place; its `extra` with "step". Collective."""
+    tensors = _tensors(modules, optimizers)
+    state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / "state")))
+    for name, optimizer in optimizers.items():
+        state: dict[str, Any] = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
+        prefix = f"optimizer.{name}."
+        state |= {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        set_optimizer_state_dict(modules[name], optimizer, state, options=FLAT)
+    return json.loads((path / "extra.json").read_text())
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    found = _complete(run_dir / "checkpoints")
+    return found[-1] if found else None
+
+
+def newest_whole(run_dir: Path, world: World) -> Path | None:
+    """The newest checkpoint that is still what was written. Collective.
+
+    Damaged ones after it are set aside with a warning. Raises UserError where no other is left.
+    """
+    damaged: list[Path] = []
+    for path in reversed(world.gather(_complete(run_dir / "checkpoints"))[0]):
+        parts = world.gather((_checksums(path, world), _recorded(path)))
+        if dict(chain(*(found.items() for found, _ in parts))) == parts[0][1]:
+            if world.is_main:
+                for other in damaged:
+                    warnings.warn(f"{other} is damaged; going on from {path.name}", stacklevel=2)
+                    (other / "COMPLETE").rename(other / "DAMAGED")
+            world.barrier()
+            return path
+        damaged.append(path)
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} is damaged, and there is no older checkpoint; use a new output_dir."
+        )
+    return None
+
+
+def _checksums(folder: Path, world: World) -> dict[str, int]:
+    """CRC-32 of this rank's share of the files below."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = {}
+    for path in [path for path in files if path.name != "COMPLETE"][world.rank :: world.size]:
+        checksum = 0
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                checksum = zlib.crc32(block, checksum)
+        found[str(path.relative_to(folder))] = checksum
+    return found
+
+
+def _recorded(path: Path) -> dict[str, int] | None:
+    try:
+        return json.loads((path / "COMPLETE").read_bytes())
+    except ValueError:  # damaged itself
+        return None
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(marker.parent for marker in folder.glob("step_*/COMPLETE"))
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _point(folder: Path, name: str, target: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temp = folder / f"{name}.tmp"
+    temp.write_text(target)
+    temp.replace(folder / name)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    best = folder / "best"
+    spared = best.read_text() if best.exists() else ""
+    for path in _complete(folder)[:-keep] if keep else []:
+        if path.name != spared:
+            (path / "COMPLETE").unlink()  # first: half a checkpoint must not look like one
+            shutil.rmtree(path)
+
+
+def _whole_weights(model: nn.Module, world: World, dtype: str) -> dict[str, Tensor]:
+    """Every whole tensor in host memory of rank 0, {} elsewhere. Collective."""
+    weights = {}
+    for name, tensor in full_weights(model):
+        if world.is_main:
+            weights[name] = tensor.to("cpu", getattr(torch, dtype), copy=True)
+    return weights
+
+
+def _tensors(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Every tensor to save under one flat name, local shards and all; a tied head comes once."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors |= {f"module.{name}.{key}": tensor for key, tensor in own_tensors(module)}
+    for name, optimizer in optimizers.items():
+        state = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+    return tensors

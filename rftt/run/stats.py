@@ -1,0 +1,130 @@
+"""The numbers that evaluation prints: pass@k, majority answers, bootstrap intervals. No torch here.
+
+Intervals resample *problems*, the unit that a test set samples from; answers to one problem are not
+independent. Every resample is drawn from a seed, so that a table can be printed again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from math import comb
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rftt.tokens import ACTS
+from rftt.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that k of n samples, c of them correct, hold a correct one: 1 − C(n−c, k) / C(n, k).
+
+    The unbiased estimator of arXiv 2107.03374, in whole numbers, hence exact.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def majority(answers: Sequence[str | None], key: Callable[[str], Hashable]) -> str | None:
+    """The most frequent answer, as first written; answers with one `key` are the same answer.
+
+    Ties go to the answer seen first. No answer (None) never wins against one.
+    """
+    given = [(answer, key(answer)) for answer in answers if answer is not None]
+    counts = Counter(group for _, group in given)
+    if not counts:
+        return None
+    best = max(counts, key=counts.__getitem__)  # the first of the maxima: dicts keep their order
+    return next(answer for answer, group in given if group == best)
+
+
+def mean_ci(
+    values: Sequence[float], *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """Mean over problems with its 95 % percentile-bootstrap interval: (mean, low, high).
+
+    Equal values give an interval of no width: the bootstrap cannot see what it never drew.
+    """
+    if not values:
+        raise ValueError("mean_ci needs at least one value")
+    data, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
+    means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(data.mean()), float(low), float(high)
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """mean(a) − mean(b) on the same problems, in the same order: (difference, low, high).
+
+    Pairing removes what the problems' difficulty adds to the variance of both means.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"paired_bootstrap needs equal lengths, not {len(a)} and {len(b)}")
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    return mean_ci(differences, seed=seed, resamples=resamples)
+
+
+def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
+    """Means over the rollouts explored in a step; docs/metrics.md says what each key means."""
+    n = len(rollouts)
+    acts = [act for rollout in rollouts for act in rollout.acts]
+    groups: dict[int, set[float]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.group, set()).add(sum(rollout.step_rewards))
+    scores = [score for rollout in rollouts for score in rollout.step_scores]
+    process = {"process_reward": sum(scores) / len(scores)} if scores else {}
+    return (
+        process
+        | {
+            "accuracy": sum(r.outcome for r in rollouts) / n,
+            "reward": sum(sum(r.step_rewards) for r in rollouts) / n,
+            "response_length": sum(len(r.response_ids) for r in rollouts) / n,
+            "truncated_share": sum(r.finish == "length" for r in rollouts) / n,
+            "malformed_share": sum("" in r.acts for r in rollouts) / n,
+            "rollouts": float(n),
+            "tokens_generated": float(sum(r.n_generated for r in rollouts)),
+            "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
+        }
+        | {f"acts/{act}": acts.count(act) / max(len(acts), 1) for act in ACTS}
+    )
+
+
+def learned_metrics(rollouts: list[Rollout], n_picked: int, n_actions: float) -> dict[str, float]:
+    """Of those learned from, out of `n_picked` problems; `n_actions` of their tokens count."""
+    n_response = sum(len(rollout.response_ids) for rollout in rollouts)
+    return {
+        "groups_dropped": float(n_picked - len({rollout.group for rollout in rollouts})),
+        "tokens_trained": float(n_response + sum(len(r.prompt_ids) for r in rollouts)),
+        "masked_share": 1.0 - n_actions / n_response,
+    }
+
+
+def examples(
+    rollouts: list[Rollout], tokenizer: PreTrainedTokenizerBase, n: int = 4
+) -> list[dict[str, Any]]:
+    """One readable rollout of each of the first `n` groups."""
+    one_per_group = {rollout.group: rollout for rollout in rollouts}.values()
+    return [readable(rollout, tokenizer) for rollout in list(one_per_group)[:n]]
+
+
+def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A rollout as a person reads it; a step has a text, an act and a reward."""
+    return {
+        "id": rollout.problem.id,
+        "question": rollout.problem.question,
+        "gold": rollout.problem.answer,
+        "response": tokenizer.decode(list(rollout.response_ids)),
+        "answer": rollout.answer,
+        "outcome": rollout.outcome,
+        "acts": rollout.acts,
+        "steps": [tokenizer.decode(list(step)) for step in rollout.step_ids()],
+        "step_rewards": rollout.step_rewards,
+        "finish": rollout.finish,
+    }

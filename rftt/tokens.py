@@ -1,0 +1,280 @@
+"""The eight functional tokens: one table, its vocabulary, and rendering/parsing by token id.
+
+A reasoning act is a segment `<act> text </act>` whose two delimiters are single vocabulary entries
+(PAPER §1). They are *normal* added tokens: decoders drop "special" ones. In phase 1 (search with
+prompts) an act is an instruction to an ordinary instruct model; in phase 2 (RL) it is a token that
+the policy emits. Prompts, limits and both grammars are the table below; nothing else knows them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from rftt.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Phase = Literal["prompted", "learned"]
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Function:
+    description: str
+    """New vocabulary rows start as the mean of this text's token embeddings."""
+    instruction: str
+    """Phase 1: what the instruct model is asked to do."""
+    max_tokens: int
+    """Phase 1: budget of one reply, in tokens (PAPER §1)."""
+    max_sentences: int | None = None
+    one_line: bool = False
+    prompted: tuple[str, ...] = ()
+    """Acts that may follow in phase 1; an act named twice may be tried twice."""
+    learned: tuple[str, ...] = ()
+    """Acts that may follow in phase 2."""
+
+
+FUNCTIONS: dict[str, Function] = {
+    "clarify": Function(
+        description="clarify the problem",
+        instruction="Restate the problem in your own words: what is given and what is asked. "
+        "Use at most three sentences and do not solve it.",
+        max_tokens=512,
+        max_sentences=3,
+        prompted=("analysis", "next_step", "direct_answer", "subquestion"),
+        learned=("analysis", "subquestion", "next_step", "direct_answer"),
+    ),
+    "analysis": Function(
+        description="analyse the conditions",
+        instruction="Analyse what is known so far: which quantities and relations lead towards the "
+        "answer. Do not give the final answer yet.",
+        max_tokens=512,
+        prompted=("direct_answer", "next_step", "subquestion"),
+        learned=("subquestion", "next_step", "direct_answer"),
+    ),
+    "next_step": Function(
+        description="take the next step",
+        instruction="Write only the next step of the solution. If it completes the solution, state "
+        "the final answer in \\boxed{}.",
+        max_tokens=512,
+        prompted=("next_step", "direct_answer", "subquestion"),
+        learned=("next_step", "direct_answer", "subquestion", "verify", "output"),
+    ),
+    "subquestion": Function(
+        description="ask and answer a sub-question",
+        instruction="Ask the one sub-question that helps most now and answer it, on a single line.",
+        max_tokens=256,
+        one_line=True,
+        prompted=("direct_answer", "next_step"),
+        learned=("next_step", "direct_answer"),
+    ),
+    "direct_answer": Function(
+        description="finish and answer directly",
+        instruction="Finish the solution from here and state the final answer in \\boxed{}.",
+        max_tokens=4096,
+        prompted=(),
+        learned=("output", "verify"),
+    ),
+    "verify": Function(
+        description="verify the steps and find the mistake",
+        instruction="Say where continuation A goes wrong, comparing it with the similar steps of "
+        "B. Write as if checking your own work: do not mention A or B, and do not give the final "
+        "answer.",
+        max_tokens=512,
+        learned=("next_step", "refine", "direct_answer", "subquestion", "verify", "output"),
+    ),
+    "refine": Function(
+        description="refine and correct the solution",
+        instruction="The check above found a mistake. Say in one sentence from where the solution "
+        "must be redone, without giving the final answer.",
+        max_tokens=256,
+        one_line=True,
+        learned=("next_step", "direct_answer", "output", "subquestion", "verify"),
+    ),
+    "output": Function(
+        description="output the final answer",
+        instruction="State the final answer in \\boxed{}.",
+        max_tokens=512,
+    ),
+}
+ROOT = {
+    "prompted": ("clarify", "analysis", "subquestion", "next_step") * 2 + ("direct_answer",),
+    "learned": ("clarify", "subquestion", "analysis", "next_step"),
+}
+ALIASES = {"analyze": "analysis"}
+ACTS = tuple(FUNCTIONS)
+OPENERS = tuple(f"<{act}>" for act in ACTS)
+CLOSERS = tuple(f"</{act}>" for act in ACTS)
+
+
+def successors(act: str | None, phase: Phase) -> tuple[str, ...]:
+    """Acts that may follow `act` (None: the root; "": text outside any segment, a dead end)."""
+    if not act:
+        return ROOT[phase] if act is None else ()
+    return FUNCTIONS[act].prompted if phase == "prompted" else FUNCTIONS[act].learned
+
+
+# ---- Prompts of phase 1 ----
+
+
+def ask(act: str, question: str, so_far: str) -> Messages:
+    """Messages that ask for one act as the continuation of the solution `so_far`.
+
+    The instruction comes last, so that all acts of one node share a cached prefix.
+    """
+    return _user(question, f"Solution so far:\n{so_far}", FUNCTIONS[act].instruction)
+
+
+def ask_verify(question: str, so_far: str, wrong: str, correct: str) -> Messages:
+    """Cross verification: both continuations of `so_far`, and where the wrong one errs."""
+    return _user(
+        question,
+        f"Solution so far:\n{so_far}",
+        f"Continuation A, which ends in a wrong answer:\n{wrong}",
+        f"Continuation B, which ends in the right answer:\n{correct}",
+        FUNCTIONS["verify"].instruction,
+    )
+
+
+def ask_refine(question: str, so_far: str, check: str) -> Messages:
+    """The bridge from a found mistake back to the correct way."""
+    return _user(
+        question, f"Solution so far:\n{so_far}", f"Check:\n{check}", FUNCTIONS["refine"].instruction
+    )
+
+
+def _user(*parts: str) -> Messages:
+    return [{"role": "user", "content": "\n\n".join(parts)}]
+
+
+def clip_reply(act: str, text: str) -> str:
+    """Apply the act's limits on lines and sentences to a reply (PAPER §1)."""
+    function, text = FUNCTIONS[act], text.strip()
+    if function.one_line:
+        text = text.split("\n", 1)[0].strip()
+    if function.max_sentences:
+        text = " ".join(sentences(text)[: function.max_sentences])
+    return text
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences of `text`; a decimal point does not end one."""
+    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
+
+
+def segments(text: str) -> list[tuple[str, str]]:
+    """(act, text) of the segments that make up `text`; none if anything stands outside of them."""
+    found = re.findall(rf"<({'|'.join(ACTS)})>(.*?)</\1>", text, re.DOTALL)
+    return found if "".join(f"<{act}>{inner}</{act}>" for act, inner in found) == text else []
+
+
+# ---- Vocabulary ----
+
+
+@dataclass(frozen=True)
+class FunctionIds:
+    """The ids of the sixteen delimiters in one tokenizer."""
+
+    open: dict[str, int]
+    close: dict[str, int]
+
+    @property
+    def end(self) -> int:
+        """`</output>`: a response is finished."""
+        return self.close["output"]
+
+    @property
+    def openers(self) -> tuple[int, ...]:
+        """In the order of ACTS."""
+        return tuple(self.open.values())
+
+    @property
+    def closers(self) -> tuple[int, ...]:
+        return tuple(self.close.values())
+
+
+def add_function_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Give each delimiter one id of its own; returns the tokens that were new."""
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    new = [token for token in OPENERS + CLOSERS if token not in known]
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in new])  # pyright: ignore[reportArgumentType]
+    return new
+
+
+def has_function_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab())
+
+
+def description_of(token: str) -> str:
+    """What a delimiter's embedding is initialised from; openers and closers must differ."""
+    act = token.strip("</>")
+    return f"end: {FUNCTIONS[act].description}" if token in CLOSERS else FUNCTIONS[act].description
+
+
+def function_ids(tokenizer: PreTrainedTokenizerBase) -> FunctionIds:
+    """Ids of the delimiters. Raises UserError where one is not a single id of this tokenizer."""
+    ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in OPENERS + CLOSERS}
+    for token, encoded in ids.items():
+        if len(encoded) != 1:
+            raise UserError(
+                f"functional token {token!r} encodes to {len(encoded)} ids with the tokenizer of "
+                f"{tokenizer.name_or_path}; warm the model up with train_sft.py first."
+            )
+    return FunctionIds(
+        {act: ids[f"<{act}>"][0] for act in ACTS}, {act: ids[f"</{act}>"][0] for act in ACTS}
+    )
+
+
+# ---- Render and parse, by id ----
+
+
+@dataclass(frozen=True)
+class Span:
+    """A whole segment inside a response: ids[start] is the opener, ids[stop - 1] the closer."""
+
+    act: str
+    start: int
+    stop: int
+
+
+def render(
+    steps: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, ids: FunctionIds
+) -> list[int]:
+    """(act, text) pairs -> response ids, with nothing between the segments."""
+    rendered: list[int] = []
+    for act, text in steps:
+        rendered += [
+            ids.open[act],
+            *tokenizer.encode(text, add_special_tokens=False),
+            ids.close[act],
+        ]
+    return rendered
+
+
+def parse(token_ids: Sequence[int], ids: FunctionIds) -> tuple[list[Span], int]:
+    """Cut a response into segments, by id.
+
+    Returns the well-formed segments from the start, and how many ids they cover: fewer than
+    len(token_ids) means that text follows which no segment holds, or that a segment never closes.
+    """
+    act_of = {token: act for act, token in ids.open.items()}
+    delimiters = {*ids.openers, *ids.closers}
+    spans: list[Span] = []
+    position = 0
+    while position < len(token_ids) and (act := act_of.get(token_ids[position])):
+        stop = position + 1
+        while stop < len(token_ids) and token_ids[stop] not in delimiters:
+            stop += 1
+        if stop == len(token_ids) or token_ids[stop] != ids.close[act]:
+            break
+        spans.append(Span(act, position, stop + 1))
+        position = stop + 1
+        if act == "output":
+            break
+    return spans, position

@@ -1,0 +1,283 @@
+"""Before hours are lost: will this run work here?
+
+    python tools/doctor.py config.yaml [key=value …]
+
+One line per check: ok, warn or fail, what was found, and how to mend it. A check is a function that
+returns its finding; one that raises UserError has failed with that line. The last check runs the
+script itself on one problem, in a folder that is removed again. Exit code 1 where a check failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from importlib.metadata import distributions
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.graders.math import grade
+from rftt.run.cli import cli, given, is_required
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
+from rftt.run.data import (
+    encode_chat,
+    eos_id,
+    load_problems,
+    load_tokenizer,
+    question_messages,
+    read_jsonl,
+    write_json,
+)
+from rftt.run.log import say
+from rftt.tokens import function_ids
+from rftt.types import UserError
+from tools.memory import Config, complaint, details, estimate, gigabytes
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS: dict[type, str] = {
+    SearchConfig: "search.py",
+    SFTConfig: "train_sft.py",
+    RLConfig: "train_rl.py",
+    EvalConfig: "evaluate.py",
+}
+FIGURES = ("loss", "accuracy", "reward", "response_length", "mismatch_kl", "grad_norm")
+"""What is told of the first step; all must be finite."""
+MISMATCH = 0.01
+"""Nats per token between engine and trainer, above which their kernels or weights differ."""
+
+
+class Finding(NamedTuple):
+    found: str
+    level: str = "ok"
+    """ok, warn or fail"""
+
+
+# ---- The checks ----
+
+
+def versions(_cfg: Config) -> Finding:
+    """What is installed against what requirements.txt pins."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").lower().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    have = {d.name.lower(): d.version.split("+")[0] for d in distributions()}
+    off = [f"{n} {have.get(n)}, not {pin}" for n, pin in pins.items() if have.get(n) != pin]
+    if off:
+        return Finding(f"{'; '.join(off)}: pip install -r requirements.txt", "warn")
+    return Finding(f"Python {sys.version.split()[0]}, torch {have['torch']}, all as tested")
+
+
+def device(cfg: Config) -> Finding:
+    import torch
+
+    n = torch.cuda.device_count() if cfg.device != "cpu" else 0
+    if cfg.device == "cuda" and not n:
+        raise UserError("device=cuda is not available here; use auto or cpu.")
+    name = f"{n} x {torch.cuda.get_device_name()}" if n else f"{os.cpu_count()} CPUs"
+    return Finding(f"{name}, {cfg.dtype}")
+
+
+def gold_answers(cfg: Config) -> Finding:
+    """They parse (load_problems), and the grader accepts each as the answer to itself."""
+    assert not isinstance(cfg, SFTConfig), "the table says so"
+    file = cfg.eval_file if isinstance(cfg, EvalConfig) else cfg.train_file
+    file = (isinstance(cfg, SearchConfig) and cfg.raw_file) or file
+    problems = load_problems(file, keys=(cfg.prompt_key, cfg.answer_key))
+    odd = [p for p in problems[:500] if not grade(rf"\boxed{{{p.answer}}}", str(p.answer)).correct]
+    if odd:
+        told = f"{len(odd)} of the first 500 gold answers are not accepted as their own answer"
+        return Finding(f"{told}, first {odd[0].id}: {odd[0].answer!r}; mend them", "warn")
+    hashes = "####" in str(read_jsonl(file)[0])
+    if hashes and isinstance(cfg, EvalConfig) and cfg.answer_format == "boxed":
+        return Finding("GSM8K's '####' detected; set answer_format: auto if responses, too", "warn")
+    return Finding(f"{len(problems)} problems, 100 % of the gold answers parse")
+
+
+def tokens(cfg: Config) -> Finding:
+    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    eos_id(tokenizer)
+    speaks = isinstance(cfg, RLConfig) and cfg.sampling_method == "mcts"
+    if speaks or (isinstance(cfg, EvalConfig) and cfg.simulations):
+        return Finding(f"{2 * len(function_ids(tokenizer).open)} delimiters, each a single id")
+    return Finding(f"{len(tokenizer)} ids; functional tokens are not needed before training")
+
+
+def prompts(cfg: Config) -> Finding:
+    """No doubled BOS (encode_chat); the model is asked with the ids that it was trained on."""
+    import yaml
+
+    def ids(model: str, system_prompt: str | None) -> list[int]:
+        tokenizer = load_tokenizer(model, trust_remote_code=cfg.trust_remote_code)
+        return encode_chat(tokenizer, question_messages("1+1?", system_prompt))
+
+    ours = ids(cfg.model_name_or_path, cfg.system_prompt)
+    run = Path(cfg.model_name_or_path).parent  # of train_sft.py, whose hf/ this may be
+    if not (run / "config.yaml").is_file():
+        return Finding(f"{len(ours)} ids around a short question, no doubled BOS")
+    before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    model, system_prompt = before.get("model_name_or_path"), before.get("system_prompt")
+    at_hand = model if model and Path(model).is_dir() else cfg.model_name_or_path
+    if ids(at_hand, system_prompt) != ours:
+        raise UserError(
+            f"{run} was trained on other prompts than this run will sample from: use its "
+            f"system_prompt ({system_prompt!r}) and the chat template of {model}."
+        )
+    return Finding(f"no doubled BOS, the same ids as in {run}")
+
+
+def process_rewards(cfg: SearchConfig | RLConfig | EvalConfig) -> Finding:
+    from rftt.graders.prm import build_prm, ranking_warning
+
+    if (prm := build_prm(cfg)) is None:
+        return Finding("no process reward model")
+    try:
+        warning = asyncio.run(ranking_warning(prm, cfg.prm_check_file))
+    finally:
+        prm.close()
+    return Finding(warning, "fail") if warning else Finding("ranks right steps above wrong ones")
+
+
+def memory(cfg: Config) -> Finding:
+    import torch
+
+    from rftt.learner.model import CHUNK_LOGITS, KEPT_LOGITS
+
+    gpu = torch.cuda.is_available() and cfg.device != "cpu"
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = torch.cuda.mem_get_info()[1] if gpu else available
+    ranks = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() if gpu else 1))
+    kind, gpu_bytes = ("cuda", available) if gpu else ("cpu", 0)
+    logits = CHUNK_LOGITS[kind], KEPT_LOGITS[kind]
+    model, n = model_of(cfg)
+    phases = estimate(model, n, cfg, ranks=ranks, logits=logits, gpu_bytes=gpu_bytes)
+    if not phases:
+        return Finding("the model is behind api_url")
+    if problem := complaint(phases, available, "cuda:0" if gpu else "cpu"):
+        raise UserError(problem)
+    told = "; ".join(f"{phase}: {details(parts)}" for phase, parts in phases.items())
+    return Finding(f"{told} of {gigabytes(available)}")
+
+
+def disk(cfg: Config) -> Finding:
+    """Room for the checkpoints that are kept and two more: weights, moments, an export."""
+    saves = isinstance(cfg, SFTConfig | RLConfig)
+    needed = 1e9 + (16 * model_of(cfg)[1] * (cfg.save_total_limit + 2) if saves else 0)
+    if (free := shutil.disk_usage(_existing(cfg.output_dir)).free) < needed:
+        raise UserError(
+            f"output_dir {cfg.output_dir} has {gigabytes(free)}, checkpoints may need "
+            f"{gigabytes(needed)}; use another disk or a smaller save_total_limit."
+        )
+    return Finding(f"{gigabytes(free)} free, at most {gigabytes(needed)} needed")
+
+
+def one_step(cfg: Config) -> Finding:
+    """The script itself: one prompt through engine, grader and, where there is one, a step."""
+    script, begin = SCRIPTS[type(cfg)], time.monotonic()
+    with TemporaryDirectory(dir=_existing(cfg.output_dir), prefix=".doctor-") as folder:
+        small = asdict(cfg) | _smallest(cfg) | {"output_dir": folder}
+        write_json(f"{folder}/small.yaml", small)  # JSON is YAML
+        command = [sys.executable, str(ROOT / script), f"{folder}/small.yaml"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = " ".join(done.stderr[-300:].split())
+            raise UserError(f"{script} exits with {done.returncode}: {said}")
+        metrics = Path(folder, "metrics.jsonl")
+        row = read_jsonl(metrics)[-1][1] if metrics.exists() and metrics.stat().st_size else {}
+    figures = {key: row[key] for key in FIGURES if key in row}
+    if None in figures.values():
+        raise UserError(
+            f"{script}: a figure of the first step is not finite, {figures}; see dtype."
+        )
+    told = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
+    if figures.get("mismatch_kl", 0.0) > MISMATCH:
+        return Finding(f"engine and trainer disagree ({told}); try engine: hf", "warn")
+    return Finding(f"{script} on one problem in {time.monotonic() - begin:.0f} s {told}")
+
+
+# ---- What they read ----
+
+
+def model_of(cfg: Config) -> tuple[Any, int]:
+    """The model's config and how many parameters it has; no weights are read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = cfg.trust_remote_code
+    config = AutoConfig.from_pretrained(cfg.model_name_or_path, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    return config.get_text_config(), sum(parameter.numel() for parameter in model.parameters())
+
+
+def _smallest(cfg: Config) -> dict[str, Any]:
+    """Settings of a run of `cfg` that is over after one problem or step."""
+    once = {"save_steps": 0, "eval_steps": 0, "report_to": []}
+    match cfg:
+        case SFTConfig():
+            n = len(read_jsonl(cfg.train_file))
+            return once | {"num_train_epochs": 4 / n, "train_batch_size": 4, "eval_ratio": 0.0}
+        case RLConfig():
+            n = min(4, cfg.num_generations)
+            few = {"rollout_batch_size": 1, "num_generations": n, "train_batch_size": n}
+            return once | few | {"max_steps": 1}
+        case _:
+            return {"max_problems": 1}
+
+
+def _existing(path: str) -> Path:
+    """The nearest folder above `path` that is there."""
+    whole = Path(path).absolute()
+    return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
+
+
+# ---- All of them ----
+
+EVERY, GRADED = tuple(SCRIPTS), (SearchConfig, RLConfig, EvalConfig)
+CHECKS: dict[str, tuple[Callable[[Any], Finding], tuple[type, ...]]] = {
+    "versions": (versions, EVERY),
+    "device": (device, EVERY),
+    "gold answers": (gold_answers, GRADED),
+    "tokens": (tokens, EVERY),
+    "prompts": (prompts, EVERY),
+    "PRM": (process_rewards, GRADED),
+    "memory": (memory, EVERY),
+    "disk": (disk, EVERY),
+    "one step": (one_step, EVERY),
+}
+"""Name -> check and whose configs it is for; the last one only where nothing failed before."""
+
+
+def main(cfg: Config) -> None:
+    failed = False
+    for name, (check, kinds) in CHECKS.items():
+        if not isinstance(cfg, kinds) or (failed and check is one_step):
+            continue
+        try:
+            found, level = check(cfg)
+        except (UserError, OSError, ValueError) as error:  # the last two: there is no such model
+            found, level = " ".join(str(error).split()), "fail"
+        failed |= level == "fail"
+        say(f"{level:5} {name:13} {found}")
+    if failed:
+        raise SystemExit(1)
+
+
+def schema_of(argv: Sequence[str]) -> type:
+    """Whose config this is: the class that knows most of its keys and misses fewest."""
+    keys = set(given(argv))
+
+    def strangeness(schema: type) -> int:
+        missing = [f for f in fields(schema) if is_required(f) and f.name not in keys]
+        return len(keys - {f.name for f in fields(schema)}) + len(missing)
+
+    return min(SCRIPTS, key=strangeness)
+
+
+if __name__ == "__main__":
+    cli(main, schema_of(sys.argv[1:]))

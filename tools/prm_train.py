@@ -1,0 +1,202 @@
+"""A process reward model out of our own search trees, Math-Shepherd's way (arXiv 2312.08935).
+
+    python tools/prm_train.py search_dir=outputs/tiny/search \\
+        model_name_or_path=outputs/tiny/base output_dir=outputs/tiny/prm
+
+Nobody labels steps: a node is as good as the share of right answers below it. Rows are the paths of
+the trees, each node counted once, and the merged rows of data/sft.jsonl, the only ones with checks
+in them. The model is the instruct model with a head of two classes at `<extra_0>`, saved in the
+layout of Qwen2.5-Math-PRM. Departures: soft labels; a path's answer is repeated as an output
+step, which prompted trees lack. One process, float32: for models that fit it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.run.cli import cli
+from rftt.run.data import read_jsonl, write_json
+from rftt.types import UserError
+
+Labelled = tuple[str, list[str], list[float | None]]
+"""Question, steps, and of each step the share of right answers below; None: counted elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PRMTrainConfig:
+    """tools/prm_train.py: a process reward model from the trees of search.py."""
+
+    search_dir: str
+    """Run directory of search.py."""
+    model_name_or_path: str
+    """Hugging Face folder to start from: the model that searched."""
+    output_dir: str
+    """Folder that receives the model."""
+    seed: int = 0
+    """Decides the head's first weights and the order of the rows."""
+    num_train_epochs: int = 3
+    """Passes over the rows."""
+    learning_rate: float = 1e-3
+    """Peak; it falls to 0 like a cosine."""
+    train_batch_size: int = 32
+    """Paths per optimizer step."""
+    eval_ratio: float = 0.1
+    """Share of the problems that is held out for the AUC."""
+
+
+def label_trees(search_dir: Path) -> list[list[Labelled]]:
+    """The rows of each problem, in the order of the trees' names."""
+    files = sorted((search_dir / "trees").glob("*.json"))
+    if not files:
+        raise UserError(f"search_dir {search_dir} has no trees; run search.py with a tree method.")
+    rows: dict[str, list[Labelled]] = {}
+    shares: dict[str, dict[int, float]] = {}
+    for file in files:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        shares[tree["problem"]["id"]] = {node["id"]: node["q"] for node in tree["nodes"]}
+        rows[tree["problem"]["id"]] = list(_paths(tree))
+    for _, row in read_jsonl(search_dir / "data" / "sft.jsonl"):
+        if row.get("kind") == "merged":
+            q, steps = shares[row["id"]], row["steps"]
+            labels = [q[step["node"]] if "node" in step else 1.0 for step in steps]
+            rows[row["id"]].append((row["question"], [step["text"] for step in steps], [*labels]))
+    return list(rows.values())
+
+
+def _paths(tree: dict[str, Any]) -> Iterator[Labelled]:
+    nodes, seen = {node["id"]: node for node in tree["nodes"]}, set[int]()
+    for leaf in tree["nodes"]:
+        if not leaf["terminal"]:
+            continue
+        path, node = [], leaf
+        while node["parent"] is not None:
+            path, node = [node, *path], nodes[node["parent"]]
+        labels = [None if node["id"] in seen else node["q"] for node in path]
+        seen |= {node["id"] for node in path}
+        texts = [node["text"] for node in path]
+        if leaf["answer"] is not None:
+            texts.append(f"The final answer is \\boxed{{{leaf['answer']}}}.")
+            labels.append(leaf["q"])
+        yield tree["problem"]["question"], texts, labels
+
+
+def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
+    """Chance that a right step outscores a wrong one; a tie is half a chance."""
+    ranked = sorted(zip(scores, right, strict=True))
+    place, total = 0, 0.0
+    while place < len(ranked):
+        stop = place
+        while stop < len(ranked) and ranked[stop][0] == ranked[place][0]:
+            stop += 1
+        total += sum(good for _, good in ranked[place:stop]) * (place + 1 + stop) / 2
+        place = stop
+    n_right = sum(right)
+    n_wrong = len(ranked) - n_right
+    if not n_right or not n_wrong:
+        raise UserError("the held-out steps are all right or all wrong; hold out more problems.")
+    return (total - n_right * (n_right + 1) / 2) / (n_right * n_wrong)
+
+
+def main(cfg: PRMTrainConfig) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModel
+
+    from rftt.graders.prm_local import LAYOUTS, Writer
+    from rftt.run.data import load_tokenizer
+
+    torch.manual_seed(cfg.seed)
+    problems = label_trees(Path(cfg.search_dir))
+    Random(cfg.seed).shuffle(problems)
+    n_held = max(1, round(cfg.eval_ratio * len(problems)))
+    held, rows = [row for rows in problems[:n_held] for row in rows], chain(*problems[n_held:])
+    tokenizer = load_tokenizer(cfg.model_name_or_path)
+    layout = LAYOUTS["qwen"]
+    tokenizer.add_tokens([layout.tag], special_tokens=True)
+    model = AutoModel.from_pretrained(cfg.model_name_or_path, dtype=torch.float32)
+    model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
+    size = model.config.hidden_size
+    head = torch.nn.Sequential(
+        torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 2)
+    )
+    writer = Writer(tokenizer, layout, layout.tag)
+    examples = [(*writer.encode(question, steps), labels) for question, steps, labels in rows]
+    _train(cfg, model, head, examples)
+    out = Path(cfg.output_dir)
+    tensors = {f"{model.base_model_prefix}.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"score.{k}": v for k, v in head.state_dict().items()}
+    model.config.architectures, model.config.num_labels = ["Qwen2ForProcessRewardModel"], 2
+    for part in (model.config, tokenizer):
+        part.save_pretrained(out)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    write_json(out / "heldout.json", _judge(out, held) | {"rows": len(examples)})
+
+
+def _train(cfg: PRMTrainConfig, model: Any, head: Any, examples: list[Any]) -> None:
+    """Cross-entropy against the share of right answers, at the marks that have one."""
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import get_cosine_schedule_with_warmup
+
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=0.0)
+    examples.sort(key=lambda example: len(example[0]))  # paths of like length share a batch
+    size = cfg.train_batch_size
+    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    n = cfg.num_train_epochs * len(batches)
+    schedule = get_cosine_schedule_with_warmup(optimizer, n // 20, n)
+    for epoch in range(cfg.num_train_epochs):
+        Random(f"{cfg.seed}-{epoch}").shuffle(batches)
+        for step, batch in enumerate(batches, epoch * len(batches)):
+            ids = pad_sequence([torch.tensor(ids) for ids, _, _ in batch], batch_first=True)
+            at = [
+                (row, mark, label)
+                for row, (_, marks, labels) in enumerate(batch)
+                for mark, label in zip(marks, labels, strict=True)
+                if label is not None
+            ]
+            lines, marks, labels = zip(*at, strict=True)
+            states = model(input_ids=ids, use_cache=False).last_hidden_state[lines, marks]
+            wrong, right = head(states).unbind(-1)
+            loss = binary_cross_entropy_with_logits(right - wrong, torch.tensor(labels))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 100 == 99:
+                sys.stderr.write(f"prm: step {step + 1}/{n} loss {loss:.3f}\n")
+
+
+def _judge(folder: Path, rows: list[Labelled]) -> dict[str, float]:
+    """AUC of the steps of held-out problems, asked as everyone asks."""
+    from rftt.graders.prm import score_paths
+    from rftt.graders.prm_local import LocalPRM
+    from rftt.run.fields import ServeConfig
+
+    cfg = ServeConfig(prm_model_name_or_path=str(folder), dtype="float32", device="cpu")
+    found = asyncio.run(score_paths(LocalPRM(cfg), [(q, steps) for q, steps, _ in rows]))
+    steps = [
+        (score, label > 0.5)
+        for scores, (_, _, labels) in zip(found, rows, strict=True)
+        if isinstance(scores, list)
+        for score, label in zip(scores, labels, strict=True)
+        if label is not None
+    ]
+    scores, right = zip(*steps, strict=True)
+    return {"auc": auc(scores, right), "steps": len(steps), "right_share": fmean(right)}
+
+
+if __name__ == "__main__":
+    cli(main, PRMTrainConfig)

@@ -1,0 +1,234 @@
+"""report.html, report.md and plots/*.png of one run, or of several side by side.
+
+    python tools/report.py <run> [<run> …] [--out folder]
+
+Reads what the scripts left in their run directories (metrics.jsonl, eval/summary.json, stats.json,
+samples/, trees/) and changes none of it; every tree gets a page beside its JSON. The curves are the
+paper's four panels, then the health of the learner, the acts, and accuracy over search simulations.
+What a run lacks is left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.run.data import Row
+from rftt.run.log import number, say
+from rftt.tokens import ACTS
+from rftt.types import UserError
+from tools.page import write_page
+from tools.run_folder import CURVES, Panel, Run, missing, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FINAL = tuple(key for panels in CURVES.values() for _, _, keys in panels for key in keys)
+N_SAMPLES = 4
+"""How many of a run's last rollouts are shown."""
+
+
+def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
+    """Write `out`/report.html, report.md and plots/*.png; returns the path of report.md."""
+    runs = [read_run(name, path) for name, path in run_dirs.items()]
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    lines = [f"# {', '.join(run_dirs)}", ""]
+    figures = {name: draw_curves(runs, panels) for name, panels in CURVES.items()}
+    for name, figure in (figures | {"acts": draw_acts(runs), "search": draw_search(runs)}).items():
+        if figure is not None:
+            figure.savefig(out / "plots" / f"{name}.png", dpi=110)
+            lines += [f"![{name}](plots/{name}.png)", ""]
+    tables = {title: table_rows({run.name: f(run) for run in runs}) for title, f in TABLES.items()}
+    for title, rows in tables.items():
+        lines += table(title, rows)
+    for run in runs:
+        lines += [f"## Last rollouts of {run.name}", ""] if run.samples else []
+        lines += [line for row in run.samples[:N_SAMPLES] for line in sample_lines(row)]
+    lines += ["## Left out", "", *(f"- {run.name}: {missing(run)}" for run in runs)]
+    report = out / "report.md"
+    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_page(runs, tables, out, n_samples=N_SAMPLES)
+    return report
+
+
+# ---- Tables: a run's cells by column; columns that no run has do not appear ----
+
+
+def training_cells(run: Run) -> dict[str, str]:
+    cells = {"steps": str(len(run.metrics))} if run.metrics else {}
+    for key in FINAL:
+        values = run.series(key)[1]
+        tenth = max(1, len(values) // 10)
+        means = [number(sum(v) / tenth) for v in (values[:tenth], values[-tenth:])]
+        cells |= {key: " → ".join(means)} if values else {}
+    return cells
+
+
+def evaluation_cells(run: Run) -> dict[str, str]:
+    cells = {key: str(run.summary[key]) for key in ("set", "n") if key in run.summary}
+    cells |= {k: interval(run.summary[k]) for k in ("greedy", "sampled") if run.summary.get(k)}
+    for kind in ("pass@", "maj@", "best@"):
+        cells |= {f"{kind}{k}": interval(x) for k, x in run.summary.get(f"{kind}k", {}).items()}
+    return cells
+
+
+def stats_cells(run: Run) -> dict[str, str]:
+    flat = run.stats | run.stats.get("counts", {})
+    return {key: number(value) for key, value in flat.items() if isinstance(value, int | float)}
+
+
+def interval(value: Mapping[str, float]) -> str:
+    """Mean or accuracy with its interval, and the tokens it cost where they were counted."""
+    mean = value["mean"] if "mean" in value else value["accuracy"]
+    cost = f", {value['tokens']:,.0f} tokens" if "tokens" in value else ""
+    return f"{mean:.3f} [{value['low']:.3f}, {value['high']:.3f}]{cost}"
+
+
+TABLES: dict[str, Callable[[Run], dict[str, str]]] = {
+    "Training: mean of the first → the last tenth of the steps": training_cells,
+    "Evaluation, with 95 % intervals over problems": evaluation_cells,
+    "Accuracy after so many search simulations": lambda run: {
+        n: interval(value) for n, value in run.summary.get("search", {}).items()
+    },
+    "Greedy accuracy by level": lambda run: {
+        level: f"{value['greedy']:.3f} (n={value['n']})"
+        for level, value in run.summary.get("levels", {}).items()
+    },
+    "Rows from search": stats_cells,
+}
+
+
+def table_rows(cells: Mapping[str, dict[str, str]]) -> list[list[str]]:
+    """The head, then a row per run; empty where no run has a cell."""
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    rows = [[name, *(row.get(c, "") for c in columns)] for name, row in cells.items() if row]
+    return [["run", *columns], *rows] if columns else []
+
+
+def table(title: str, rows: list[list[str]]) -> list[str]:
+    """Markdown lines; none where there are no rows."""
+    ruled = [*rows[:1], ["---"] * len(rows[0]), *rows[1:]] if rows else []
+    lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in ruled]
+    return [f"## {title}", "", *lines, ""] if lines else []
+
+
+def sample_lines(row: Row) -> list[str]:
+    """One rollout: figures in a line, texts fenced so that no model output becomes markup."""
+    figures = [f"{key} {number(x)}" for key, x in row.items() if isinstance(x, int | float)]
+    lists = {key: ", ".join(map(str, x)) for key, x in row.items() if isinstance(x, list)}
+    texts = [f"{key}: {x}" for key, x in (row | lists).items() if isinstance(x, str)]
+    longest = max((len(run) for text in texts for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [", ".join(figures), "", f"{fence}text", *texts, fence, ""]
+
+
+# ---- Plots (Agg: no display) ----
+
+
+def new_figure(n_panels: int) -> tuple[Figure, list[Axes]]:
+    """A grid two panels wide."""
+    from matplotlib.figure import Figure
+
+    n_rows, n_columns = (n_panels + 1) // 2, min(n_panels, 2)
+    figure = Figure(figsize=(5 * n_columns, 3.2 * n_rows), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.locator_params(axis="x", integer=True)  # there is no half step
+        ax.spines[["top", "right"]].set_visible(False)
+    for spare in axes[n_panels:]:
+        spare.set_axis_off()
+    return figure, axes[:n_panels]
+
+
+def draw_curves(runs: Sequence[Run], panels: Sequence[Panel]) -> Figure | None:
+    """Metrics over steps, a colour per run; the second key of a panel is dashed with dots."""
+    drawn = [p for p in panels if any(run.series(key)[0] for run in runs for key in p[2])]
+    if not drawn:
+        return None
+    figure, axes = new_figure(len(drawn))
+    for ax, (title, unit, keys) in zip(axes, drawn, strict=True):
+        for i, run in enumerate(runs):
+            for key, style in zip(keys, ("-", "o--"), strict=False):
+                steps, values = run.series(key)
+                if steps:
+                    label = run.name if key == keys[0] else f"{run.name}, {key}"
+                    ax.plot(steps, values, style, color=f"C{i}", lw=1.4, ms=3, label=label)
+        ax.set(title=title, xlabel="step", ylabel=unit)
+        ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_acts(runs: Sequence[Run]) -> Figure | None:
+    """Share of each act among the steps of the rollouts, stacked; white is outside any segment."""
+    keys = [f"acts/{act}" for act in ACTS]
+    rows_of = {run.name: [r for r in run.metrics if not r.keys().isdisjoint(keys)] for run in runs}
+    drawn = [(name, rows) for name, rows in rows_of.items() if rows]
+    if not drawn:
+        return None
+    figure, axes = new_figure(len(drawn))
+    for ax, (name, rows) in zip(axes, drawn, strict=True):
+        shares = [[row.get(key) or 0.0 for row in rows] for key in keys]
+        colors = [f"C{i}" for i in range(len(ACTS))]
+        ax.stackplot([row["step"] for row in rows], shares, labels=ACTS, colors=colors)
+        ax.set(title=f"Acts of {name}", xlabel="step", ylabel="share of steps", ylim=(0, 1))
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    return figure
+
+
+def draw_search(runs: Sequence[Run]) -> Figure | None:
+    """Accuracy of search over simulations and, beside maj@k, over tokens, with intervals.
+
+    The dotted line is greedy.
+    """
+    drawn = [(f"C{i}", run) for i, run in enumerate(runs) if run.summary.get("search")]
+    if not drawn:
+        return None
+    figure, (left, right) = new_figure(2)
+    for color, run in drawn:
+        for ax, kind, style in (
+            (left, "search", "o-"), (right, "search", "o-"), (right, "maj@k", "s--")
+        ):  # fmt: skip
+            points = sorted((int(n), value) for n, value in run.summary.get(kind, {}).items())
+            mean, low, high, tokens = (
+                [value[key] for _, value in points] for key in ("accuracy", "low", "high", "tokens")
+            )
+            x = tokens if ax is right else [n for n, _ in points]
+            label = run.name if kind == "search" else f"{run.name}, {kind}"
+            ax.plot(x, mean, style, color=color, label=label)
+            ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+        if run.summary.get("greedy"):
+            greedy = run.summary["greedy"]["mean"]
+            left.axhline(greedy, color=color, ls=":", label=f"{run.name}, greedy")
+    left.set(title="Search at inference", xlabel="simulations", ylabel="accuracy")
+    right.set(title="Search and plain majority", xlabel="generated tokens per problem")
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:.0f}")
+        ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("python tools/report.py")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser.add_argument("--out", type=Path, help="folder of report.md (default: the first run's)")
+    arguments = parser.parse_args(argv)
+    names = [path.resolve().name for path in arguments.runs]
+    names = names if len(set(names)) == len(names) else [str(path) for path in arguments.runs]
+    run_dirs = dict(zip(names, arguments.runs, strict=True))
+    say(str(write_report(run_dirs, arguments.out or arguments.runs[0])))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None

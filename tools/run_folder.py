@@ -1,0 +1,82 @@
+"""What a run directory holds, read for the report, and the panels that are drawn of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rftt.run.data import Row
+from rftt.types import UserError
+
+Panel = tuple[str, str, tuple[str, ...]]
+
+CURVES: dict[str, tuple[Panel, ...]] = {
+    "curves": (
+        ("Response length", "tokens", ("response_length",)),
+        ("Accuracy", "share right", ("accuracy", "eval/greedy")),
+        ("Reward", "per rollout", ("reward",)),
+        ("KL to the reference", "nats per token", ("kl",)),
+    ),
+    "health": (
+        ("Entropy", "nats per token", ("entropy",)),
+        ("Clipped", "share of tokens", ("clip_share",)),
+        ("Engine against trainer", "KL, nats per token", ("mismatch_kl",)),
+        ("Rollouts cut off", "share", ("truncated_share",)),
+    ),
+    "loss": (("Loss", "nats per token", ("loss", "eval_loss")),),
+}
+"""Figure -> panels (title, unit, keys of metrics.jsonl); a panel that no run has is left out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run directory holds; empty where it holds nothing."""
+
+    name: str
+    path: Path
+    metrics: list[Row]
+    summary: Row
+    stats: Row
+    samples: list[Row]
+    env: Row
+    rows: list[Row]
+    """Training rows that a search wrote."""
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it has one."""
+        rows = [row for row in self.metrics if row.get(key) is not None]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def read_run(name: str, path: Path) -> Run:
+    """Raises UserError where there is no such directory."""
+    if not path.is_dir():
+        raise UserError(f"run directory {path} does not exist.")
+    samples = max(path.glob("samples/step_*.jsonl"), default=path / "none")
+    return Run(
+        name=name,
+        path=path,
+        metrics=whole_rows(path / "metrics.jsonl"),
+        summary=read_json(path / "eval" / "summary.json"),
+        stats=read_json(path / "stats.json"),
+        samples=whole_rows(samples),
+        env=read_json(path / "env.json"),
+        rows=whole_rows(path / "data" / "sft.jsonl"),
+    )
+
+
+def whole_rows(path: Path) -> list[Row]:
+    """Rows of a file that may still be written to: its last line counts once it is whole."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def read_json(path: Path) -> Row:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def missing(run: Run) -> str:
+    parts = {"metrics.jsonl": run.metrics, "eval/summary.json": run.summary}
+    parts |= {"stats.json": run.stats, "samples/": run.samples}
+    return ", ".join(part for part, content in parts.items() if not content) or "nothing"

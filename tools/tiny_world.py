@@ -1,0 +1,401 @@
+"""The embedded demo world: word problems, a tokenizer, and a Qwen2 model trained on the spot.
+
+    python tools/tiny_world.py output_dir=outputs/tiny [seed=0] [train_steps=2500]
+
+writes `base/` (an ordinary Hugging Face folder), `train.jsonl`, `test.jsonl` and `guard.jsonl`. The
+model learns to reply to the prompts of rftt/prompts.py until it is an imperfect instruct model:
+it follows every instruction and errs by itself. Nothing else in rftt/ knows that it is tiny.
+
+Acts differ in how far they can be trusted, so that choosing among them matters: `analysis` and
+`subquestion` spell sums out ("19*3=57"), `next_step` and `direct_answer` only name results, which
+`verify` spells out. No answer equals an earlier value: checks seldom leak it. PAPER §1.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.run.cli import cli
+from rftt.run.data import encode_chat, question_messages, write_jsonl
+from rftt.tokens import ACTS, Messages, ask, ask_refine, ask_verify, description_of, successors
+from rftt.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    """tools/tiny_world.py: write the demo world (base model and problem files)."""
+
+    output_dir: str
+    """Folder that receives the four."""
+    seed: int = 0
+    """Decides the problems, the initial weights and the order of the examples."""
+    train_steps: int = 2500
+    """Optimizer steps of the base model: about 0.07 CPU seconds each."""
+    n_train: int = 2000
+    """Problems for search and RL."""
+    n_test: int = 500
+    """Held-out problems; none occurs in train.jsonl or in the base model's examples."""
+    n_guard: int = 300
+    """Problems of another family, to see what training on the first one makes it forget."""
+
+
+# ---- Problems ----
+
+NAMES = ("Eva", "Tom", "Mia", "Ben", "Zoe", "Sam")
+THINGS = ("pens", "nuts", "keys", "eggs", "cards", "coins")
+VERBS = {"finds ": "+", "buys ": "+", "wins ": "+", "sells ": "-", "loses ": "-", "drops ": "-"}
+VERBS |= {"doubles them": "*2", "triples them": "*3", "halves them": "/2"}
+APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+MAX_OPERATIONS, MAX_VALUE, MAX_AMOUNT = 4, 99, 9
+
+
+@dataclass(frozen=True)
+class Change:
+    """One operation: `verb` as the question says it ("sells 3"), and its sum ("-3")."""
+
+    verb: str
+    sum: str
+
+    def apply(self, value: int) -> int:
+        return APPLY[self.sum[0]](value, int(self.sum[1:]))
+
+
+@dataclass(frozen=True)
+class Tale:
+    """A word problem: the changes of one quantity."""
+
+    name: str
+    thing: str
+    start: int
+    changes: tuple[Change, ...]
+
+    @property
+    def question(self) -> str:
+        told = ", ".join(change.verb for change in self.changes)
+        return f"{self.name} has {self.start} {self.thing}, {told}. How many now?"
+
+    @property
+    def values(self) -> list[int]:
+        """The quantity before the first change, after it, …, at the end."""
+        values = [self.start]
+        for change in self.changes:
+            values.append(change.apply(values[-1]))
+        return values
+
+
+def make_tale(rng: Random, seen: set[str]) -> Tale:
+    """Each verb once, values in 1 … MAX_VALUE, the answer unlike them, the question not `seen`."""
+    n = rng.randint(1, MAX_OPERATIONS)
+    while True:
+        verbs = rng.sample(list(VERBS), n)
+        amount = [str(rng.randint(2, MAX_AMOUNT)) if VERBS[v] in APPLY else "" for v in verbs]
+        changes = [Change(v + a, VERBS[v] + a) for v, a in zip(verbs, amount, strict=True)]
+        start, name, thing = rng.randint(2, 40), rng.choice(NAMES), rng.choice(THINGS)
+        tale = Tale(name, thing, start, tuple(changes))
+        *before, answer = values = tale.values
+        whole = all(v % 2 == 0 or c.sum != "/2" for v, c in zip(before, changes, strict=True))
+        in_range = min(values) >= 1 and max(values) <= MAX_VALUE
+        if whole and in_range and answer not in before and tale.question not in seen:
+            return tale
+
+
+def make_guard(rng: Random, seen: set[str]) -> tuple[str, str]:
+    """Question and answer of the other family."""
+    while True:
+        pair = rng.sample(range(1, MAX_VALUE + 1), 2)
+        word, choose = rng.choice([("larger", max), ("smaller", min)])
+        if (question := f"Which is {word}, {pair[0]} or {pair[1]}?") not in seen:
+            return question, str(choose(pair))
+
+
+# ---- Replies ----
+
+Point = tuple[int, int]  # how many changes are done, and the value then
+SHARES = {"clarify": 1, "analysis": 3, "subquestion": 4, "next_step": 1, "direct_answer": 1}
+"""How often the model sees each act; terse ones seldom, so that it does them badly."""
+Slip = tuple[int, int]  # the change that is got wrong, and by how much
+Lines = list["Line"]
+
+
+class Line(NamedTuple):
+    """One reply, and where in the tale it begins and ends."""
+
+    act: str
+    text: str
+    begin: Point
+    end: Point
+
+
+def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> Line:
+    """What a good solver replies to `act` at `begin`; `slip` makes one of its results wrong."""
+    (done, value), left = begin, len(tale.changes) - begin[0]
+    reach = {"analysis": min(2, left - 1), "direct_answer": left}
+    reach |= dict.fromkeys(("subquestion", "next_step"), min(1, left))
+    end = done + reach.get(act, 0)
+    terse, spelled = [], []
+    for i in range(done, end):
+        change, before = tale.changes[i], value
+        value = change.apply(value) + (slip[1] if slip and slip[0] == i else 0)
+        terse.append(f"{change.verb}: {value}" if act == "next_step" else f"{value}")
+        link = " gives " if act == "analysis" else "? "
+        spelled.append(f"{change.verb}{link}{before}{change.sum}={value}")
+    boxed = f"so \\boxed{{{value}}}."
+    match act:
+        case "clarify":
+            text = f"Given: {value} {tale.thing}. Asked: how many now."
+        case "analysis" if not spelled:
+            text = f"{tale.changes[done].verb} gives {value}{tale.changes[done].sum}."
+        case "analysis" | "subquestion":
+            text = ", ".join(spelled) + "."
+        case "next_step" if end < len(tale.changes):
+            text = ", ".join(terse) + "."
+        case "output":
+            text = f"The final answer is \\boxed{{{value}}}."
+        case _:
+            text = ", ".join([*terse, boxed])
+    return Line(act, text, begin, (end, value))
+
+
+def write_path(tale: Tale, at: Point, act: str | None, rng: Random, slip: Slip | None) -> Lines:
+    """A random walk through phase 1's grammar from `at`, where `act` is done, to a boxed answer."""
+    lines: Lines = []
+    while not (lines and "\\boxed" in lines[-1].text):
+        (act,) = rng.choices(acts := successors(act, "prompted"), [SHARES[a] for a in acts])
+        lines.append(write_line(act, tale, at, slip))
+        at = lines[-1].end
+    return lines
+
+
+def text_of(lines: Lines) -> str:
+    return "\n".join(line.text for line in lines)
+
+
+def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
+    """Spell the changes out from `begin` to the wrong one. The last result is not given."""
+    value, sums = begin[1], []
+    for change in tale.changes[begin[0] : slip[0] + 1]:
+        sums.append(f"{value}{change.sum}={(value := change.apply(value))}")
+    if slip[0] < len(tale.changes) - 1:
+        return ", ".join(sums) + f", not {value + slip[1]}."
+    return ", ".join(sums).rpartition("=")[0] + f" is not {value + slip[1]}."
+
+
+# ---- (prompt, reply) pairs ----
+
+PAIRS = {"act": 68, "plain": 6, "verify": 12, "refine": 4, "output": 3, "guard": 7}
+"""Shares of the kinds of training examples."""
+SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
+SO_FAR = ask("output", "", "\0")[0]["content"].split("\0")[0]
+"""Heading of the solution so far."""
+IGNORED, BATCH = -100, 24  # label of tokens that are not learnt; pairs per optimizer step
+
+
+class Pair(NamedTuple):
+    messages: Messages
+    reply: str
+    sound: bool = False
+    """The solution so far holds no mistake: it is learnt as well as the reply."""
+
+
+def make_pair(rng: Random, seen: set[str]) -> Pair:
+    """One training example of the base model; questions in `seen` are not used."""
+    tale = make_tale(rng, seen)
+    question, root = tale.question, (0, tale.start)
+    (kind,) = rng.choices(list(PAIRS), list(PAIRS.values()))
+    if kind == "guard":
+        asked, answer = make_guard(rng, seen)
+        return Pair(question_messages(asked), f"So \\boxed{{{answer}}}.")
+    if kind == "plain":
+        return Pair(question_messages(question), write_line("direct_answer", tale, root).text)
+    slip = (rng.randrange(len(tale.changes)), rng.choice(SLIPS))
+    sound = rng.random() < 0.8  # else the reply continues from a mistake
+    path = write_path(tale, root, None, rng, None if sound else slip)
+    if kind == "output":
+        reply = write_line("output", tale, path[-1].end).text
+        return Pair(ask("output", question, text_of(path)), reply, sound)
+    (cut,) = rng.choices(range(len(path)), [SHARES[line.act] for line in path])
+    done, line = path[:cut], path[cut]
+    if kind == "act":
+        line = write_line(line.act, tale, line.begin)
+        return Pair(ask(line.act, question, text_of(done)), line.text, sound)
+    if line.begin[0] == len(tale.changes):
+        done, line = [], path[0]
+    act = done[-1].act if done else None
+    slip = (rng.randrange(line.begin[0], len(tale.changes)), rng.choice(SLIPS))
+    wrong = write_path(tale, line.begin, act, rng, slip)
+    check = write_check(tale, line.begin, slip)
+    if kind == "refine":
+        reply = f"Back to {line.begin[1]}, before {tale.changes[line.begin[0]].verb}."
+        return Pair(ask_refine(question, text_of([*done, *wrong]), check), reply)
+    right = write_path(tale, line.begin, act, rng, None)
+    return Pair(ask_verify(question, text_of(done), text_of(wrong), text_of(right)), check)
+
+
+# ---- Tokenizer ----
+
+PAD, END = "<|pad|>", "<|end|>"
+
+
+def build_tokenizer() -> PreTrainedTokenizerBase:
+    """Qwen2's tokenizer over bytes, plus one entry for every phrase of this world.
+
+    Phrases keep sequences short; digits are never merged; any other text falls back to bytes. It is
+    Qwen2's own class because AutoTokenizer opens no other for a Qwen2 folder.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer(
+        vocab={byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+        unk_token=PAD,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+    )
+    for phrase in sorted(_phrases()):
+        tokenizer.add_tokens(AddedToken(phrase, normalized=False))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    return tokenizer
+
+
+PHRASES = (
+    "Which is larger, |Which is smaller, | or |. How many now?|Given: |. Asked: how many now.|"
+    " gives |Back to |, before |, not | is not |The final answer is \\boxed{|so \\boxed{|"
+    "So \\boxed{|}.|, |: |? "
+)
+
+
+def _phrases() -> set[str]:
+    """The fixed parts of prompts, replies and questions."""
+    hole = "\0"
+    prompts = [ask(act, hole, hole) for act in ACTS]
+    prompts += [ask_verify(hole, hole, hole, hole), ask_refine(hole, hole, hole)]
+    phrases = {part for messages in prompts for part in messages[0]["content"].split(hole)}
+    phrases |= {description_of(f"<{act}>") for act in ACTS} | {"end: "}
+    phrases |= {f"{name} has " for name in NAMES} | {f" {thing}" for thing in THINGS}
+    return phrases.union(VERBS, PHRASES.split("|")) - {""}
+
+
+# ---- Model ----
+
+
+def train_model(
+    config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
+) -> Qwen2ForCausalLM:
+    """A Qwen2 model trained from scratch on the replies."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
+
+    torch.manual_seed(config.seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            num_key_value_heads=3,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            initializer_range=0.1,
+            bos_token_id=None,
+            eos_token_id=tokenizer.get_vocab()[END],
+            pad_token_id=tokenizer.get_vocab()[PAD],
+        )
+    )
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    n, rate = config.train_steps, 1e-2
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01)
+    optimizers = [muon, torch.optim.AdamW(others, lr=rate / 6, betas=(0.9, 0.98))]
+    schedules = [get_cosine_schedule_with_warmup(o, n // 20, n) for o in optimizers]
+    batches = _batches(config, tokenizer, pairs)
+    for step, (tokens, labels) in zip(range(n), batches, strict=False):
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+        counts = labels[:, 1:] != IGNORED
+        loss = cross_entropy(model.lm_head(hidden[counts]), labels[:, 1:][counts])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
+        model.zero_grad()
+        if step % 100 == 99:
+            sys.stderr.write(f"tiny: step {step + 1}/{n} loss {loss:.3f}\n")
+    return model.eval()
+
+
+def _batches(
+    config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids, labels), both (BATCH, T), padded on the right; pairs of like length together."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    rng, pad = Random(config.seed), tokenizer.get_vocab()[PAD]
+    while True:
+        rows = [_encode(tokenizer, next(pairs)) for _ in range(16 * BATCH)]
+        rows.sort(key=lambda row: len(row[0]))
+        batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+        rng.shuffle(batches)
+        for batch in batches:
+            ids, labels = ([torch.tensor(c) for c in column] for column in zip(*batch, strict=True))
+            yield pad_sequence(ids, True, pad), pad_sequence(labels, True, IGNORED)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], list[int]]:
+    prompt = encode_chat(tokenizer, pair.messages)
+    labels = [IGNORED] * len(prompt)
+    if pair.sound:  # all between its heading and the instruction, which is one id
+        (heading,) = tokenizer.encode(SO_FAR)
+        begin = prompt.index(heading) + 1
+        labels[begin:-2] = prompt[begin:-2]
+    response = tokenizer.encode(pair.reply + END)
+    return prompt + response, labels + response
+
+
+# ---- Files ----
+
+
+def main(config: TinyConfig) -> None:
+    folder, rng, seen = Path(config.output_dir), Random(config.seed), set[str]()
+    if (folder / "base").exists():  # its problem files go with it
+        raise UserError(f"{folder}/base exists; remove it or use another output_dir.")
+    for name, n in (("test", config.n_test), ("train", config.n_train)):
+        rows = []
+        for i in range(n):
+            tale = make_tale(rng, seen)
+            seen.add(tale.question)
+            own = Random(f"{config.seed}-{name}-{i}")  # solutions do not move the problems
+            lines = write_path(tale, (0, tale.start), None, own, None)
+            row = {"id": f"{name}-{i}", "problem": tale.question, "solution": text_of(lines)}
+            rows.append(row | {"answer": str(tale.values[-1]), "level": len(tale.changes)})
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    guard = dict(make_guard(rng, seen) for _ in range(config.n_guard))
+    rows = [{"id": f"guard-{i}", "problem": q, "answer": guard[q]} for i, q in enumerate(guard)]
+    write_jsonl(folder / "guard.jsonl", rows)
+    seen |= set(guard)
+    tokenizer = build_tokenizer()
+    model = train_model(config, tokenizer, iter(lambda: make_pair(rng, seen), None))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "base.tmp")
+    (folder / "base.tmp").rename(folder / "base")  # a base that is there is whole
+
+
+if __name__ == "__main__":
+    cli(main, TinyConfig)
