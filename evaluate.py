@@ -13,31 +13,27 @@ per problem, and eval/summary.json below output_dir; started again, it does only
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rftt.beam import explorer
+from rftt.engines.base import for_each
+from rftt.engines.chat import decode, load_tokenizer
 from rftt.graders.audit import audit
 from rftt.graders.math import canonical
-from rftt.graders.prm import ProcessModel, open_prm
+from rftt.graders.prm import ProcessModel, Unscored, open_prm, reduce, segment_text
+from rftt.mcts import Value
 from rftt.rewards import solves
-from rftt.rollout import Learned, speaker
+from rftt.rollout import Learned, encode_question, learned_tree, sample, speaker, tree_rollouts
+from rftt.run.checks import check_prompts
 from rftt.run.cli import check_same_run, cli
 from rftt.run.config import EvalConfig
-from rftt.run.data import Row, decode, gather_parts, load_problems, load_tokenizer, write_json
+from rftt.run.data import load_problems
+from rftt.run.files import Row, gather_parts, open_part, write_json
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
-from rftt.samplers import (
-    check_prompts,
-    encode_question,
-    for_each,
-    learned_tree,
-    processed,
-    sample,
-    tree_rollouts,
-)
 from rftt.tokens import function_ids, has_function_tokens
 from rftt.types import Problem, Rollout, Step
 
@@ -58,7 +54,6 @@ def main(cfg: EvalConfig) -> None:
 def evaluate(cfg: EvalConfig, world: World) -> None:
     # Heavy imports wait until the config is known to be good.
     from rftt.engines import build_engine
-    from rftt.learner.fsdp import open_part
     from rftt.run.log import RunLog
 
     out, name = Path(cfg.output_dir), Path(cfg.eval_file).stem
@@ -141,6 +136,23 @@ async def answer(
             for rollout, leaf in zip(paths, tree.leaves(), strict=True)
         ]
     return row
+
+
+def processed(
+    ctx: Learned, prm: ProcessModel, problem: Problem, how: Literal["min", "mean", "last", "prod"]
+) -> Value:
+    """What a process reward model thinks of an answered path; of one that it refuses, nothing."""
+
+    async def value(steps: Sequence[Step]) -> float:
+        if steps[-1].answer is None:
+            return 0.0
+        texts = [segment_text(ctx.tokenizer, step.token_ids, ctx.ids) for step in steps]
+        try:
+            return reduce(await prm.score(problem.question, texts), how)
+        except Unscored:
+            return 0.0
+
+    return value
 
 
 def steps_of(rollout: Rollout) -> list[Step]:

@@ -19,18 +19,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rftt.run.cli import STOPPED, cli, load_function, stop_on_sigterm
+from rftt.engines.base import for_each
+from rftt.engines.chat import load_tokenizer
+from rftt.run.checks import greedy_accuracy
+from rftt.run.cli import STOPPED, cli, stop_on_sigterm
 from rftt.run.config import RLConfig
-from rftt.run.data import (
-    decode,
-    load_problems,
-    load_tokenizer,
-    shuffled_epochs,
-    write_json,
-    write_jsonl,
-)
+from rftt.run.data import read_problems, shuffled_epochs
+from rftt.run.files import write_json, write_jsonl
+from rftt.run.stats import tree_record
 from rftt.tokens import function_ids, has_function_tokens
-from rftt.types import Problem, Rollout, UserError, seed_for
+from rftt.types import Problem, Rollout, seed_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,9 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rftt.batch import Batch
-    from rftt.learner.fsdp import World
+    from rftt.learner.fsdp import Totals, World
     from rftt.rollout import Learned
-    from rftt.update import Totals
 
 LINE = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", "search_seconds",
         "train_seconds", "eval/greedy")  # fmt: skip
@@ -61,17 +58,18 @@ def train(cfg: RLConfig, world: World) -> None:
     from rftt.engines import build_engine
     from rftt.graders.prm import open_prm
     from rftt.learner.checkpoint import export_hf, restore
-    from rftt.learner.fsdp import full_weights
+    from rftt.learner.fsdp import Totals, agreed, deal, full_weights
     from rftt.learner.guard import Guard
+    from rftt.learner.model import critic_metrics
     from rftt.learner.optim import lr_at
     from rftt.learner.setup import build_models, checkpoint_to_resume, checkpoints_of
     from rftt.rewards import reward
-    from rftt.rl import AdaptiveKL, critic_metrics
+    from rftt.rl import AdaptiveKL
     from rftt.rollout import speaker
+    from rftt.run.checks import check_prompts, check_warm
     from rftt.run.log import Clock, RunLog
     from rftt.run.stats import examples, learned_metrics, rollout_metrics
-    from rftt.samplers import check_prompts, check_warm
-    from rftt.update import Totals, deal, score_tokens, update, weigh
+    from rftt.update import score_tokens, update, weigh
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world, cfg.resume_from_checkpoint)
@@ -177,25 +175,7 @@ def train(cfg: RLConfig, world: World) -> None:
     log.info(f"model in {out / 'hf'}")
 
 
-def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
-    """To explore, and to evaluate on. A reward_function that is not there fails here, too."""
-    keys = (cfg.prompt_key, cfg.answer_key)
-    problems = load_problems(cfg.train_file, keys=keys)
-    eval_file = cfg.eval_file or cfg.train_file
-    eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
-    if cfg.reward_function is not None:
-        load_function("reward_function", cfg.reward_function)
-    return problems, eval_problems
-
-
 # ---- 1. Explore ----
-
-
-def agreed(checksums: list[float]) -> float:
-    """Checksum of the weights in every rank's engine, which must be one."""
-    if not max(checksums) - min(checksums) <= 1e-9 * max(checksums):  # NaN differs, too
-        raise UserError(f"the ranks' engines hold different weights: checksums {checksums}.")
-    return checksums[0]
 
 
 def fill_batch(
@@ -240,15 +220,15 @@ async def explore(
     cfg: RLConfig, policy: Learned, problems: list[tuple[int, Problem]], trees: Path | None
 ) -> list[Rollout]:
     """Rollouts of every (group, problem)."""
-    from rftt import samplers as search
+    from rftt.rollout import encode_question, learned_tree, sample, tree_rollouts
 
     async def one(item: tuple[int, Problem]) -> list[Rollout]:
         group, problem = item
         own = replace(policy, seed=seed_for(policy.seed, group))  # a problem may come twice
-        prompt = search.encode_question(own, problem, cfg.system_prompt)
+        prompt = encode_question(own, problem, cfg.system_prompt)
         if cfg.sampling_method == "normal":
-            return await search.sample(own, problem, prompt, n=cfg.num_generations, group=group)
-        tree = await search.learned_tree(
+            return await sample(own, problem, prompt, n=cfg.num_generations, group=group)
+        tree = await learned_tree(
             own,
             problem,
             prompt,
@@ -257,31 +237,11 @@ async def explore(
             in_flight=cfg.leaves_in_flight,
         )
         if trees and group == 0:
-            write_json(trees / "0.json", search.tree_record(tree, problem, policy.tokenizer))
+            write_json(trees / "0.json", tree_record(tree, problem, policy.tokenizer))
         mask_forced = cfg.forced_actions == "mask"
-        return search.tree_rollouts(
-            policy, tree, problem, prompt, group=group, mask_forced=mask_forced
-        )
+        return tree_rollouts(policy, tree, problem, prompt, group=group, mask_forced=mask_forced)
 
-    return list(chain(*await search.for_each(problems, one, in_flight=max(1, len(problems)))))
-
-
-def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], world: World) -> float:
-    """Share of the problems that greedy decoding solves, over all ranks."""
-    from rftt.rewards import solves
-    from rftt.samplers import encode_question, for_each, sample
-
-    greedy = replace(policy, temperature=0.0)
-
-    async def one(problem: Problem) -> bool:
-        prompt = encode_question(greedy, problem, cfg.system_prompt)
-        (rollout,) = await sample(greedy, problem, prompt, n=1, group=0)
-        text = decode(policy.tokenizer, rollout.response_ids)
-        return solves(problem, text, rollout.finish)
-
-    mine = problems[world.rank :: world.size]
-    solved = asyncio.run(for_each(mine, one, in_flight=max(1, len(mine))))
-    return world.sum(float(sum(solved))) / len(problems)
+    return list(chain(*await for_each(problems, one, in_flight=max(1, len(problems)))))
 
 
 # ---- 2. Score ----
@@ -332,7 +292,8 @@ def rl_loss(
     """Clipped policy loss and what the estimator adds: KL, entropy, value. Summed over tokens."""
     import torch
 
-    from rftt.learner.model import token_logprobs, token_values
+    from rftt.learner.logprobs import token_logprobs, token_values
+    from rftt.learner.prefix_tree import n_saved
     from rftt.rl import importance_weights, kl_estimate, policy_loss, value_loss
 
     mask, old, advantages = micro.action_mask, micro.old_logprobs, micro.advantages
@@ -362,7 +323,7 @@ def rl_loss(
         weights=weights,
     )
     totals.add(mismatch | clipping | {"policy_loss": loss, "entropy": entropy.sum()})
-    totals.add({"saved_share": float(micro.n_saved())})
+    totals.add({"saved_share": float(n_saved(micro))})
     if cfg.advantage_estimator == "grpo" and micro.ref_logprobs is not None:
         penalty = kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * per_token
         loss = loss + kl_coef * penalty.sum()

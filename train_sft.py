@@ -17,9 +17,10 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from rftt.engines.chat import load_tokenizer
 from rftt.run.cli import STOPPED, cli, stop_on_sigterm
 from rftt.run.config import SFTConfig
-from rftt.run.data import Example, load_rows, load_tokenizer, shuffled_epochs
+from rftt.run.data import read_rows, shuffled_epochs
 from rftt.tokens import add_function_tokens
 
 
@@ -37,14 +38,15 @@ def train(cfg: SFTConfig, world) -> None:
 
     from rftt.batch import Batch
     from rftt.learner.checkpoint import export_hf, restore
-    from rftt.learner.fsdp import shard
+    from rftt.learner.fsdp import Totals, per_token, shard
     from rftt.learner.guard import Guard
-    from rftt.learner.model import add_function_rows, load_policy, token_logprobs
+    from rftt.learner.logprobs import token_logprobs
+    from rftt.learner.model import add_function_rows, load_policy
     from rftt.learner.offline import Sums, collate_examples, offline_loss, reference_logprobs
     from rftt.learner.optim import build_optimizer, lr_at
     from rftt.learner.setup import checkpoint_to_resume, checkpoints_of, same_data
     from rftt.run.log import RunLog
-    from rftt.update import Totals, per_token, update
+    from rftt.update import update
 
     out = Path(cfg.output_dir)
     checkpoint = checkpoint_to_resume(cfg, world)
@@ -139,38 +141,6 @@ def train(cfg: SFTConfig, world) -> None:
     checkpoints.close()
     export_hf(model, tokenizer, out / "hf", world, cfg.dtype)
     log.info(f"model in {out / 'hf'}")
-
-
-def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], int]:
-    """Training rows, rows for the evaluation loss, and how many were too long."""
-
-    def read(path: str) -> tuple[list[Example], int]:
-        return load_rows(
-            path,
-            tokenizer,
-            pairs=cfg.loss == "dpo",
-            system_prompt=cfg.system_prompt,
-            mask_wrong=cfg.mask_wrong,
-            functional=cfg.functional_tokens,
-            max_length=cfg.max_length,
-            prompt_key=cfg.prompt_key,
-        )
-
-    def drawn(n_rows: int, n: float, seed: int) -> list[int]:
-        return list(islice(shuffled_epochs(n_rows, seed), int(n)))
-
-    rows, too_long = read(cfg.train_file)
-    if cfg.eval_file:
-        held_out = read(cfg.eval_file)[0]
-    else:
-        chosen = set(drawn(len(rows), len(rows) * cfg.eval_ratio, cfg.seed + 1))
-        held_out = [rows[i] for i in sorted(chosen)]
-        rows = [row for i, row in enumerate(rows) if i not in chosen]
-    if cfg.mix_file:
-        more, more_too_long = read(cfg.mix_file)
-        rows = rows + [more[i] for i in drawn(len(more), len(rows) * cfg.mix_ratio, cfg.seed + 2)]
-        too_long += more_too_long
-    return rows, held_out, too_long
 
 
 if __name__ == "__main__":

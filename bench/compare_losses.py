@@ -20,6 +20,7 @@ from torch import Tensor
 from trl import DPOTrainer, GRPOTrainer
 
 from rftt import rl
+from rftt.learner import offline
 
 ROWS, TOKENS, LIMIT = 8, 24, 1e-5
 
@@ -110,7 +111,7 @@ def dpo(seed: int, beta: float) -> float:
     )
     theirs = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
     chosen, rejected = kept.sum(1).chunk(2)
-    ours, _ = rl.dpo_loss(chosen, rejected, chosen_ref, rejected_ref, beta)
+    ours, _ = offline.dpo_loss(chosen, rejected, chosen_ref, rejected_ref, beta)
     return difference(ours / (ROWS // 2), theirs, new)
 
 

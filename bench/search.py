@@ -150,17 +150,11 @@ def samplers(
 ) -> dict[str, tuple[str, Work]]:
     """Name -> (phase, work)."""
     from rftt.beam import beam_search
-    from rftt.engines import engine_chat
-    from rftt.mcts import grow
-    from rftt.rollout import Learned, Prompted
-    from rftt.samplers import (
-        Explore,
-        encode_question,
-        for_each,
-        learned_tree,
-        prompted_tree,
-        sample,
-    )
+    from rftt.engines.base import for_each
+    from rftt.engines.chat import engine_chat
+    from rftt.mcts import Explore, grow
+    from rftt.prompted import Prompted, prompted_tree
+    from rftt.rollout import Learned, encode_question, learned_tree, sample
     from rftt.tokens import function_ids
 
     ids = function_ids(tokenizer)
@@ -257,8 +251,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from rftt.engines import build_engine
+    from rftt.engines.chat import load_tokenizer
     from rftt.run.config import SearchConfig
-    from rftt.run.data import load_tokenizer
     from tools.tiny_world import make_tale
 
     with tempfile.TemporaryDirectory() as made:

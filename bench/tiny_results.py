@@ -17,8 +17,10 @@ from statistics import fmean, mean
 
 from matplotlib.figure import Figure
 
+from rftt.run.files import Row
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.run.data import Row, read_jsonl
+from rftt.run.files import read_jsonl
 from rftt.run.stats import mean_ci, paired_bootstrap
 
 MODELS = {

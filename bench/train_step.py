@@ -65,8 +65,10 @@ def packed(
 
     from rftt import rl
     from rftt.batch import Batch, collate_rows
+    from rftt.learner import offline
     from rftt.learner.fsdp import clip_gradients, open_world, shard
-    from rftt.learner.model import load_policy, token_logprobs
+    from rftt.learner.logprobs import token_logprobs
+    from rftt.learner.model import load_policy
     from rftt.learner.optim import build_optimizer
     from rftt.run.config import Training
 
@@ -86,7 +88,7 @@ def packed(
     def loss_of(part: Batch) -> torch.Tensor:
         logprobs, _ = token_logprobs(policy, part, 1.0, vocabulary)
         if loss == "sft":
-            return rl.sft_loss(logprobs, part.action_mask)
+            return offline.sft_loss(logprobs, part.action_mask)
         old, mask = logprobs.detach(), part.action_mask
         return rl.policy_loss(logprobs, old, part.advantages, mask, epsilon=0.2)[0]
 

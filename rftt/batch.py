@@ -12,13 +12,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rftt.learner.prefix_tree import prefix_order
 from rftt.types import Rollout, UserError
 
 
@@ -107,10 +106,9 @@ class Batch:
         """Documents in groups of at most `max_tokens`, filled one after the other, longest first.
 
         Like lengths land together, so that padding inside the CPU's attention stays small; a
-        document, or a pair, longer than the budget is a group of its own.
+        document, or a pair, longer than the budget is a group of its own. Tree packing has its own
+        way (learner/prefix_tree.py).
         """
-        if self.tree:
-            return self._tree_microbatches(max_tokens)
         groups: list[list[int]] = []
         room = 0
         firsts = range(0, len(self.lengths), self.together)
@@ -122,31 +120,6 @@ class Batch:
             groups[-1] += range(first, first + self.together)
             room -= sizes[first]
         return groups
-
-    def _tree_microbatches(self, max_tokens: int) -> list[list[int]]:
-        """Neighbours in prefix order together, a problem cut in two only where it must be.
-
-        A shared token counts once.
-        """
-        groups: list[list[int]] = []
-        room = 0
-        problem = self.document if self.group is None else self.group
-        problems = problem[self.starts[:-1].to(problem.device)].tolist()
-        in_order = zip(*prefix_order(self.input_ids, self.lengths), strict=True)
-        for _, run in groupby(in_order, key=lambda item: problems[item[0]]):
-            paths = [(document, self.lengths[document] - shared) for document, shared in run]
-            fits = sum(new for _, new in paths) <= room
-            for document, new in paths:
-                if not fits or new > room:
-                    groups.append([])
-                    room, new, fits = max_tokens, self.lengths[document], True
-                groups[-1].append(document)
-                room -= new
-        return groups
-
-    def n_saved(self) -> int:
-        """Tokens that tree packing does not compute again."""
-        return sum(prefix_order(self.input_ids, self.lengths)[1]) if self.tree else 0
 
     def _map(self, function: Any) -> Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -197,11 +170,11 @@ def collate(
     return batch.replace(group=batch.spread([rollout.group for rollout in rollouts]).long())
 
 
-Row = tuple[Sequence[int], Sequence[int], Sequence[bool]]
+MaskedRow = tuple[Sequence[int], Sequence[int], Sequence[bool]]
 """prompt_ids, response_ids, loss_mask over the response"""
 
 
-def collate_rows(rows: Sequence[Row], together: int = 1) -> Batch:
+def collate_rows(rows: Sequence[MaskedRow], together: int = 1) -> Batch:
     """Pack SFT or DPO rows: the tokens of the response that the mask keeps are the actions."""
     ids: list[int] = []
     mask: list[bool] = []

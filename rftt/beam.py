@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from rftt.mcts import Choice, Expand, Node, Tree, Value, grow, settle
+from rftt.engines.base import for_each
+from rftt.mcts import Choice, Expand, Explore, Node, Tree, Value, grow, settle
 from rftt.run.fields import Beam
-from rftt.samplers import Explore, for_each
 
 
 async def beam_search(

@@ -1,25 +1,27 @@
-"""A finished tree, or scored responses, -> training rows (PAPER §1: pair choice, branch merging).
+"""A finished tree -> training rows: pair choice, cross verification, branch merging, leak checks.
 
 From each tree come at most one merged row, shared prefix + wrong suffix + <verify> + <refine> +
-correct suffix + <output>, and a few plain correct rows that share no step; if asked for, also a
-pair for DPO. Independent responses become rows as they are (rejection sampling), and pairs. Every
-row says where it comes from, and all that is left out is counted under a reason.
+correct suffix + <output>, and a few plain correct rows that share no step (arXiv 2502.13389); if
+asked for, also a pair for DPO. Every row says where it comes from, and all that is left out is
+counted under a reason.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from rftt.graders.math import grade
-from rftt.graders.prm import reduce
+from rftt.graders.prm import ProcessModel, Unscored, reduce, score_paths
 from rftt.mcts import Tree
-from rftt.rollout import visible
+from rftt.prompted import visible
+from rftt.prompts import Messages, ask_refine, ask_verify, sentences
 from rftt.run.config import SearchConfig
-from rftt.run.data import Row
-from rftt.run.filters import follows_grammar, leaks, rank, repeats, select, share_solved
-from rftt.tokens import Messages, ask_refine, ask_verify, segments
+from rftt.run.files import Row
+from rftt.tokens import successors
 from rftt.types import Problem, Trace
 
 Ask = Callable[[Messages, str, str], Awaitable[str | None]]
@@ -36,6 +38,38 @@ def traces(tree: Tree, problem: Problem) -> list[Trace]:
         ids = tuple(id for id, _ in path)
         paths.append(Trace(problem, steps, ids, steps[-1].answer, correct))
     return paths
+
+
+async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
+    """A process score on every step of a prompted tree; returns how many paths `prm` refuses.
+
+    Steps that paths share get one score: it tells of a step and what stands before it.
+    """
+    paths = [[node for node in leaf.path() if node.step] for leaf in tree.leaves()]
+    texts = [[node.step.text for node in path if node.step] for path in paths]
+    found = await score_paths(prm, [(problem.question, steps) for steps in texts])
+    for path, scores in zip(paths, found, strict=True):
+        for node, score in zip(path, [] if isinstance(scores, Unscored) else scores, strict=False):
+            node.step = replace(node.step, score=score) if node.step else None
+    return sum(isinstance(scores, Unscored) for scores in found)
+
+
+def repeats(texts: Iterable[str]) -> int:
+    """How often the most frequent sentence occurs in all `texts` together."""
+    counts = Counter(s.strip().lower() for text in texts for s in sentences(text))
+    return max(counts.values(), default=0)
+
+
+def follows_grammar(acts: Sequence[str]) -> bool:
+    """Whether the policy of phase 2 may speak these acts in this order.
+
+    Phase 1 may begin with a direct answer, phase 2 may not: such paths would teach what the tree
+    over functional tokens then never explores.
+    """
+    return all(
+        act in successors(before, "learned")
+        for before, act in zip([None, *acts], acts, strict=False)
+    )
 
 
 def quality(cfg: SearchConfig, trace: Trace) -> tuple[float, int, int, int]:
@@ -99,6 +133,17 @@ def disjoint_correct(usable: Sequence[Trace], cfg: SearchConfig) -> list[Trace]:
         if len(chosen) < cfg.max_plain_paths and all(not shared(trace, other) for other in chosen):
             chosen.append(trace)
     return chosen
+
+
+def mentions(text: str, answer: str) -> bool:
+    """Whether `answer` stands in `text` by itself: 7 is not mentioned by 17 or 7.5."""
+    pattern = rf"(?<![\w.]){re.escape(answer.strip())}(?![\w]|\.\d)"
+    return re.search(pattern, text) is not None
+
+
+def leaks(check: str, answer: str, known: str) -> bool:
+    """Whether a check gives the gold answer away, which `known` (what precedes it) does not."""
+    return mentions(check, answer) and not mentions(known, answer)
 
 
 async def merge(ask: Ask, good: Trace, bad: Trace) -> Row | str:
@@ -184,49 +229,3 @@ def _row(kind: str, trace: Trace, steps: list[Row], *, shared: int, failed: list
         "path_nodes": list(trace.nodes),
         "failed_nodes": failed,
     }
-
-
-# ---- Independent responses ----
-
-
-def step_texts(response: str) -> list[str]:
-    """The steps of a response as repeats and process rewards see them: its segments, or lines."""
-    found = [text for _, text in segments(response)] or response.splitlines()
-    return [text for text in found if text.strip()]
-
-
-def curate_responses(problem: Row, cfg: SearchConfig) -> Row:
-    """A problem's scored responses -> rows, best first, then pairs of best right and worst wrong.
-
-    `counts` are of responses: those kept, and the reason of every other one.
-    """
-    responses = [
-        response
-        | {"sample": i, "steps": step_texts(response["text"])}
-        | {"score": reduce(process, cfg.prm_reduce) if (process := response["process"]) else None}
-        for i, response in enumerate(problem["responses"])
-    ]
-    kept, counts = select(responses, cfg)
-    wrong = [r for r in responses if r["finish"] == "stop" and not r["correct"]]
-    worst = sorted((r for r in wrong if r["tokens"] <= cfg.max_row_tokens), key=rank)
-    source = {key: problem[key] for key in ("id", "question", "answer")}
-    rows = []
-    for good in kept:
-        steps = _steps_of(good)
-        said = {"steps": steps} if steps else {"response": good["text"]}
-        rows.append(source | {"kind": "sample", "sample": good["sample"]} | said)
-    for good, bad in list(zip(kept, worst, strict=False))[: cfg.max_pairs]:
-        sides = {"chosen": good, "rejected": bad}
-        said = {name: _steps_of(side) or side["text"] for name, side in sides.items()}
-        rows.append(source | {"kind": "pair", "samples": [good["sample"], bad["sample"]]} | said)
-    return {
-        "rows": rows,
-        "counts": counts,
-        "solved": share_solved(responses),
-        "generated_tokens": sum(response["tokens"] for response in responses),
-    }
-
-
-def _steps_of(response: Row) -> list[Row]:
-    """The functional segments of a response; none of one that is plain text."""
-    return [{"act": act, "text": text} for act, text in segments(response["text"])]

@@ -170,6 +170,8 @@ class Tree:
 
 Expand = Callable[[Choice], Coroutine[Any, Any, list[Step]]]
 Value = Callable[[Sequence[Step]], Awaitable[float]]
+Explore = Callable[..., Awaitable[None]]
+"""How a tree grows: `grow`, or beam.py's with its width bound; same arguments."""
 
 
 async def grow(

@@ -1,7 +1,7 @@
-"""Outcome and process -> one reward per step (PAPER §1). The last step of a rollout is its finish.
+"""Outcome and process -> one reward per step (arXiv 2502.13389). Its finish is the last step.
 
 A reward is never invented: without a process reward model a step earns 0; a rollout that the model
-refuses is left out and counted; a model that is down stops the round (rewards/prm.py).
+refuses is left out and counted; a model that is down stops the round (graders/prm.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
+from rftt.engines.chat import decode
 from rftt.graders.math import grade
 from rftt.graders.prm import ProcessModel, Unscored, score_paths, segment_text
+from rftt.mcts import Value
 from rftt.run.cli import load_function
-from rftt.run.data import decode
-from rftt.types import Problem, Rollout, UserError
+from rftt.types import Problem, Rollout, Step, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,20 @@ def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed
     """Whether a response has the right answer; one that was cut off by its budget has none."""
     gold = str(problem.answer)
     return finish != "length" and grade(text, gold, problem.question, answer_format).correct
+
+
+def graded(problem: Problem, text_of: Callable[[Sequence[Step]], str]) -> Value:
+    """1 if the answer is right: training only, for it needs the gold answer."""
+    if problem.answer is None:
+        raise UserError(f"problem {problem.id} has no gold answer to search with.")
+    gold = problem.answer
+
+    async def value(steps: Sequence[Step]) -> float:
+        if steps[-1].answer is None:  # cut off, or it never came to an answer
+            return 0.0
+        return float(grade(text_of(steps), gold, problem.question).correct)
+
+    return value
 
 
 def score(

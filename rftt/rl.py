@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 Metrics = dict[str, Tensor]
 WorldSum = Callable[[Tensor], Tensor]
@@ -155,6 +154,12 @@ def informative(outcomes: list[float], groups: list[int]) -> list[bool]:
     return [len(seen[group]) > 1 for group in groups]
 
 
+def document_sums(x: Tensor, mask: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(D,) sum of x over each document's action tokens."""
+    document = _time_axis(mask, lengths)[0]
+    return x.new_zeros(len(lengths)).index_add(0, document, torch.where(mask, x, 0.0))
+
+
 def sequence_weights(mask: Tensor, lengths: Sequence[int], world_sum: WorldSum) -> Tensor:
     """(T,) ∝ 1 / (actions in the token's document): GRPO's mean over tokens, then over rollouts.
 
@@ -232,50 +237,3 @@ def importance_weights(
         "mismatch_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
     }
     return ratio.clamp(max=cap) * mask, metrics
-
-
-def critic_metrics(
-    values: Tensor | None, returns: Tensor | None, mask: Tensor, world_sum: WorldSum
-) -> dict[str, float]:
-    """1 − Var(R − V) / Var(R) over all ranks; 0 where returns do not vary, {} without critic."""
-    if values is None or returns is None:
-        return {}
-    target, error = returns[mask].double(), (returns - values)[mask].double()
-    moments = [target.new_tensor(len(target)), target.sum(), error.sum()]
-    moments += [target.square().sum(), error.square().sum()]
-    n, target_sum, error_sum, target_square, error_square = world_sum(torch.stack(moments)).tolist()
-    variance = target_square - target_sum**2 / max(n, 1)
-    unexplained = error_square - error_sum**2 / max(n, 1)
-    return {"explained_variance": 1.0 - unexplained / variance if variance > 1e-12 else 0.0}
-
-
-def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy summed over the action tokens."""
-    return -torch.where(mask, logprobs, 0.0).sum()
-
-
-def document_sums(x: Tensor, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(D,) sum of x over each document's action tokens."""
-    document = _time_axis(mask, lengths)[0]
-    return x.new_zeros(len(lengths)).index_add(0, document, torch.where(mask, x, 0.0))
-
-
-def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Metrics]:
-    """DPO over (pairs,) sequence log-probs, summed over pairs (Rafailov 2023; smoothing: cDPO)."""
-    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
-    margin = chosen - rejected
-    loss = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
-    metrics = {
-        "dpo_accuracy": (margin > 0).sum(),
-        "dpo_margin": margin.detach().sum(),
-        "dpo_chosen_reward": chosen.detach().sum(),
-        "dpo_rejected_reward": rejected.detach().sum(),
-    }
-    return loss.sum(), metrics

@@ -1,112 +1,35 @@
-"""From a tree's choice to the steps that follow it: by prompts (phase 1) or by tokens (phase 2).
+"""Phase 2: an act is a token. Trees and plain samples of a policy -> rollouts to learn from.
 
-Departures from the paper (PAPER §1):
-1. Phase 1 asks for a child when it is chosen, not for all children of a node at once: the visited
-   paths have the same distribution, and replies that no path uses are never paid for.
-2. Phase 2, mode `free`: one request per rollout. The tree forces the opener, then the policy runs
-   to `</output>` and chooses every later act itself, so that rollouts stay samples of the policy.
-   The priors of all nodes passed come out of the same request. Mode `stepwise` is the paper's: one
-   request per act, and each later act is the policy's most likely one.
+Every sampler is a coroutine that reads like the textbook for ONE problem; the engine batches.
+Departure from the paper (arXiv 2502.13389): in mode `free` a rollout is one request. The tree
+forces the opener, then the policy runs to `</output>` and chooses every later act itself, so that
+rollouts stay samples of the policy. The priors of all nodes passed come out of the same request.
+Mode `stepwise` is the paper's: one request per act, and each later act is the policy's most likely.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from random import Random
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from rftt.engines.base import Counters
-from rftt.graders.math import extract
-from rftt.mcts import Choice
-from rftt.run.data import decode, eos_id
-from rftt.tokens import (
-    ACTS,
-    FUNCTIONS,
-    FunctionIds,
-    Messages,
-    ask,
-    clip_reply,
-    parse,
-    sentences,
-    successors,
-)
-from rftt.types import Completion, Problem, Reply, Sampling, Step, seed_for
+from rftt.engines.base import Sampling
+from rftt.engines.chat import decode, encode_chat, eos_id
+from rftt.graders.math import canonical, extract
+from rftt.mcts import Choice, Explore, Tree, Value, grow
+from rftt.prompts import question_messages
+from rftt.rewards import graded
+from rftt.tokens import ACTS, FunctionIds, parse, successors
+from rftt.types import Completion, Problem, Rollout, Step, UserError, seed_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rftt.engines import Chat
     from rftt.engines.base import Engine
     from rftt.run.config import EvalConfig, RLConfig
-
-
-# ---- Phase 1: prompts ----
-
-
-@dataclass(frozen=True)
-class Prompted:
-    """An instruct model that is asked for one act at a time."""
-
-    chat: Chat
-    temperature: float
-    max_tokens: int
-    max_depth: int
-    max_direct_sentences: int
-    seed: int
-    spent: Counters = field(default_factory=Counters)
-    """Replies and their tokens, of the problem that a copy of this works on."""
-
-
-def visible(steps: Sequence[Step]) -> str:
-    """The solution so far as the instruct model reads it."""
-    return "\n".join(step.text for step in steps)
-
-
-async def reply(ctx: Prompted, messages: Messages, act: str | None, *key: object) -> Reply:
-    """One answer of the model, kept to the act's limits where it is one act's (None: it is not)."""
-    limit = min(FUNCTIONS[act].max_tokens, ctx.max_tokens) if act else ctx.max_tokens
-    sampling = Sampling(limit, ctx.temperature, seed=seed_for(ctx.seed, *key))
-    said = await ctx.chat(messages, sampling)
-    ctx.spent.requests += said.n_prompt > 0  # else the messages left no room for a reply
-    ctx.spent.generated_tokens += said.n_generated
-    return replace(said, text=clip_reply(act, said.text)) if act else said
-
-
-async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> list[Step]:
-    """The chosen act, then random acts of the grammar until a step states the final answer.
-
-    A reply that is empty or cut off ends the path without an answer.
-    """
-    steps = [node.step for node in choice.node.path() if node.step]
-    known = len(steps)
-    random = Random(seed_for(ctx.seed, problem.id, choice.key))
-    acts = [choice.act]
-    while acts:
-        step, whole = await _child(ctx, problem, steps, acts, choice.key)
-        steps.append(step)
-        if step.answer is not None or not whole or not step.text or len(steps) >= ctx.max_depth:
-            break
-        acts = list(successors(step.act, "prompted"))
-        random.shuffle(acts)
-    return steps[known:]
-
-
-async def _child(
-    ctx: Prompted, problem: Problem, steps: list[Step], acts: list[str], key: tuple[str, ...]
-) -> tuple[Step, bool]:
-    """A reply to the first of `acts` that will do: direct answers that run long are passed over."""
-    said, act = Reply("", whole=False), acts[0]
-    for act in acts:
-        messages = ask(act, problem.question, visible(steps))
-        said = await reply(ctx, messages, act, problem.id, key, len(steps), act)
-        if act != "direct_answer" or len(sentences(said.text)) <= ctx.max_direct_sentences:
-            break
-    states = said.whole and act in ("direct_answer", "next_step")
-    return Step(act, said.text, answer=extract(said.text) if states else None), said.whole
-
-
-# ---- Phase 2: functional tokens ----
 
 
 @dataclass(frozen=True)
@@ -292,3 +215,118 @@ def cut(
         )
         for act, start, stop in pieces
     ]
+
+
+# ---- From trees and samples to rollouts ----
+
+
+def agreement() -> Value:
+    """Share of the answers found so far in this tree that agree with this path's (inference)."""
+    found: Counter[str] = Counter()
+
+    async def value(steps: Sequence[Step]) -> float:
+        answer = steps[-1].answer
+        if answer is None:
+            return 0.0
+        found[canonical(answer)] += 1
+        return found[canonical(answer)] / found.total()
+
+    return value
+
+
+async def learned_tree(
+    ctx: Learned,
+    problem: Problem,
+    prompt: list[int],
+    *,
+    simulations: int,
+    exploration_weight: float,
+    in_flight: int,
+    explore: Explore = grow,
+    value: Value | None = None,
+) -> Tree:
+    """Tree over functional tokens. Without `value` the gold answer is, or agreement, if hidden."""
+    seed = seed_for(ctx.seed, problem.id)
+    tree = Tree(ctx.acts_after, ctx.max_depth, exploration_weight, seed)
+    tree.act_logprobs = await root_act_logprobs(ctx, problem, prompt)
+
+    async def expand(choice: Choice) -> list[Step]:
+        opener_logprob = tree.priors(choice.node)[choice.act]
+        return await expand_learned(ctx, problem, prompt, choice, opener_logprob)
+
+    def text_of(steps: Sequence[Step]) -> str:
+        return decode(ctx.tokenizer, [token for step in steps for token in step.token_ids])
+
+    if value is None:
+        value = agreement() if problem.answer is None else graded(problem, text_of)
+    await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
+    return tree
+
+
+def tree_rollouts(
+    ctx: Learned, tree: Tree, problem: Problem, prompt: list[int], *, group: int, mask_forced: bool
+) -> list[Rollout]:
+    """One rollout per leaf, in the order in which they were found."""
+    rollouts: list[Rollout] = []
+    newest = 0  # nodes up to here were paid for by earlier rollouts
+    for leaf in tree.leaves():
+        path = [(node.id, node.step) for node in leaf.path() if node.step]
+        rollout = _rollout(
+            ctx, problem, prompt, [step for _, step in path], group=group, mask_forced=mask_forced
+        )
+        n_new = sum(len(step.token_ids) - step.forced for id, step in path if id > newest)
+        nodes = tuple(id for id, _ in path)
+        rollouts.append(replace(rollout, n_generated=n_new, nodes=nodes))
+        newest = leaf.id
+    return rollouts
+
+
+async def sample(
+    ctx: Learned, problem: Problem, prompt: list[int], *, n: int, group: int
+) -> list[Rollout]:
+    """`n` independent responses: the plain alternative to the tree."""
+
+    async def one(i: int) -> Rollout:
+        sampling = ctx.sampling(ctx.room(len(prompt), 0), problem.id, i)
+        steps = with_answer(ctx, [], cut(await ctx.engine.generate(prompt, sampling), ctx.ids))
+        return _rollout(ctx, problem, prompt, steps, group=group, mask_forced=False)
+
+    return list(await asyncio.gather(*map(one, range(n))))
+
+
+def _rollout(
+    ctx: Learned,
+    problem: Problem,
+    prompt: list[int],
+    steps: Sequence[Step],
+    *,
+    group: int,
+    mask_forced: bool,
+) -> Rollout:
+    tokens = [token for step in steps for token in step.token_ids]
+    forced = tuple(step.forced and i == 0 for step in steps for i in range(len(step.token_ids)))
+    return Rollout(
+        problem=problem,
+        prompt_ids=tuple(prompt),
+        response_ids=tuple(tokens),
+        sampling_logprobs=tuple(logprob for step in steps for logprob in step.logprobs),
+        action_mask=tuple(not (mask_forced and opener) for opener in forced),
+        forced=forced,
+        step_ends=tuple(end - 1 for end in accumulate(len(step.token_ids) for step in steps)),
+        acts=tuple(step.act if whole(step, ctx.ids) else "" for step in steps),
+        finish="stop" if tokens[-1] in ctx.stops else "length",
+        group=group,
+        n_generated=len(tokens),
+        answer=steps[-1].answer,
+    )
+
+
+def encode_question(ctx: Learned, problem: Problem, system_prompt: str | None) -> list[int]:
+    """The prompt of a policy: the question, and nothing else."""
+    prompt = encode_chat(ctx.tokenizer, question_messages(problem.question, system_prompt))
+    if ctx.room(len(prompt), 1) <= 0:
+        raise UserError(
+            f"problem {problem.id} has {len(prompt)} prompt tokens; max_model_len is "
+            f"{ctx.engine.max_model_len}."
+        )
+    return prompt

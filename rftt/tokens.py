@@ -1,14 +1,13 @@
 """The eight functional tokens: one table, its vocabulary, and rendering/parsing by token id.
 
 A reasoning act is a segment `<act> text </act>` whose two delimiters are single vocabulary entries
-(PAPER §1). They are *normal* added tokens: decoders drop "special" ones. In phase 1 (search with
-prompts) an act is an instruction to an ordinary instruct model; in phase 2 (RL) it is a token that
-the policy emits. Prompts, limits and both grammars are the table below; nothing else knows them.
+(arXiv 2502.13389). They are *normal* added tokens: decoders drop "special" ones. In phase 1 (search
+with prompts) an act is an instruction to an ordinary instruct model (prompts.py); in phase 2 (RL)
+it is a token that the policy emits. Limits and both grammars are the table below.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -19,17 +18,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Phase = Literal["prompted", "learned"]
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Function:
     description: str
     """New vocabulary rows start as the mean of this text's token embeddings."""
-    instruction: str
-    """Phase 1: what the instruct model is asked to do."""
     max_tokens: int
-    """Phase 1: budget of one reply, in tokens (PAPER §1)."""
+    """Phase 1: budget of one reply, in tokens (arXiv 2502.13389)."""
     max_sentences: int | None = None
     one_line: bool = False
     prompted: tuple[str, ...] = ()
@@ -41,8 +37,6 @@ class Function:
 FUNCTIONS: dict[str, Function] = {
     "clarify": Function(
         description="clarify the problem",
-        instruction="Restate the problem in your own words: what is given and what is asked. "
-        "Use at most three sentences and do not solve it.",
         max_tokens=512,
         max_sentences=3,
         prompted=("analysis", "next_step", "direct_answer", "subquestion"),
@@ -50,23 +44,18 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "analysis": Function(
         description="analyse the conditions",
-        instruction="Analyse what is known so far: which quantities and relations lead towards the "
-        "answer. Do not give the final answer yet.",
         max_tokens=512,
         prompted=("direct_answer", "next_step", "subquestion"),
         learned=("subquestion", "next_step", "direct_answer"),
     ),
     "next_step": Function(
         description="take the next step",
-        instruction="Write only the next step of the solution. If it completes the solution, state "
-        "the final answer in \\boxed{}.",
         max_tokens=512,
         prompted=("next_step", "direct_answer", "subquestion"),
         learned=("next_step", "direct_answer", "subquestion", "verify", "output"),
     ),
     "subquestion": Function(
         description="ask and answer a sub-question",
-        instruction="Ask the one sub-question that helps most now and answer it, on a single line.",
         max_tokens=256,
         one_line=True,
         prompted=("direct_answer", "next_step"),
@@ -74,30 +63,23 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "direct_answer": Function(
         description="finish and answer directly",
-        instruction="Finish the solution from here and state the final answer in \\boxed{}.",
         max_tokens=4096,
         prompted=(),
         learned=("output", "verify"),
     ),
     "verify": Function(
         description="verify the steps and find the mistake",
-        instruction="Say where continuation A goes wrong, comparing it with the similar steps of "
-        "B. Write as if checking your own work: do not mention A or B, and do not give the final "
-        "answer.",
         max_tokens=512,
         learned=("next_step", "refine", "direct_answer", "subquestion", "verify", "output"),
     ),
     "refine": Function(
         description="refine and correct the solution",
-        instruction="The check above found a mistake. Say in one sentence from where the solution "
-        "must be redone, without giving the final answer.",
         max_tokens=256,
         one_line=True,
         learned=("next_step", "direct_answer", "output", "subquestion", "verify"),
     ),
     "output": Function(
         description="output the final answer",
-        instruction="State the final answer in \\boxed{}.",
         max_tokens=512,
     ),
 }
@@ -116,60 +98,6 @@ def successors(act: str | None, phase: Phase) -> tuple[str, ...]:
     if not act:
         return ROOT[phase] if act is None else ()
     return FUNCTIONS[act].prompted if phase == "prompted" else FUNCTIONS[act].learned
-
-
-# ---- Prompts of phase 1 ----
-
-
-def ask(act: str, question: str, so_far: str) -> Messages:
-    """Messages that ask for one act as the continuation of the solution `so_far`.
-
-    The instruction comes last, so that all acts of one node share a cached prefix.
-    """
-    return _user(question, f"Solution so far:\n{so_far}", FUNCTIONS[act].instruction)
-
-
-def ask_verify(question: str, so_far: str, wrong: str, correct: str) -> Messages:
-    """Cross verification: both continuations of `so_far`, and where the wrong one errs."""
-    return _user(
-        question,
-        f"Solution so far:\n{so_far}",
-        f"Continuation A, which ends in a wrong answer:\n{wrong}",
-        f"Continuation B, which ends in the right answer:\n{correct}",
-        FUNCTIONS["verify"].instruction,
-    )
-
-
-def ask_refine(question: str, so_far: str, check: str) -> Messages:
-    """The bridge from a found mistake back to the correct way."""
-    return _user(
-        question, f"Solution so far:\n{so_far}", f"Check:\n{check}", FUNCTIONS["refine"].instruction
-    )
-
-
-def _user(*parts: str) -> Messages:
-    return [{"role": "user", "content": "\n\n".join(parts)}]
-
-
-def clip_reply(act: str, text: str) -> str:
-    """Apply the act's limits on lines and sentences to a reply (PAPER §1)."""
-    function, text = FUNCTIONS[act], text.strip()
-    if function.one_line:
-        text = text.split("\n", 1)[0].strip()
-    if function.max_sentences:
-        text = " ".join(sentences(text)[: function.max_sentences])
-    return text
-
-
-def sentences(text: str) -> list[str]:
-    """Sentences of `text`; a decimal point does not end one."""
-    return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
-
-
-def segments(text: str) -> list[tuple[str, str]]:
-    """(act, text) of the segments that make up `text`; none if anything stands outside of them."""
-    found = re.findall(rf"<({'|'.join(ACTS)})>(.*?)</\1>", text, re.DOTALL)
-    return found if "".join(f"<{act}>{inner}</{act}>" for act, inner in found) == text else []
 
 
 # ---- Vocabulary ----

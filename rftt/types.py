@@ -30,26 +30,6 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How one request is sampled. RL keeps top_p = 1: its log-probs must be the policy's own."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    """0 is greedy; log-probs are then those of temperature 1."""
-    top_p: float = 1.0
-    seed: int = 0
-    """Makes the request's tokens independent of the batch it happens to share (`seed_for`)."""
-    stop_ids: tuple[int, ...] = ()
-    """Generation ends with the first of these; it stays in `token_ids`."""
-    banned_ids: tuple[int, ...] = ()
-    """Never sampled; log-probs are those of what is left."""
-    watch_ids: tuple[int, ...] = ()
-    """Ids (the openers) whose log-probs are wanted wherever a segment may begin."""
-    watch_after: tuple[int, ...] = ()
-    """A segment may begin at position 0 and after each of these ids (the closers)."""
-
-
-@dataclass(frozen=True)
 class Completion:
     """What an engine returns for one request."""
 
@@ -62,25 +42,6 @@ class Completion:
     n_prompt: int = 0
     n_cached: int = 0
     """Prompt tokens that the prefix cache saved."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What an instruct model says in phase 1: text, from an engine or from an API."""
-
-    text: str
-    whole: bool
-    """False: cut off by max_tokens."""
-    n_prompt: int = 0
-    n_generated: int = 0
-    cost: float = 0.0
-    """In the currency of the API's prices."""
-    logprob: float | None = None
-    """log π of the whole text as it was sampled; None from an API."""
-
-    @property
-    def tokens(self) -> int:
-        return self.n_prompt + self.n_generated
 
 
 @dataclass(frozen=True)

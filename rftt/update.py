@@ -1,43 +1,20 @@
-"""Going over a batch in microbatches, the same number on every rank."""
+"""Score the tokens of a batch, then update: one optimizer step of every module that learns."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
-from random import Random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rftt.batch import Batch, empty_like
-from rftt.learner.fsdp import World, clip_gradients
-from rftt.learner.model import token_logprobs, token_values
+from rftt.learner.fsdp import Totals, World, clip_gradients, equal_count, per_token
+from rftt.learner.logprobs import token_logprobs, token_values
 from rftt.learner.optim import set_lr
 from rftt.rl import kl_estimate, sequence_weights
 from rftt.run.config import RLConfig, Training
-
-
-def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
-    """Microbatches as document indices; [] stands for an empty one, or FSDP's collectives hang."""
-    groups = batch.microbatches(max_tokens)
-    return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
-
-
-def per_token(
-    function: Callable[[Batch], Tensor], batch: Batch, max_tokens: int, world: World
-) -> Tensor:
-    """(T,) `function` of every microbatch, without gradients, put back in the batch's order."""
-    result = torch.zeros_like(batch.rewards)
-    with torch.no_grad():
-        for group in equal_count(batch, max_tokens, world):
-            if group:
-                result[batch.token_index(group)] = function(batch.select(group)).to(result.dtype)
-            else:
-                function(empty_like(batch))
-    return result
 
 
 def score_tokens(
@@ -105,56 +82,3 @@ def update(
             optimizer.step()
         optimizer.zero_grad()
     return norms
-
-
-def deal(
-    sizes: Sequence[int],
-    n_minibatches: int,
-    seed: int,
-    world: World,
-    groups: Sequence[int] | None = None,
-) -> list[list[int]]:
-    """This rank's share of each minibatch of a shuffled batch, long and short ones evenly.
-
-    With `groups` (tree packing) those of one group stay on one rank, but for one cut per rank. The
-    minibatches themselves depend on neither, nor on the number of ranks: they are what is learnt.
-    """
-    order = list(range(len(sizes)))
-    Random(seed).shuffle(order)
-    minibatches = [order[i::n_minibatches] for i in range(n_minibatches)]
-    if groups is not None:
-        return [_run(sorted(m, key=groups.__getitem__), sizes, world) for m in minibatches]
-    return [
-        sorted(minibatch, key=lambda i: (-sizes[i], i))[world.rank :: world.size]
-        for minibatch in minibatches
-    ]
-
-
-def _run(order: list[int], sizes: Sequence[int], world: World) -> list[int]:
-    """This rank's run of `order`: neighbours stay together, and sizes add up to about as much."""
-    ends = list(accumulate(sizes[i] for i in order))
-    middles = [(end - sizes[i] / 2) / ends[-1] for i, end in zip(order, ends, strict=True)]
-    share = [int(middle * world.size) for middle in middles]
-    return [i for i, rank in zip(order, share, strict=True) if rank == world.rank]
-
-
-class Totals:
-    """Sums (maxima, for keys that end in _max) of metrics over microbatches, then over ranks."""
-
-    def __init__(self) -> None:
-        self._values: defaultdict[str, Tensor | float] = defaultdict(float)
-
-    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
-        for key, value in metrics.items():
-            value = value.detach().float() if isinstance(value, Tensor) else value
-            old = self._values[key]
-            self._values[key] = max(old, value) if key.endswith("_max") else old + value
-
-    def reduce(self, world: World, per: float) -> dict[str, float]:
-        """Over all ranks; sums are divided by `per`, the global count of action tokens (or 1)."""
-        return {
-            key: float(world.max(float(value)))
-            if key.endswith("_max")
-            else float(world.sum(float(value))) / max(per, 1.0)
-            for key, value in sorted(self._values.items())
-        }

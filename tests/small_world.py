@@ -8,7 +8,7 @@ from random import Random
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from rftt.run.data import write_jsonl
+from rftt.run.files import write_jsonl
 from rftt.tokens import add_function_tokens
 from tests.conftest import ROOT
 from tools.tiny_world import build_tokenizer, make_tale

@@ -16,12 +16,12 @@ import pytest
 
 import search
 from rftt.engines import openai as api_module
+from rftt.engines.base import Reply, Sampling, for_each
 from rftt.engines.openai import Spending, open_api
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig
-from rftt.run.data import read_jsonl, write_jsonl
 from rftt.run.fields import Api
-from rftt.samplers import for_each
-from rftt.types import Reply, Sampling, UserError
+from rftt.run.files import read_jsonl, write_jsonl
+from rftt.types import UserError
 from tools.tiny_world import build_tokenizer
 
 MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]

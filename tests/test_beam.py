@@ -7,7 +7,8 @@ import pytest
 
 from rftt.beam import beam_search
 from rftt.mcts import Tree
-from rftt.samplers import learned_tree, prompted_tree, tree_rollouts
+from rftt.prompted import prompted_tree
+from rftt.rollout import learned_tree, tree_rollouts
 from rftt.types import Step
 from tests.test_expand import CLOSE, PROBLEM, learned, prompted, segment
 

@@ -7,10 +7,10 @@ from itertools import accumulate
 
 import pytest
 
+from rftt.engines.chat import eos_id
 from rftt.graders.prm import Unscored
 from rftt.rewards import reward, reward_all, score, solves
 from rftt.run.config import RLConfig
-from rftt.run.data import eos_id
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import Problem, Rollout, UserError
 from tools.tiny_world import build_tokenizer

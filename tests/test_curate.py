@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from rftt.curate import choose_pair, curate, disjoint_correct, traces
+from rftt.curate import choose_pair, curate, disjoint_correct, score_steps, traces
 from rftt.graders.math import extract
 from rftt.graders.prm import Unscored
 from rftt.mcts import Choice, Tree
+from rftt.prompts import ask_verify
 from rftt.run.config import SearchConfig
-from rftt.samplers import score_steps
-from rftt.tokens import ACTS, FunctionIds, ask_verify, render
+from rftt.tokens import ACTS, FunctionIds, render
 from rftt.types import Problem, Step
 
 PROBLEM = Problem("p", "Eva has 19 pens, triples them, sells 3. How many?", "54")

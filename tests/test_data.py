@@ -5,14 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rftt.run.data import (
-    Journal,
-    load_problems,
-    load_rows,
-    read_jsonl,
-    shuffled_epochs,
-    write_jsonl,
-)
+from rftt.run.data import load_problems, load_rows, shuffled_epochs
+from rftt.run.files import Journal, read_jsonl, write_jsonl
 from rftt.tokens import CLOSERS, OPENERS
 from rftt.types import UserError, seed_for
 

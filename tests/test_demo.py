@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ENV, ROOT, run
 
-from rftt.run.data import Journal, read_jsonl
+from rftt.run.files import Journal, read_jsonl
 from rftt.tokens import function_ids
 
 pytestmark = pytest.mark.slow

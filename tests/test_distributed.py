@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rftt import rl
+from rftt.learner import offline
 from rftt.learner.fsdp import (
     World,
     clip_gradients,
@@ -20,7 +20,8 @@ from rftt.learner.fsdp import (
     open_world,
     shard,
 )
-from rftt.learner.model import prepare, token_logprobs
+from rftt.learner.logprobs import token_logprobs
+from rftt.learner.model import prepare
 from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model
 from tests.toy_training import train
@@ -81,7 +82,7 @@ def test_sharding_changes_no_bit_at_world_size_one_invariant(
         if sharded:
             shard(model, world, **options)
         logprobs, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
-        rl.sft_loss(logprobs, batch.action_mask).backward()
+        offline.sft_loss(logprobs, batch.action_mask).backward()
         norm = clip_gradients(model, 0.5)
         weights = dict(full_weights(model))
         assert list(weights) == names

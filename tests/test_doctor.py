@@ -16,13 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from rftt.batch import collate_rows
 from rftt.engines import build_engine
+from rftt.engines.base import Sampling
 from rftt.learner.fsdp import close_world, open_world
-from rftt.learner.model import CHUNK_LOGITS, KEPT_LOGITS, load_policy, token_logprobs
+from rftt.learner.logprobs import CHUNK_LOGITS, KEPT_LOGITS, token_logprobs
+from rftt.learner.model import load_policy
+from rftt.learner.offline import sft_loss
 from rftt.learner.setup import build_models
-from rftt.rl import sft_loss
 from rftt.run.cli import load_config
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
-from rftt.types import Sampling, UserError
+from rftt.types import UserError
 from tests.conftest import run
 from tests.small_world import damage, make_world, settings
 from tools import doctor

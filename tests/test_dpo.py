@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rftt.batch import empty_like
+from rftt.engines.chat import encode_chat
 from rftt.learner.offline import collate_examples, offline_loss
+from rftt.prompts import question_messages
 from rftt.run.config import SFTConfig
-from rftt.run.data import encode_chat, load_rows, question_messages, read_jsonl, write_jsonl
+from rftt.run.data import load_rows
+from rftt.run.files import read_jsonl, write_jsonl
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import UserError
 from tests.learners import random_qwen2
@@ -262,7 +265,7 @@ def test_dpo_on_two_ranks_equals_one_invariant(world, unbroken):
 
 
 def test_mix_file_adds_rows_by_ratio(world):
-    from rftt.run.data import load_tokenizer
+    from rftt.engines.chat import load_tokenizer
     from train_sft import read_rows
 
     write_jsonl(world / "rows.jsonl", [{"question": f"{i}", "response": "a"} for i in range(10)])

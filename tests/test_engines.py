@@ -13,11 +13,11 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from rftt.engines import build_engine
-from rftt.engines.base import Engine, checksum
+from rftt.engines.base import Engine, Sampling, checksum
 from rftt.engines.loop import StepLoop
 from rftt.engines.slots import pick
 from rftt.run.config import SearchConfig
-from rftt.types import Completion, Sampling, UserError
+from rftt.types import Completion, UserError
 from tests.learners import random_qwen2
 
 N_TOKENS = 61

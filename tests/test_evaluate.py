@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from evaluate import steps_of, summarise, table
+from evaluate import processed, steps_of, summarise, table
 from rftt.graders.prm import Unscored
-from rftt.samplers import learned_tree, processed, sample, tree_rollouts
+from rftt.rollout import learned_tree, sample, tree_rollouts
 from rftt.types import Problem
 from tests.test_expand import CLOSE, PROBLEM, learned, segment
 

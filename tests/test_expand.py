@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 
-from rftt.engines import engine_chat
 from rftt.engines.base import Counters
+from rftt.engines.chat import engine_chat
 from rftt.mcts import Tree
-from rftt.rollout import Learned, Prompted, cut, expand_learned, expand_prompted
+from rftt.prompted import Prompted, expand_prompted
+from rftt.rollout import Learned, cut, expand_learned, learned_tree, sample, tree_rollouts
 from rftt.run.cli import load_config
 from rftt.run.fields import Acts
-from rftt.samplers import learned_tree, sample, tree_rollouts
 from rftt.tokens import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
 from rftt.types import Completion, Problem, Step, UserError
 

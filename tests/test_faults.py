@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 
-from rftt.run.data import read_jsonl, write_jsonl
+from rftt.run.files import read_jsonl, write_jsonl
 from tests.conftest import ENV, ROOT
 from tests.small_world import make_world, settings
 

@@ -4,19 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rftt.curate import follows_grammar, leaks, mentions, repeats
 from rftt.run.cli import load_config, load_function
 from rftt.run.config import SearchConfig
-from rftt.run.filters import (
-    FILTERS,
-    follows_grammar,
-    leaks,
-    mentions,
-    ngrams,
-    repeats,
-    script_ratio,
-    select,
-    similarity,
-)
+from rftt.run.filters import FILTERS, ngrams, script_ratio, select, similarity
 from rftt.types import UserError
 
 NEEDED = {"output_dir": "o", "model_name_or_path": "m", "train_file": "t"}

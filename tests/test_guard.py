@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rftt import rl
 from rftt.batch import Batch, collate_rows
+from rftt.learner import offline
 from rftt.learner.fsdp import World, close_world, full_weights, open_world, shard
 from rftt.learner.guard import LIMIT, Guard
-from rftt.learner.model import prepare, token_logprobs
+from rftt.learner.logprobs import token_logprobs
+from rftt.learner.model import prepare
 from rftt.learner.optim import build_optimizer
 from rftt.run.config import SFTConfig
 from rftt.types import UserError
@@ -59,7 +60,7 @@ def trainer(world: World, folder: Path) -> tuple[Callable[[Batch, str], None], G
         if bad == "loss" and LENGTHS[2] in micro.lengths:
             values = values * math.inf
         weights = torch.ones_like(values) if micro.advantages is None else micro.advantages
-        return rl.sft_loss(values * weights, micro.action_mask)
+        return offline.sft_loss(values * weights, micro.action_mask)
 
     def step(batch: Batch, bad: str) -> None:
         before = {name: weight.clone() for name, weight in full_weights(model)}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rftt.run.cli import load_config
 from rftt.run.config import SFTConfig
-from rftt.run.data import read_jsonl, write_jsonl
+from rftt.run.files import read_jsonl, write_jsonl
 from rftt.run.schedule import MAX_VALUE, value_at
 from rftt.types import UserError
 from tools.self_improve import LoopConfig, arguments, best_of, check_steps, iterate, table
@@ -251,7 +251,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is often right about which of two digits is larger, and problems for it."""
     import torch
 
-    from rftt.run.data import question_messages
+    from rftt.prompts import question_messages
     from tools.tiny_world import Pair, TinyConfig, build_tokenizer, train_model
 
     out, rng = tmp_path_factory.mktemp("loop"), Random(0)

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from rftt.mcts import Choice, Tree, grow
-from rftt.samplers import tree_record
+from rftt.run.stats import tree_record
 from rftt.tokens import ACTS, successors
 from rftt.types import Problem, Step
 from tools.page import filled

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rftt.engines.chat import eos_id
 from rftt.graders import prm as prm_module
 from rftt.graders.prm import (
     CHECK,
@@ -42,8 +43,8 @@ from rftt.graders.prm import (
 from rftt.graders.prm_local import LocalPRM, label_ids
 from rftt.run.cli import load_config
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig
-from rftt.run.data import eos_id, write_json, write_jsonl
 from rftt.run.fields import ServeConfig
+from rftt.run.files import write_json, write_jsonl
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import UserError
 from tests.conftest import ROOT, run

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rftt import rl
+from rftt.learner import offline
+from rftt.learner.model import critic_metrics
 
 Case = tuple[Tensor, Tensor, Tensor, tuple[int, ...]]
 
@@ -225,17 +227,17 @@ def test_critic_metrics_match_their_oracle() -> None:
     values, returns = torch.randn(2, 30)
     mask = torch.rand(30) < 0.8
     expected = 1 - (returns - values)[mask].var() / returns[mask].var()
-    found = rl.critic_metrics(values, returns, mask, lambda t: t)
+    found = critic_metrics(values, returns, mask, lambda t: t)
     assert found == {"explained_variance": pytest.approx(expected.item(), rel=1e-4)}
-    equal = rl.critic_metrics(values, torch.ones(30), mask, lambda t: t)
+    equal = critic_metrics(values, torch.ones(30), mask, lambda t: t)
     assert equal == {"explained_variance": 0.0}
-    assert rl.critic_metrics(None, None, mask, lambda t: t) == {}
+    assert critic_metrics(None, None, mask, lambda t: t) == {}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_dpo_loss_matches_its_oracle(smoothing: float) -> None:
     chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5)
-    loss, metrics = rl.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, smoothing)
+    loss, metrics = offline.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.3, smoothing)
     total, right = 0.0, 0
     for w, x, ref_w, ref_x in zip(
         *(pair.tolist() for pair in (chosen, rejected, ref_chosen, ref_rejected)), strict=True
@@ -250,7 +252,7 @@ def test_dpo_loss_matches_its_oracle(smoothing: float) -> None:
 
 def test_sft_loss_and_document_sums_match_their_oracle() -> None:
     logprobs, mask = torch.arange(6.0), torch.tensor([0, 1, 0, 0, 1, 1], dtype=torch.bool)
-    assert rl.sft_loss(logprobs, mask).item() == -(1 + 4 + 5)
+    assert offline.sft_loss(logprobs, mask).item() == -(1 + 4 + 5)
     close(rl.document_sums(logprobs, mask, (3, 3)), [1.0, 9.0])
 
 

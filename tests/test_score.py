@@ -11,13 +11,16 @@ import pytest
 from conftest import run
 
 import search
-from rftt.curate import curate_responses, step_texts
-from rftt.rollout import Prompted
+from rftt.engines.base import Reply
+from rftt.engines.chat import load_tokenizer
+from rftt.prompted import Prompted
 from rftt.run.cli import load_config
 from rftt.run.config import SearchConfig
-from rftt.run.data import load_rows, load_tokenizer, write_jsonl
+from rftt.run.data import load_rows
+from rftt.run.files import write_jsonl
+from rftt.run.rejection import curate_responses, step_texts
 from rftt.tokens import add_function_tokens
-from rftt.types import Problem, Reply, UserError
+from rftt.types import Problem, UserError
 from tools.tiny_world import build_tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rftt.run.data import Journal, gather_parts, part_of, read_jsonl, write_jsonl
+from rftt.run.files import Journal, gather_parts, part_of, read_jsonl, write_jsonl
 from rftt.tokens import add_function_tokens
 from tests.conftest import run
 from tests.learners import random_qwen2

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rftt.batch import collate_rows
+from rftt.learner.fsdp import Totals, deal, equal_count, per_token
 from rftt.rl import document_sums, gae, sequence_weights, whiten
 from rftt.run.config import RLConfig
-from rftt.update import Totals, deal, equal_count, per_token, weigh
+from rftt.update import weigh
 
 
 @dataclass

@@ -10,19 +10,12 @@ from random import Random
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rftt.curate import leaks
+from rftt.engines.chat import encode_chat
 from rftt.graders.math import grade
-from rftt.run.data import encode_chat, load_problems, question_messages
-from rftt.run.filters import leaks
-from rftt.tokens import (
-    ACTS,
-    OPENERS,
-    add_function_tokens,
-    ask,
-    ask_verify,
-    clip_reply,
-    function_ids,
-    successors,
-)
+from rftt.prompts import ask, ask_verify, clip_reply, question_messages
+from rftt.run.data import load_problems
+from rftt.tokens import ACTS, OPENERS, add_function_tokens, function_ids, successors
 from rftt.types import UserError
 from tools import tiny_world as tiny
 

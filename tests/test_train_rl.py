@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from rftt.batch import collate
+from rftt.learner.fsdp import Totals, deal, equal_count
 from rftt.learner.model import Critic, prepare
+from rftt.learner.prefix_tree import n_saved, tree_microbatches
 from rftt.run.config import RLConfig
 from rftt.types import Problem, Rollout
-from rftt.update import Totals, deal, equal_count, score_tokens
+from rftt.update import score_tokens
 from tests.learners import VOCABULARY, tiny_model
 from tests.test_step import Ranks
 from train_rl import estimate_advantages, rl_loss
@@ -105,12 +107,12 @@ def test_a_problem_stays_in_one_microbatch_where_it_fits() -> None:
     order = deal([1] * len(rollouts), 1, seed=0, world=Ranks())[0]
     batch = whole.select(order)
     for budget in (60, 64, 90):
-        problems = [{order[i] // 5 for i in part} for part in batch.microbatches(budget)]
+        problems = [{order[i] // 5 for i in part} for part in tree_microbatches(batch, budget)]
         assert sum(map(len, problems)) == 3  # each problem is in one of them
-    small = batch.microbatches(30)
+    small = tree_microbatches(batch, 30)
     assert sorted(i for part in small for i in part) == list(range(len(rollouts)))
     assert len(small) > 3
-    assert whole.n_saved() == sum(whole.lengths) - len(set(prefixes(rollouts)))
+    assert n_saved(whole) == sum(whole.lengths) - len(set(prefixes(rollouts)))
 
 
 def prefixes(rollouts: list[Rollout]) -> list[tuple[int, ...]]:
@@ -134,4 +136,4 @@ def test_groups_stay_on_one_rank_but_for_one_cut_per_rank(size: int) -> None:
 
 def test_a_batch_without_documents_has_no_tree() -> None:
     batch = collate(tree_of_rollouts(mask_forced=False), tree=True).select([])
-    assert batch.microbatches(10) == []
+    assert tree_microbatches(batch, 10) == []

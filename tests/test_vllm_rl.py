@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rftt.run.data import write_jsonl
+from rftt.run.files import write_jsonl
 from rftt.tokens import add_function_tokens
 from rftt.types import UserError
 from tests.conftest import run

@@ -22,7 +22,8 @@ from rftt.learner.fsdp import (
     open_world,
     shard,
 )
-from rftt.learner.model import Critic, prepare, token_logprobs, token_values
+from rftt.learner.logprobs import token_logprobs, token_values
+from rftt.learner.model import Critic, prepare
 from rftt.learner.optim import build_optimizer, lr_at, set_lr
 from rftt.run.config import Training
 from tests.learners import VOCABULARY, random_batch, tiny_model, word_tokenizer

@@ -23,18 +23,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.engines.chat import encode_chat, eos_id, load_tokenizer
 from rftt.graders.math import grade
+from rftt.prompts import question_messages
 from rftt.run.cli import cli, given, is_required
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
-from rftt.run.data import (
-    encode_chat,
-    eos_id,
-    load_problems,
-    load_tokenizer,
-    question_messages,
-    read_jsonl,
-    write_json,
-)
+from rftt.run.data import load_problems
+from rftt.run.files import read_jsonl, write_json
 from rftt.run.log import say
 from rftt.tokens import function_ids
 from rftt.types import UserError
@@ -146,7 +141,7 @@ def process_rewards(cfg: SearchConfig | RLConfig | EvalConfig) -> Finding:
 def memory(cfg: Config) -> Finding:
     import torch
 
-    from rftt.learner.model import CHUNK_LOGITS, KEPT_LOGITS
+    from rftt.learner.logprobs import CHUNK_LOGITS, KEPT_LOGITS
 
     gpu = torch.cuda.is_available() and cfg.device != "cpu"
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

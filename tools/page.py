@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from rftt.run.data import Row
+from rftt.run.files import Row
 from rftt.tokens import ACTS
 from tools.run_folder import CURVES, Run
 

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.run.cli import cli
-from rftt.run.data import read_jsonl, write_json
+from rftt.run.files import read_jsonl, write_json
 from rftt.types import UserError
 
 Labelled = tuple[str, list[str], list[float | None]]
@@ -112,8 +112,8 @@ def main(cfg: PRMTrainConfig) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModel
 
+    from rftt.engines.chat import load_tokenizer
     from rftt.graders.prm_local import LAYOUTS, Writer
-    from rftt.run.data import load_tokenizer
 
     torch.manual_seed(cfg.seed)
     problems = label_trees(Path(cfg.search_dir))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.run.data import Row
+from rftt.run.files import Row
 from rftt.run.log import number, say
 from rftt.tokens import ACTS
 from rftt.types import UserError

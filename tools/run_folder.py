@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rftt.run.data import Row
+from rftt.run.files import Row
 from rftt.types import UserError
 
 Panel = tuple[str, str, tuple[str, ...]]

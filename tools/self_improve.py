@@ -26,7 +26,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.run.cli import check_same_run, cli, load_config
 from rftt.run.config import EvalConfig, SearchConfig, SFTConfig
-from rftt.run.data import Journal, read_jsonl, write_json
+from rftt.run.files import Journal, read_jsonl, write_json
 from rftt.run.schedule import value_at
 from rftt.run.stats import mean_ci, paired_bootstrap
 from rftt.types import UserError

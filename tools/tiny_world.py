@@ -22,9 +22,11 @@ from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.engines.chat import encode_chat
+from rftt.prompts import Messages, ask, ask_refine, ask_verify, question_messages
 from rftt.run.cli import cli
-from rftt.run.data import encode_chat, question_messages, write_jsonl
-from rftt.tokens import ACTS, Messages, ask, ask_refine, ask_verify, description_of, successors
+from rftt.run.files import write_jsonl
+from rftt.tokens import ACTS, description_of, successors
 from rftt.types import UserError
 
 if TYPE_CHECKING:

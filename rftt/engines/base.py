@@ -6,11 +6,12 @@ once; batching happens inside the engine and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from rftt.types import Completion, Sampling, UserError
+from rftt.types import Completion, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,48 @@ if TYPE_CHECKING:
     from rftt.run.config import EvalConfig, RLConfig, SearchConfig
 
     EngineConfig = SearchConfig | RLConfig | EvalConfig
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is sampled. RL keeps top_p = 1: its log-probs must be the policy's own."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    """0 is greedy; log-probs are then those of temperature 1."""
+    top_p: float = 1.0
+    seed: int = 0
+    """Makes the request's tokens independent of the batch it happens to share (`seed_for`)."""
+    stop_ids: tuple[int, ...] = ()
+    """Generation ends with the first of these; it stays in `token_ids`."""
+    banned_ids: tuple[int, ...] = ()
+    """Never sampled; log-probs are those of what is left."""
+    watch_ids: tuple[int, ...] = ()
+    """Ids (the openers) whose log-probs are wanted wherever a segment may begin."""
+    watch_after: tuple[int, ...] = ()
+    """A segment may begin at position 0 and after each of these ids (the closers)."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an instruct model says in phase 1: text, from an engine or from an API."""
+
+    text: str
+    whole: bool
+    """False: cut off by max_tokens."""
+    n_prompt: int = 0
+    n_generated: int = 0
+    cost: float = 0.0
+    """In the currency of the API's prices."""
+    logprob: float | None = None
+    """log π of the whole text as it was sampled; None from an API."""
+
+    @property
+    def tokens(self) -> int:
+        return self.n_prompt + self.n_generated
 
 
 @dataclass
@@ -86,3 +129,24 @@ def checksum(tensor: Tensor) -> float:
     import torch  # the contract itself does without
 
     return torch.linalg.vector_norm(tensor.detach(), 1, dtype=torch.float64).item()
+
+
+async def for_each(
+    items: Sequence[T], work: Callable[[T], Awaitable[R]], *, in_flight: int
+) -> list[R]:
+    """Await `work` on every item, at most `in_flight` at once; results keep the order of the items.
+
+    The first failure cancels the others and is raised as it is.
+    """
+    gate = asyncio.Semaphore(in_flight)
+
+    async def guarded(item: T) -> R:
+        async with gate:
+            return await work(item)
+
+    tasks = [asyncio.create_task(guarded(item)) for item in items]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

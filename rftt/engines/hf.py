@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rftt.engines.base import Counters, check_request, checksum
+from rftt.engines.base import Counters, Sampling, check_request, checksum
 from rftt.engines.loop import StepLoop
 from rftt.engines.slots import Slots, load_model
-from rftt.types import Completion, Sampling, UserError
+from rftt.types import Completion, UserError
 
 if TYPE_CHECKING:
     from rftt.engines.base import EngineConfig

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx2
 
-from rftt.run.data import Journal
-from rftt.tokens import Messages
-from rftt.types import Reply, Sampling, UserError
+from rftt.engines.base import Reply, Sampling
+from rftt.prompts import Messages
+from rftt.run.files import Journal
+from rftt.types import UserError
 
 if TYPE_CHECKING:
     from rftt.run.fields import Api

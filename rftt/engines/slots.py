@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from rftt.types import Sampling, UserError
+from rftt.engines.base import Sampling
+from rftt.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rftt.engines.base import Counters, check_request, checksum
+from rftt.engines.base import Counters, Sampling, check_request, checksum
 from rftt.engines.loop import StepLoop
-from rftt.types import Completion, Sampling, UserError
+from rftt.types import Completion, UserError
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

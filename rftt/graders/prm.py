@@ -23,7 +23,7 @@ from statistics import fmean
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from rftt.run.data import decode
+from rftt.engines.chat import decode
 from rftt.types import UserError
 
 if TYPE_CHECKING:

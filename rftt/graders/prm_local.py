@@ -33,9 +33,9 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM
 
+from rftt.engines.chat import load_tokenizer
 from rftt.engines.loop import StepLoop
 from rftt.graders.prm import TAG, Unscored, checked
-from rftt.run.data import load_tokenizer
 from rftt.types import UserError
 
 if TYPE_CHECKING:

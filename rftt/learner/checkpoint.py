@@ -43,7 +43,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt.learner.fsdp import TIMEOUT, World, full_weights, own_tensors
-from rftt.run.data import write_json
+from rftt.run.files import write_json
 from rftt.types import UserError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from itertools import accumulate
+from random import Random
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +31,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from rftt.run.data import Journal, gather_parts, part_of
+from rftt.batch import Batch, empty_like
+from rftt.learner.prefix_tree import tree_microbatches
 from rftt.types import UserError
 
 TIMEOUT = timedelta(hours=4)
@@ -120,16 +123,6 @@ def joined(device: str) -> Iterator[World]:
         close_world(world, wait=False)
 
 
-def open_part(path: Path, world: World) -> tuple[Journal, set[str]]:
-    """This rank's part of a journal, and the ids that any rank has done before. Collective."""
-    if world.is_main:
-        gather_parts(path)
-    world.barrier()
-    done = {row["id"] for row in Journal(path).rows}
-    world.barrier()
-    return Journal(part_of(path, world.rank)), done
-
-
 def shard(
     model: nn.Module,
     world: World,
@@ -185,3 +178,86 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients to at most `max_norm`; returns their norm before, over all ranks."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+# ---- Work and figures shared among ranks ----
+
+
+def deal(
+    sizes: Sequence[int],
+    n_minibatches: int,
+    seed: int,
+    world: World,
+    groups: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """This rank's share of each minibatch of a shuffled batch, long and short ones evenly.
+
+    With `groups` (tree packing) those of one group stay on one rank, but for one cut per rank. The
+    minibatches themselves depend on neither, nor on the number of ranks: they are what is learnt.
+    """
+    order = list(range(len(sizes)))
+    Random(seed).shuffle(order)
+    minibatches = [order[i::n_minibatches] for i in range(n_minibatches)]
+    if groups is not None:
+        return [_run(sorted(m, key=groups.__getitem__), sizes, world) for m in minibatches]
+    return [
+        sorted(minibatch, key=lambda i: (-sizes[i], i))[world.rank :: world.size]
+        for minibatch in minibatches
+    ]
+
+
+def _run(order: list[int], sizes: Sequence[int], world: World) -> list[int]:
+    """This rank's run of `order`: neighbours stay together, and sizes add up to about as much."""
+    ends = list(accumulate(sizes[i] for i in order))
+    middles = [(end - sizes[i] / 2) / ends[-1] for i, end in zip(order, ends, strict=True)]
+    share = [int(middle * world.size) for middle in middles]
+    return [i for i, rank in zip(order, share, strict=True) if rank == world.rank]
+
+
+class Totals:
+    """Sums (maxima, for keys that end in _max) of metrics over microbatches, then over ranks."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, Tensor | float] = defaultdict(float)
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        for key, value in metrics.items():
+            value = value.detach().float() if isinstance(value, Tensor) else value
+            old = self._values[key]
+            self._values[key] = max(old, value) if key.endswith("_max") else old + value
+
+    def reduce(self, world: World, per: float) -> dict[str, float]:
+        """Over all ranks; sums are divided by `per`, the global count of action tokens (or 1)."""
+        return {
+            key: float(world.max(float(value)))
+            if key.endswith("_max")
+            else float(world.sum(float(value))) / max(per, 1.0)
+            for key, value in sorted(self._values.items())
+        }
+
+
+def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
+    """Microbatches as document indices; [] stands for an empty one, or FSDP's collectives hang."""
+    groups = (tree_microbatches if batch.tree else Batch.microbatches)(batch, max_tokens)
+    return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
+
+
+def per_token(
+    function: Callable[[Batch], Tensor], batch: Batch, max_tokens: int, world: World
+) -> Tensor:
+    """(T,) `function` of every microbatch, without gradients, put back in the batch's order."""
+    result = torch.zeros_like(batch.rewards)
+    with torch.no_grad():
+        for group in equal_count(batch, max_tokens, world):
+            if group:
+                result[batch.token_index(group)] = function(batch.select(group)).to(result.dtype)
+            else:
+                function(empty_like(batch))
+    return result
+
+
+def agreed(checksums: list[float]) -> float:
+    """Checksum of the weights in every rank's engine, which must be one."""
+    if not max(checksums) - min(checksums) <= 1e-9 * max(checksums):  # NaN differs, too
+        raise UserError(f"the ranks' engines hold different weights: checksums {checksums}.")
+    return checksums[0]

@@ -1,6 +1,6 @@
 """Updates whose loss or gradient is not finite: who did it, what it looked like, when to give up.
 
-The update itself is skipped in step.py, on all ranks. Here the sample is named, its minibatch is
+The update itself is skipped in update.py, on all ranks. Here the sample is named, its minibatch is
 written to debug/ as JSON, and the run is stopped when it happens again and again.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rftt.batch import Batch, empty_like
 from rftt.learner.fsdp import World, clip_gradients
-from rftt.run.data import write_json
+from rftt.run.files import write_json
 from rftt.types import UserError
 
 LIMIT = 3

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from rftt.batch import Batch, collate_rows
-from rftt.learner.fsdp import World, full_weights
-from rftt.rl import Metrics, document_sums, dpo_loss, sft_loss
+from rftt.learner.fsdp import World, full_weights, per_token
+from rftt.rl import Metrics, document_sums
 from rftt.run.config import SFTConfig
-from rftt.run.data import Example, Journal
-from rftt.update import per_token
+from rftt.run.data import Example
+from rftt.run.files import Journal
 
 Sums = tuple[float, ...]
 """log π_ref of each response of an example."""
@@ -51,6 +52,32 @@ def offline_loss(logprobs: Tensor, batch: Batch, cfg: SFTConfig) -> tuple[Tensor
         beta=cfg.dpo_beta,
         label_smoothing=cfg.label_smoothing,
     )
+
+
+def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy summed over the action tokens."""
+    return -torch.where(mask, logprobs, 0.0).sum()
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Metrics]:
+    """DPO over (pairs,) sequence log-probs, summed over pairs (Rafailov 2023; smoothing: cDPO)."""
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    margin = chosen - rejected
+    loss = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+    metrics = {
+        "dpo_accuracy": (margin > 0).sum(),
+        "dpo_margin": margin.detach().sum(),
+        "dpo_chosen_reward": chosen.detach().sum(),
+        "dpo_rejected_reward": rejected.detach().sum(),
+    }
+    return loss.sum(), metrics
 
 
 def sums_of_pairs(x: Tensor, batch: Batch) -> Tensor:

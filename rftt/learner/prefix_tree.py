@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
+
+from rftt.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,33 @@ def forest_of(input_ids: Tensor, lengths: Sequence[int], starts: Tensor) -> Fore
     return Forest(
         node.to(device), torch.cat(tokens).to(device), new, shared, torch.cat(paths).to(device)
     )
+
+
+# ---- Batches whose shared prefixes go through the model once ----
+
+
+def tree_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
+    """Neighbours in prefix order together, a problem cut in two only where it must be.
+
+    A shared token counts once.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    problem = batch.document if batch.group is None else batch.group
+    problems = problem[batch.starts[:-1].to(problem.device)].tolist()
+    in_order = zip(*prefix_order(batch.input_ids, batch.lengths), strict=True)
+    for _, run in groupby(in_order, key=lambda item: problems[item[0]]):
+        paths = [(document, batch.lengths[document] - shared) for document, shared in run]
+        fits = sum(new for _, new in paths) <= room
+        for document, new in paths:
+            if not fits or new > room:
+                groups.append([])
+                room, new, fits = max_tokens, batch.lengths[document], True
+            groups[-1].append(document)
+            room -= new
+    return groups
+
+
+def n_saved(batch: Batch) -> int:
+    """Tokens that tree packing does not compute again."""
+    return sum(prefix_order(batch.input_ids, batch.lengths)[1]) if batch.tree else 0

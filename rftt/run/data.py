@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from glob import escape
-from itertools import chain
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from statistics import fmean
+from typing import TYPE_CHECKING, cast
 
+from rftt.engines.chat import encode_chat, eos_id
 from rftt.graders.math import parse_gold
-from rftt.tokens import ALIASES, FUNCTIONS, FunctionIds, Messages, function_ids, render
+from rftt.prompts import question_messages
+from rftt.run.cli import load_function
+from rftt.run.files import Row, read_jsonl, write_json, write_jsonl
+from rftt.run.log import RunLog
+from rftt.run.rejection import RESPONSES, curate_responses
+from rftt.tokens import ALIASES, FUNCTIONS, FunctionIds, function_ids, render
 from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
+    from rftt.run.config import RLConfig, SearchConfig, SFTConfig
+
 
 SYNONYMS = {
     "question": ("problem", "question", "prompt", "query"),
@@ -28,101 +34,6 @@ SYNONYMS = {
     "id": ("id", "unique_id", "idx"),
 }
 """Names under which public data sets keep a field; the first that a row has is taken."""
-
-
-# ---- Files ----
-
-
-def read_jsonl(path: str | Path) -> list[tuple[int, Row]]:
-    """(line number, row) for each line. Raises UserError on a missing, empty or broken file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist.")
-    rows: list[tuple[int, Row]] = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not JSON ({error.msg}).") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} holds a {type(row).__name__}, not an object.")
-            rows.append((number, row))
-    if not rows:
-        raise UserError(f"{path} has 0 rows; look at what should have written it.")
-    return rows
-
-
-def write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Write all lines or none: a temporary file takes the name only when it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
-    write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """One readable value."""
-    write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1)])
-
-
-class Journal:
-    """An append-only JSONL of finished work: a killed job reopens it and does only the rest.
-
-    One line per unit, flushed before the next is begun; a last line cut off by a kill is dropped.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.read_bytes() if self.path.exists() else b""
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if kept != whole:
-            os.truncate(self.path, len(kept))
-        self.rows: list[Row] = [json.loads(line) for line in kept.splitlines()]
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
-
-    def append(self, row: Row) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
-        self.rows.append(row)
-
-    def close(self) -> None:
-        """What was appended is on the disk then, whatever happens to the machine."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-
-def part_of(path: Path, rank: int) -> Path:
-    """The journal of one rank among several; rank 0 writes the whole one."""
-    return path.with_suffix(f".rank{rank}{path.suffix}") if rank else path
-
-
-def gather_parts(path: Path) -> Journal:
-    """The journal of rank 0, closed, with the rows of all others, whose files are then gone."""
-    whole = Journal(path)
-    known = {row["id"] for row in whole.rows}
-    names = sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}"))
-    parts = [Journal(name) for name in names]
-    for row in chain.from_iterable(part.rows for part in parts):
-        if row["id"] not in known:  # killed before all parts are gone, it would come again
-            whole.append(row)
-    for journal in (whole, *parts):
-        journal.close()
-    for name in names:
-        name.unlink()
-    return whole
 
 
 # ---- Problems ----
@@ -202,59 +113,15 @@ def _field(row: Row, name: str, key: str | None = None) -> str | None:
     return None if value is None else str(value)
 
 
-# ---- Prompts ----
-
-
-def load_tokenizer(
-    path: str, *, trust_remote_code: bool = False, chat: bool = True
-) -> PreTrainedTokenizerBase:
-    """Raises UserError where there is none, or where `chat` needs a template that it lacks."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model_name_or_path {path} is neither a folder with a tokenizer nor a hub model that "
-            f"can be reached ({str(error).splitlines()[0]})."
-        ) from error
-    if chat and tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {path} has no chat template; use an instruct model.")
-    return tokenizer
-
-
-def question_messages(question: str, system_prompt: str | None = None) -> Messages:
-    """The conversation that SFT, RL and evaluation share: a system prompt if set, the question."""
-    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    return [*system, {"role": "user", "content": question}]
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Prompt ids up to where the reply begins: the one way from messages to ids.
-
-    Raises UserError where the template doubles the BOS token.
-    """
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    bos = tokenizer.bos_token_id
-    if bos is not None and list(ids[:2]) == [bos, bos]:
-        raise UserError(
-            f"prompt starts with two BOS tokens; the chat template of {tokenizer.name_or_path} "
-            "already adds one: take the other out of it, or out of system_prompt."
-        )
-    return cast(list[int], list(ids))
-
-
-def decode(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False
-) -> str:
-    """The text of `ids`; functional tokens are not special and stay."""
-    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=skip_special))
-
-
-def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if not isinstance(tokenizer.eos_token_id, int):
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no single EOS token.")
-    return tokenizer.eos_token_id
+def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
+    """To explore, and to evaluate on. A reward_function that is not there fails here, too."""
+    keys = (cfg.prompt_key, cfg.answer_key)
+    problems = load_problems(cfg.train_file, keys=keys)
+    eval_file = cfg.eval_file or cfg.train_file
+    eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
+    if cfg.reward_function is not None:
+        load_function("reward_function", cfg.reward_function)
+    return problems, eval_problems
 
 
 # ---- Training rows ----
@@ -359,3 +226,80 @@ def shuffled_epochs(n: int, seed: int) -> Iterator[int]:
         Random(f"{seed}-{epoch}").shuffle(order)
         yield from order
         epoch += 1
+
+
+def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], int]:
+    """Training rows, rows for the evaluation loss, and how many were too long."""
+
+    def read(path: str) -> tuple[list[Example], int]:
+        return load_rows(
+            path,
+            tokenizer,
+            pairs=cfg.loss == "dpo",
+            system_prompt=cfg.system_prompt,
+            mask_wrong=cfg.mask_wrong,
+            functional=cfg.functional_tokens,
+            max_length=cfg.max_length,
+            prompt_key=cfg.prompt_key,
+        )
+
+    def drawn(n_rows: int, n: float, seed: int) -> list[int]:
+        return list(islice(shuffled_epochs(n_rows, seed), int(n)))
+
+    rows, too_long = read(cfg.train_file)
+    if cfg.eval_file:
+        held_out = read(cfg.eval_file)[0]
+    else:
+        chosen = set(drawn(len(rows), len(rows) * cfg.eval_ratio, cfg.seed + 1))
+        held_out = [rows[i] for i in sorted(chosen)]
+        rows = [row for i, row in enumerate(rows) if i not in chosen]
+    if cfg.mix_file:
+        more, more_too_long = read(cfg.mix_file)
+        rows = rows + [more[i] for i in drawn(len(more), len(rows) * cfg.mix_ratio, cfg.seed + 2)]
+        too_long += more_too_long
+    return rows, held_out, too_long
+
+
+# ---- From a search to files that train ----
+
+
+def write_data(
+    cfg: SearchConfig, log: RunLog, raw: Sequence[Row], n_tokens: Callable[[str], int] | None = None
+) -> None:
+    """data/sft.jsonl and data/dpo.jsonl in the order of `raw`, and stats.json with every count."""
+    out, counts, rows = Path(cfg.output_dir), Counter[str](), []
+    if cfg.method in RESPONSES:
+        raw = [row | curate_responses(row, cfg) for row in raw]
+    for row in raw:
+        counts.update(row["counts"])
+        for made in row["rows"]:
+            if n_tokens and max(map(n_tokens, texts_of(made))) > cfg.max_row_tokens:
+                counts["row_too_long"] += 1
+            else:
+                rows.append(made)
+    pairs = [row for row in rows if row["kind"] == "pair"]
+    rows = [row for row in rows if row["kind"] != "pair"]
+    write_jsonl(out / "data" / "sft.jsonl", rows)
+    write_jsonl(out / "data" / "dpo.jsonl", pairs)
+    generated = sum(row["generated_tokens"] for row in raw)
+    stats = {
+        "problems": len(raw),
+        "responses": sum(len(row.get("responses", [])) for row in raw),
+        "rows": len(rows),
+        "pairs": len(pairs),
+        "solved": fmean(row["solved"] for row in raw),
+        "generated_tokens": generated,
+        "tokens_per_row": generated / max(1, len(rows)),
+        "counts": dict(counts),
+    }
+    write_json(out / "stats.json", stats)
+    log.info(
+        f"{cfg.method}: {len(rows)} rows, {len(pairs)} pairs from {len(raw)} problems, "
+        f"{stats['tokens_per_row']:,.0f} generated tokens per row: {dict(+counts)}"
+    )
+
+
+def texts_of(row: Row) -> list[str]:
+    """The text of each response in a row of a tree."""
+    found = (row[key] for key in ("steps", "chosen", "rejected") if key in row)
+    return ["".join(step["text"] for step in steps) for steps in found]

@@ -111,7 +111,7 @@ class Api:
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
-    """What becomes of sampled responses (search/filters.py); may change without sampling again."""
+    """What becomes of sampled responses (run/filters.py); may change without sampling again."""
 
     easy_query_threshold: float = 1.0
     """Problems of which a larger share of the responses is right are left out (ms-swift's name)."""

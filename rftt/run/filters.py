@@ -1,4 +1,4 @@
-"""What keeps a path or a response out of the training set: small pure functions with names.
+"""What keeps a response out of the training set: small pure functions with names.
 
 `FILTERS` is the one table for responses: each function sees those of one problem that its
 predecessors left, best first, and says which stay; `select` counts what goes under the function's
@@ -10,51 +10,19 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import cast
 
+from rftt.curate import repeats
 from rftt.run.cli import load_function
 from rftt.run.config import SearchConfig
-from rftt.run.data import Row
-from rftt.tokens import sentences, successors
+from rftt.run.files import Row
 from rftt.types import UserError
 
 Filter = Callable[[Sequence[Row], SearchConfig], list[bool]]
 """A row is a scored response: text, steps (their texts), tokens, finish, correct, score (PRM) or
 None, refused (why the PRM would not score it) or None."""
-
-
-# ---- Of a text ----
-
-
-def repeats(texts: Iterable[str]) -> int:
-    """How often the most frequent sentence occurs in all `texts` together."""
-    counts = Counter(s.strip().lower() for text in texts for s in sentences(text))
-    return max(counts.values(), default=0)
-
-
-def follows_grammar(acts: Sequence[str]) -> bool:
-    """Whether the policy of phase 2 may speak these acts in this order.
-
-    Phase 1 may begin with a direct answer, phase 2 may not: such paths would teach what the tree
-    over functional tokens then never explores.
-    """
-    return all(
-        act in successors(before, "learned")
-        for before, act in zip([None, *acts], acts, strict=False)
-    )
-
-
-def mentions(text: str, answer: str) -> bool:
-    """Whether `answer` stands in `text` by itself: 7 is not mentioned by 17 or 7.5."""
-    pattern = rf"(?<![\w.]){re.escape(answer.strip())}(?![\w]|\.\d)"
-    return re.search(pattern, text) is not None
-
-
-def leaks(check: str, answer: str, known: str) -> bool:
-    """Whether a check gives the gold answer away, which `known` (what precedes it) does not."""
-    return mentions(check, answer) and not mentions(known, answer)
 
 
 NOT_PROSE = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?[a-z_]+>", re.DOTALL)

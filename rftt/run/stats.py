@@ -1,4 +1,4 @@
-"""The numbers that evaluation prints: pass@k, majority answers, bootstrap intervals. No torch here.
+"""Numbers of evaluations and runs, and rollouts and trees as records for readers. No torch here.
 
 Intervals resample *problems*, the unit that a test set samples from; answers to one problem are not
 independent. Every resample is drawn from a seed, so that a table can be printed again.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from math import comb
+from dataclasses import asdict
+from math import comb, exp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rftt.engines.chat import decode
+from rftt.mcts import Node, Tree
 from rftt.tokens import ACTS
-from rftt.types import Rollout
+from rftt.types import Problem, Rollout, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,3 +131,34 @@ def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
         "step_rewards": rollout.step_rewards,
         "finish": rollout.finish,
     }
+
+
+def tree_record(
+    tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Any]:
+    """The tree as JSON: what a reader, a picture or a test wants to know of each node."""
+
+    def prior(node: Node) -> float | None:
+        """π(act | parent); None where nobody knows it (phase 1)."""
+        known = tree.priors(node.parent) if node.parent else {}
+        return exp(known[node.act]) if node.act in known else None
+
+    def text(step: Step) -> str:
+        return decode(tokenizer, step.token_ids) if tokenizer else step.text
+
+    nodes = [
+        {
+            "id": node.id,
+            "parent": node.parent.id if node.parent else None,
+            "act": node.act,
+            "text": text(node.step) if node.step else "",
+            "visits": node.visits,
+            "q": node.q,
+            "prior": prior(node),
+            "score": node.step.score if node.step else None,
+            "answer": node.step.answer if node.step else None,
+            "terminal": node.terminal,
+        }
+        for node in tree.nodes
+    ]
+    return {"problem": asdict(problem), "nodes": nodes}

@@ -1,0 +1,205 @@
+"""Log-probs, entropies and values of packed batches, in chunks of the vocabulary.
+
+Log-probs come from hidden states in chunks over ACTION positions with a hand-written backward:
+[tokens, vocabulary] never exists whole. Temperature is divided here and nowhere else in the
+trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rftt.batch import Batch
+from rftt.learner.attention import Layout, layout_of
+from rftt.learner.prefix_tree import forest_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rftt.learner.model import Critic
+
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
+"""Float32 logits at one time: on a CPU 8 MB, which stay in its caches; on a GPU 256 MB."""
+KEPT_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+"""Logits kept for the backward rather than computed again."""
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(h Wᵀ / temperature) at the targets, and its entropy, `chunk` ids at a time.
+
+    The forward is an online softmax over the chunks. The backward recomputes all logits but the
+    `n_kept` first chunks: ∂logp = onehot − p and ∂H = −p (log p + H). A chunk is a slice of the
+    vocabulary, not of the tokens, so that each row of the weight's gradient is one sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        temperature: float,
+        starts: range,
+        n_kept: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        picked = peak = hidden.new_full((len(targets),), -torch.inf, dtype=wide)
+        total, mean = torch.zeros_like(peak), torch.zeros_like(peak)
+        kept: list[Tensor] = []
+        for start in starts:
+            raw = hidden @ weight[start : min(start + starts.step, starts.stop)].T
+            kept += [raw] if len(kept) < n_kept else []
+            logits = _divided(raw.to(wide), temperature)
+            column, inside = _place(targets, start, logits.shape[1])
+            picked = torch.where(inside, logits.gather(-1, column)[:, 0], picked)
+            before, peak = peak, torch.maximum(peak, logits.amax(-1))
+            mass, shrink = (logits - peak[:, None]).exp_(), (before - peak).exp_()
+            total = total * shrink + mass.sum(-1)
+            if with_entropy:
+                mean = mean * shrink + mass.mul_(logits).sum(-1)
+        normalizer = peak + total.log()
+        entropy = normalizer - mean / total
+        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.temperature, ctx.starts = temperature, starts
+        return picked - normalizer, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normalizer, entropy, *kept = ctx.saved_tensors
+        slopes, grad_entropy = grads  # None where the loss does not use it
+        slopes = torch.zeros_like(normalizer) if slopes is None else slopes
+        grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[ctx.starts.stop :] = 0
+        for number, start in enumerate(ctx.starts):
+            rows = slice(start, min(start + ctx.starts.step, ctx.starts.stop))
+            raw = kept[number] if number < len(kept) else hidden @ weight[rows].T
+            logp = _divided(raw.to(normalizer.dtype), ctx.temperature) - normalizer[:, None]
+            factor = -slopes[:, None]
+            if grad_entropy is not None:
+                factor = factor - grad_entropy[:, None] * (logp + entropy[:, None])
+            grad = logp.exp_().mul_(factor)
+            column, inside = _place(targets, start, grad.shape[1])
+            grad.scatter_add_(-1, column, (slopes * inside)[:, None])
+            grad = _divided(grad, ctx.temperature).to(hidden.dtype)
+            torch.mm(grad.T, hidden, out=grad_weight[rows])
+            if grad.dtype == grad_hidden.dtype:
+                grad_hidden.addmm_(grad, weight[rows])
+            else:  # the sum over chunks stays in float32
+                grad_hidden += grad @ weight[rows]
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
+
+
+def _divided(x: Tensor, temperature: float) -> Tensor:
+    return x if temperature == 1.0 else x / temperature
+
+
+def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """(A, 1) column of each target in the chunk of `width` ids from `start`; which are there."""
+    column = targets - start
+    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    batch: Batch,
+    temperature: float,
+    n_tokens: int,
+    *,
+    chunk: int | None = None,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(T,) log π of each action token, and the policy's entropy there; 0 at other tokens.
+
+    `n_tokens` is len(tokenizer): rows beyond it are padding that nobody may sample. `chunk` is for
+    how many ids there are logits at one time (default: CHUNK_LOGITS over the wanted tokens).
+    """
+    view = _view(batch)
+    picked, entropy = model.packed_forward(  # pyright: ignore[reportCallIssue]
+        view.inputs, view.states, view.targets, temperature, n_tokens, chunk, with_entropy
+    )
+    return view.place(picked), view.place(entropy) if with_entropy else None
+
+
+def token_values(critic: Critic, batch: Batch) -> Tensor:
+    """(T,) value of the state before each action token; 0 at other tokens."""
+    view = _view(batch)
+    return view.place(critic.packed_forward(view.inputs, view.states)[:, 0])
+
+
+def packed_logprobs(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    states: Tensor,
+    targets: Tensor,
+    temperature: float,
+    n_tokens: int,
+    chunk: int | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    hidden = hidden_states(model.get_decoder(), inputs)[states]
+    weight, kind, n = (
+        weight_of(model.get_output_embeddings()),
+        hidden.device.type,
+        len(targets) or 1,
+    )
+    starts = range(0, n_tokens, chunk or max(CHUNK_LOGITS[kind] // n, 256))
+    n_kept = KEPT_LOGITS[kind] // (starts.step * n)
+    return _ChunkedLogprobs.apply(
+        hidden, weight, targets, temperature, starts, n_kept, with_entropy
+    )
+
+
+def hidden_states(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """(T, width) last hidden states."""
+    return backbone(**inputs, use_cache=False).last_hidden_state[0]
+
+
+@dataclass(frozen=True)
+class _View:
+    """What the model computes for a batch: N packed tokens, A wanted states."""
+
+    inputs: dict[str, Any]
+    states: Tensor
+    """(A,) packed index of the token before each wanted one."""
+    targets: Tensor
+    """(A,) ids of the wanted tokens."""
+    n_tokens: int
+    actions: Tensor
+    """Action tokens of the batch, and"""
+    which: Tensor | None
+    """which of the A speaks for each; None: each its own."""
+
+    def place(self, x: Tensor) -> Tensor:
+        """(A,) -> (T,), 0 at tokens that are no actions."""
+        x = x if self.which is None else x.index_select(0, self.which)
+        return x.new_zeros(self.n_tokens).index_put((self.actions,), x)
+
+
+def _view(batch: Batch) -> _View:
+    ids, device, n = batch.input_ids, batch.input_ids.device, len(batch.input_ids)
+    actions = batch.action_mask.nonzero()[:, 0]
+    if not batch.tree:
+        layout = layout_of(batch.lengths, [0] * len(batch.lengths), None, device)
+        inputs = _inputs(ids, batch.position_ids, layout)
+        return _View(inputs, actions - 1, ids[actions], n, actions, None)
+    forest = forest_of(ids, batch.lengths, batch.starts)
+    layout = layout_of(forest.new, forest.shared, forest.path, device)
+    inputs = _inputs(ids[forest.token], batch.position_ids[forest.token], layout)
+    nodes, which = forest.node[actions].unique(return_inverse=True)
+    wanted = forest.token[nodes]
+    return _View(inputs, forest.node[wanted - 1], ids[wanted], n, actions, which)
+
+
+def _inputs(input_ids: Tensor, position_ids: Tensor, layout: Layout) -> dict[str, Any]:
+    return {"input_ids": input_ids[None], "position_ids": position_ids[None], "layout": layout}
+
+
+def weight_of(module: nn.Module | None) -> Tensor:
+    return cast(nn.Linear, module).weight

@@ -1,0 +1,186 @@
+"""Rejection sampling: answers to the bare question, cached, scored and filtered into rows.
+
+`sample_responses` keeps every response, right or wrong; what is cached is scored once (grader and,
+if there is one, a process reward model), and filtered as often as one likes (filters.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from rftt.engines.base import Reply, for_each
+from rftt.graders.math import extract, grade
+from rftt.graders.prm import ProcessModel, Unscored, open_prm, reduce
+from rftt.prompted import Prompted, reply
+from rftt.prompts import question_messages
+from rftt.run.files import Journal, Row, gather_parts, open_part, read_jsonl
+from rftt.run.filters import rank, select, share_solved
+from rftt.run.log import RunLog
+from rftt.tokens import ACTS
+from rftt.types import Problem, UserError
+
+if TYPE_CHECKING:
+    from rftt.learner.fsdp import World
+    from rftt.run.config import SearchConfig
+
+
+RESPONSES = ("sample", "score")
+"""Methods whose raw rows are responses; the others' are curated already."""
+
+
+async def sample_responses(cfg: SearchConfig, ctx: Prompted, problem: Problem) -> Row:
+    """Independent responses to the bare question, all of them, with what each of them cost."""
+    messages, gold = question_messages(problem.question, cfg.system_prompt), str(problem.answer)
+
+    async def answer(i: int) -> Reply:
+        return await reply(ctx, messages, None, problem.id, i)
+
+    responses = [
+        {
+            "text": said.text,
+            "tokens": said.n_generated,
+            "finish": "stop" if said.whole else "length",
+            "logprob": said.logprob,
+            "answer": extract(said.text),
+            "correct": said.whole and grade(said.text, gold, problem.question).correct,
+        }
+        for said in await for_each(range(cfg.simulations), answer, in_flight=cfg.simulations)
+    ]
+    return {
+        "question": problem.question,
+        "answer": gold,
+        "responses": responses,
+        "solved": fmean(response["correct"] for response in responses),
+    }
+
+
+# ---- Score: what is cached, into data/scored.jsonl ----
+
+
+def load_responses(path: str) -> list[Row]:
+    """The cache of a `method=sample`. Raises UserError on a row that is none of it."""
+    rows: dict[str, Row] = {}
+    for number, row in read_jsonl(path):
+        lacking = {"id", "question", "answer", "responses"} - set(row)
+        for response in row.get("responses", []):
+            lacking |= {"text", "tokens", "finish"} - set(response)
+        if lacking or not row["responses"]:
+            raise UserError(
+                f"{path}:{number} lacks {', '.join(sorted(lacking)) or 'any response'}; "
+                "search.py method=sample writes such a cache to data/raw.jsonl."
+            )
+        if row["id"] in rows:
+            raise UserError(f"{path}:{number} repeats the problem {row['id']!r}.")
+        rows[row["id"]] = row
+    return list(rows.values())
+
+
+async def score_responses(
+    cfg: SearchConfig, log: RunLog, raw: Sequence[Row], world: World | None = None
+) -> list[Row]:
+    """Every response of `raw` with the grader's verdict and, with a PRM, its process scores.
+
+    With a `world` each rank scores its share, and rank 0 alone gets them all.
+    """
+    file = Path(cfg.output_dir) / "data" / "scored.jsonl"
+    if world:
+        journal, done = open_part(file, world)
+        todo = [row for row in raw if row["id"] not in done][world.rank :: world.size]
+    else:
+        journal = Journal(file)
+        done = {row["id"] for row in journal.rows}
+        todo = [row for row in raw if row["id"] not in done]
+    prm = await open_prm(cfg, log.info) if todo else None
+    with log.bar(len(todo), "problem", "score") as bar:
+
+        async def finish(row: Row) -> None:
+            work = [score_response(prm, row, response) for response in row["responses"]]
+            journal.append(row | {"responses": await asyncio.gather(*work)})
+            bar.advance()
+
+        await for_each(todo, finish, in_flight=cfg.problems_in_flight)
+    if prm:
+        prm.close()
+    journal.close()
+    if world:
+        world.barrier()
+        if not world.is_main:
+            return []
+    by_id = {row["id"]: row for row in gather_parts(file).rows}
+    if changed := [row["id"] for row in raw if texts(row) != texts(by_id[row["id"]])]:
+        raise UserError(f"{file} holds other responses to {changed[0]}; use a new output_dir.")
+    return [by_id[row["id"]] for row in raw]
+
+
+def texts(row: Row) -> list[str]:
+    return [response["text"] for response in row["responses"]]
+
+
+async def score_response(prm: ProcessModel | None, problem: Row, response: Row) -> Row:
+    """A finished response is graded again, for the grader may have learnt since it was sampled."""
+    text, finished = response["text"], response["finish"] == "stop"
+    correct = finished and grade(text, problem["answer"], problem["question"]).correct
+    found = {"correct": correct, "process": None, "refused": None}
+    if prm and finished and (steps := step_texts(text)):
+        try:
+            found["process"] = await prm.score(problem["question"], steps)
+        except Unscored as refusal:
+            found["refused"] = str(refusal)
+    return response | found
+
+
+# ---- Filter ----
+
+
+def segments(text: str) -> list[tuple[str, str]]:
+    """(act, text) of the segments that make up `text`; none if anything stands outside of them."""
+    found = re.findall(rf"<({'|'.join(ACTS)})>(.*?)</\1>", text, re.DOTALL)
+    return found if "".join(f"<{act}>{inner}</{act}>" for act, inner in found) == text else []
+
+
+def step_texts(response: str) -> list[str]:
+    """The steps of a response as repeats and process rewards see them: its segments, or lines."""
+    found = [text for _, text in segments(response)] or response.splitlines()
+    return [text for text in found if text.strip()]
+
+
+def curate_responses(problem: Row, cfg: SearchConfig) -> Row:
+    """A problem's scored responses -> rows, best first, then pairs of best right and worst wrong.
+
+    `counts` are of responses: those kept, and the reason of every other one.
+    """
+    responses = [
+        response
+        | {"sample": i, "steps": step_texts(response["text"])}
+        | {"score": reduce(process, cfg.prm_reduce) if (process := response["process"]) else None}
+        for i, response in enumerate(problem["responses"])
+    ]
+    kept, counts = select(responses, cfg)
+    wrong = [r for r in responses if r["finish"] == "stop" and not r["correct"]]
+    worst = sorted((r for r in wrong if r["tokens"] <= cfg.max_row_tokens), key=rank)
+    source = {key: problem[key] for key in ("id", "question", "answer")}
+    rows = []
+    for good in kept:
+        steps = _steps_of(good)
+        said = {"steps": steps} if steps else {"response": good["text"]}
+        rows.append(source | {"kind": "sample", "sample": good["sample"]} | said)
+    for good, bad in list(zip(kept, worst, strict=False))[: cfg.max_pairs]:
+        sides = {"chosen": good, "rejected": bad}
+        said = {name: _steps_of(side) or side["text"] for name, side in sides.items()}
+        rows.append(source | {"kind": "pair", "samples": [good["sample"], bad["sample"]]} | said)
+    return {
+        "rows": rows,
+        "counts": counts,
+        "solved": share_solved(responses),
+        "generated_tokens": sum(response["tokens"] for response in responses),
+    }
+
+
+def _steps_of(response: Row) -> list[Row]:
+    """The functional segments of a response; none of one that is plain text."""
+    return [{"act": act, "text": text} for act, text in segments(response["text"])]
