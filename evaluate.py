@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from rftt.beam import explorer
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, load_tokenizer
-from rftt.graders.audit import audit
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, open_prm, reduce, segment_text
 from rftt.mcts import Value
@@ -44,11 +43,8 @@ if TYPE_CHECKING:
 def main(cfg: EvalConfig) -> None:
     from rftt.learner.fsdp import joined
 
-    if cfg.audit:
-        audit_grader(cfg, Path(cfg.output_dir) / "eval" / "audit.json")
-    else:
-        with joined(cfg.device) as world:
-            evaluate(cfg, world)
+    with joined(cfg.device) as world:
+        evaluate(cfg, world)
 
 
 def evaluate(cfg: EvalConfig, world: World) -> None:
@@ -94,7 +90,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
         rows = [by_id[problem.id] for problem in problems]
         summary = {"set": name, **summarise(rows, cfg.num_samples, cfg.simulations, cfg.seed)}
         write_json(out / "eval" / "summary.json", summary)
-        log.info(table(summary))
+        log.info(summary_table(summary))
 
 
 async def answer(
@@ -175,25 +171,6 @@ def verdict(
     }
 
 
-def audit_grader(cfg: EvalConfig, file: Path) -> None:
-    """How far the rewards of a data set can be trusted, before a run is spent on it."""
-    from rftt.run.log import say
-
-    problems = load_problems(
-        cfg.eval_file, limit=cfg.max_problems, graded=False, keys=(cfg.prompt_key, cfg.answer_key)
-    )
-    found = audit([problem.answer or "" for problem in problems])
-    write_json(file, found)
-    unread, words = len(found["unusable"]), len(found["words"])
-    lines = [f"{len(problems)} gold answers, {unread} unusable, {words} compared as words"]
-    for kind in ("false_negatives", "false_positives"):
-        lines.append(kind.replace("_", " "))
-        lines += [
-            f"  {change:24} {wrong:5} of {tried}" for change, (wrong, tried) in found[kind].items()
-        ]
-    say("\n".join(lines))
-
-
 def summarise(
     rows: list[Row], num_samples: int, simulations: list[int], seed: int
 ) -> dict[str, Any]:
@@ -214,7 +191,7 @@ def summarise(
             k: interval([pass_at_k(num_samples, c, k) for c in right]) for k in powers
         }
         summary["maj@k"] = {k: accuracy_at(rows, "samples", k, seed) for k in powers}
-        summary["best@k"] = {k: accuracy_at(rows, "samples", k, seed, best) for k in powers}
+        summary["best@k"] = {k: accuracy_at(rows, "samples", k, seed, best_of_n) for k in powers}
     levels = sorted({str(row["level"]) for row in rows})
     summary["levels"] = {
         level: {"n": len(group), "greedy": sum(r["greedy"]["correct"] for r in group) / len(group)}
@@ -237,7 +214,7 @@ def at_equal_tokens(rows: list[Row], k: int, n_max: int, tokens: float, seed: in
     n = max(1, sum(spent <= tokens for spent in cost))
     searched = [float(vote(row["search"][:k])) for row in rows]
     found: Row = {"n": n, "tokens": cost[n - 1]}
-    for name, choose in (("maj", vote), ("best", best)):
+    for name, choose in (("maj", vote), ("best", best_of_n)):
         plain = [float(choose(row["samples"][:n])) for row in rows]
         gain = paired_bootstrap(searched, plain, seed=seed)
         found[name] = fmean(plain)
@@ -251,7 +228,7 @@ def vote(responses: list[Row]) -> bool:
     return any(r["correct"] for r in responses if r["answer"] == winner and winner is not None)
 
 
-def best(responses: list[Row]) -> bool:
+def best_of_n(responses: list[Row]) -> bool:
     """Whether best-of-n is right: by the PRM's score; without one by the mean log-prob."""
     by = "logprob" if responses[0].get("score") is None else "score"
     return max(responses, key=lambda response: response[by])["correct"]
@@ -267,7 +244,7 @@ def accuracy_at(
     return {"accuracy": accuracy, "low": low, "high": high, "tokens": tokens}
 
 
-def table(summary: dict[str, Any]) -> str:
+def summary_table(summary: dict[str, Any]) -> str:
     """The summary as lines for a terminal."""
 
     def percent(figure: dict[str, float]) -> str:

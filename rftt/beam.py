@@ -52,7 +52,7 @@ async def beam_search(
         for (i, choice), steps in zip(claimed, paths, strict=True):
             await settle(tree, choice, steps, value)
             candidates[i].append(choice.node.children[-1])
-        kept = [best(tree, nodes, width) for nodes in candidates]
+        kept = [best_nodes(tree, nodes, width) for nodes in candidates]
 
 
 def explorer(method: str, cfg: Beam) -> Explore:
@@ -66,7 +66,7 @@ def explorer(method: str, cfg: Beam) -> Explore:
     return ways[method]
 
 
-def best(tree: Tree, candidates: Sequence[Node], n: int) -> list[Node]:
+def best_nodes(tree: Tree, candidates: Sequence[Node], n: int) -> list[Node]:
     """The `n` of highest mean value that can be extended; among equals those found first."""
     extendable = filter(tree.is_open, candidates)
     return sorted(extendable, key=lambda node: node.q, reverse=True)[:n]

@@ -75,7 +75,9 @@ async def reward_all(
     ]
     found = await score_paths(prm, paths) if prm else [None] * len(rollouts)
     rewarded = [
-        score(cfg, rollout, decode(tokenizer, rollout.response_ids), process, functional=functional)
+        score_rollout(
+            cfg, rollout, decode(tokenizer, rollout.response_ids), process, functional=functional
+        )
         for rollout, process in zip(rollouts, found, strict=True)
         if process is None or isinstance(process, list)
     ]
@@ -102,7 +104,7 @@ def graded(problem: Problem, text_of: Callable[[Sequence[Step]], str]) -> Value:
     return value
 
 
-def score(
+def score_rollout(
     cfg: RLConfig,
     rollout: Rollout,
     text: str,

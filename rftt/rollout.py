@@ -22,7 +22,7 @@ from rftt.graders.math import canonical, extract
 from rftt.mcts import Choice, Explore, Tree, Value, grow
 from rftt.prompts import question_messages
 from rftt.rewards import graded
-from rftt.tokens import ACTS, FunctionIds, parse, successors
+from rftt.tokens import ACTS, FunctionIds, parse_response, successors
 from rftt.types import Completion, Problem, Rollout, Step, UserError, seed_for
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def cut(
     forced = opener is not None
     tokens = ((opener,) if opener is not None else ()) + completion.token_ids
     logprobs = ((opener_logprob,) if forced else ()) + completion.logprobs
-    spans, covered = parse(tokens, ids) if ids else ([], 0)
+    spans, covered = parse_response(tokens, ids) if ids else ([], 0)
     pieces = [(span.act, span.start, span.stop) for span in spans]
     if covered < len(tokens):
         act = ACTS[ids.openers.index(opener)] if ids and opener is not None and not spans else ""

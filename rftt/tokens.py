@@ -185,7 +185,7 @@ def render(
     return rendered
 
 
-def parse(token_ids: Sequence[int], ids: FunctionIds) -> tuple[list[Span], int]:
+def parse_response(token_ids: Sequence[int], ids: FunctionIds) -> tuple[list[Span], int]:
     """Cut a response into segments, by id.
 
     Returns the well-formed segments from the start, and how many ids they cover: fewer than

@@ -113,7 +113,8 @@ def test_a_run_directory_keeps_to_its_settings(tmp_path):
 
 
 TOOLS = [
-    f"tools/{name}" for name in ("prm_serve", "prm_train", "report", "self_improve", "tiny_world")
+    f"tools/{name}"
+    for name in ("audit_grader", "prm_serve", "prm_train", "report", "self_improve", "tiny_world")
 ]
 
 

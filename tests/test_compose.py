@@ -9,7 +9,7 @@ import pytest
 
 from rftt.engines.chat import eos_id
 from rftt.graders.prm import Unscored
-from rftt.rewards import reward, reward_all, score, solves
+from rftt.rewards import reward, reward_all, score_rollout, solves
 from rftt.run.config import RLConfig
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import Problem, Rollout, UserError
@@ -64,27 +64,27 @@ def text(answer):
     ],
 )
 def test_oracle_reward_of_every_step(scheme, answer, process, rewards, outcome):
-    scored = score(scheme, rollout(answer), text(answer), process)
+    scored = score_rollout(scheme, rollout(answer), text(answer), process)
     assert scored.step_rewards == pytest.approx(rewards)
     assert scored.outcome == outcome
 
 
 def test_a_response_cut_off_by_its_budget_has_no_answer():
-    scored = score(PAPER, rollout("4", finish="length"), text("4"))
+    scored = score_rollout(PAPER, rollout("4", finish="length"), text("4"))
     assert (scored.outcome, scored.step_rewards) == (0.0, (0.0, 0.0))
 
 
 def test_text_outside_whole_segments_is_refused_on_request():
     broken = rollout("4", acts=("analysis", ""))
-    assert score(PAPER, broken, text("4")).outcome == 1.0
-    assert score(WHOLE, broken, text("4")).step_rewards == (0.0, 0.0)
-    assert score(WHOLE, broken, text("4"), functional=False).outcome == 1.0
-    assert score(WHOLE, rollout("4"), text("4")).outcome == 1.0
+    assert score_rollout(PAPER, broken, text("4")).outcome == 1.0
+    assert score_rollout(WHOLE, broken, text("4")).step_rewards == (0.0, 0.0)
+    assert score_rollout(WHOLE, broken, text("4"), functional=False).outcome == 1.0
+    assert score_rollout(WHOLE, rollout("4"), text("4")).outcome == 1.0
 
 
 def test_a_problem_without_gold_answer_cannot_be_rewarded():
     with pytest.raises(UserError, match="p has no gold answer"):
-        score(PAPER, rollout("4", gold=None), text("4"))
+        score_rollout(PAPER, rollout("4", gold=None), text("4"))
 
 
 def shortness(problem: Problem, response: str) -> float:
@@ -93,7 +93,7 @@ def shortness(problem: Problem, response: str) -> float:
 
 def test_the_users_own_function_pays_the_last_step_and_leaves_the_outcome_to_the_grader():
     own = config(reward_function="tests.test_compose:shortness")
-    scored = score(own, rollout("4"), text("4"), [0.7, 0.2])
+    scored = score_rollout(own, rollout("4"), text("4"), [0.7, 0.2])
     assert scored.step_rewards == (0.7, 4 / len(text("4")))
     assert scored.outcome == 1.0
 
@@ -114,7 +114,7 @@ def no_number(problem, response):
 def test_a_users_function_must_return_a_number(name):
     own = config(reward_function=f"tests.test_compose:{name}")
     with pytest.raises(UserError, match=r"reward_function returned .* for problem p"):
-        score(own, rollout("4"), text("4"))
+        score_rollout(own, rollout("4"), text("4"))
 
 
 # ---- With a process reward model ----

@@ -191,7 +191,7 @@ def test_paths_that_phase_2_could_not_speak_are_left_out():
 
 
 def test_invariant_every_row_renders_to_a_response_of_whole_segments():
-    from rftt.tokens import parse
+    from rftt.tokens import parse_response
 
     ids = FunctionIds(
         {act: i for i, act in enumerate(ACTS)}, {act: 8 + i for i, act in enumerate(ACTS)}
@@ -205,6 +205,6 @@ def test_invariant_every_row_renders_to_a_response_of_whole_segments():
     assert len(rows) == 3
     for row in rows:
         response = render([(s["act"], s["text"]) for s in row["steps"]], Bytes(), ids)
-        spans, covered = parse(response, ids)
+        spans, covered = parse_response(response, ids)
         assert covered == len(response)
         assert [span.act for span in spans] == [s["act"] for s in row["steps"]]

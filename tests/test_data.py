@@ -119,13 +119,13 @@ def test_seeds_are_stable_across_processes():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="benchmark files are not here")
-def test_evaluate_audits_the_grader_on_a_data_set(tmp_path, capsys):
-    import evaluate
+def test_the_grader_is_audited_on_a_data_set(tmp_path, capsys):
     from rftt.run.cli import load_config
     from rftt.run.config import EvalConfig
+    from tools import audit_grader
 
-    arguments = ["model_name_or_path=none", f"eval_file={SHARED / 'amc23.jsonl'}", "audit=true"]
-    evaluate.main(load_config(EvalConfig, [*arguments, f"output_dir={tmp_path}"]))
+    arguments = ["model_name_or_path=none", f"eval_file={SHARED / 'amc23.jsonl'}"]
+    audit_grader.main(load_config(EvalConfig, [*arguments, f"output_dir={tmp_path}"]))
     found = json.loads((tmp_path / "eval" / "audit.json").read_text())
     assert found["n"] == 40
     assert found["unusable"] == []

@@ -140,10 +140,6 @@ def test_the_step_itself_finds_the_rest(world: Path, tmp_path: Path) -> None:
             doctor.one_step(config("train_rl", world, argument))
 
 
-def test_the_step_of_an_audit_has_no_metrics(world: Path) -> None:
-    assert doctor.one_step(config("evaluate", world, "audit=true")).level == "ok"
-
-
 def test_a_failure_saves_the_step_and_sets_the_exit_code(world: Path) -> None:
     arguments = settings("train_rl", world, world / "out", "device=cuda")
     done = run("python", "tools/doctor.py", *arguments, check=False)

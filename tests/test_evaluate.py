@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evaluate import processed, steps_of, summarise, table
+from evaluate import processed, steps_of, summarise, summary_table
 from rftt.graders.prm import Unscored
 from rftt.rollout import learned_tree, sample, tree_rollouts
 from rftt.types import Problem
@@ -47,7 +47,7 @@ def test_oracle_vote_and_best_of_n_choose_differently_at_the_same_price() -> Non
         assert summary["maj@k"][k]["tokens"] == summary["best@k"][k]["tokens"] == 10 * k
     assert [summary["search"][k]["tokens"] for k in (1, 2)] == [9, 13]
     assert summary["pass@k"][4]["mean"] == 1.0
-    assert "best@4       50.0 %" in table({"set": "made up"} | summary)
+    assert "best@4       50.0 %" in summary_table({"set": "made up"} | summary)
 
 
 def test_oracle_best_of_n_goes_by_the_process_score_where_there_is_one() -> None:
@@ -67,7 +67,7 @@ def test_oracle_plain_choices_at_the_tokens_of_the_search() -> None:
     dear = [row | {"search": [r | {"tokens": 15} for r in row["search"]]} for row in ROWS]
     found = summarise(dear, 4, [2], seed=0)["equal_tokens"][2]
     assert (found["n"], found["tokens"], found["maj"]) == (3, 30, 0.5)
-    text = table({"set": "made up"} | summarise(dear, 4, [2], seed=0))
+    text = summary_table({"set": "made up"} | summarise(dear, 4, [2], seed=0))
     assert "search 2 - maj@3:" in text
     assert "over 50.0 % for 30 tokens" in text
 

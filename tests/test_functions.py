@@ -26,7 +26,7 @@ from rftt.tokens import (
     add_function_tokens,
     description_of,
     function_ids,
-    parse,
+    parse_response,
     render,
     successors,
 )
@@ -201,7 +201,7 @@ def test_render_parse_invariant_round_trip(
     tokenizer, ids = extended(family)
     written = [*steps, ("output", last)]
     response = render(written, tokenizer, ids)
-    spans, covered = parse(response, ids)
+    spans, covered = parse_response(response, ids)
     texts = [tokenizer.decode(response[span.start + 1 : span.stop - 1]) for span in spans]
     assert covered == len(response)
     assert list(zip([span.act for span in spans], texts, strict=True)) == written
@@ -220,7 +220,7 @@ ids_of_a_response = st.lists(st.sampled_from([1, 2, 3, *SYMBOLS, 10, 20, 17, 27]
 @settings(quick, max_examples=400)
 @given(response=ids_of_a_response)
 def test_parse_oracle_is_a_regular_expression(response: list[int]) -> None:
-    spans, covered = parse(response, FAKE)
+    spans, covered = parse_response(response, FAKE)
     letters = "".join(SYMBOLS.get(token, ".") for token in response)
     match = WHOLE.match(letters)
     assert match is not None
@@ -246,7 +246,7 @@ def test_parse_oracle_is_a_regular_expression(response: list[int]) -> None:
     ],
 )
 def test_parse_of_malformed_responses(response: list[int], acts: list[str], covered: int) -> None:
-    spans, end = parse(response, FAKE)
+    spans, end = parse_response(response, FAKE)
     assert [span.act for span in spans] == acts
     assert end == covered
 

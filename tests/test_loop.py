@@ -18,7 +18,7 @@ from rftt.run.config import SFTConfig
 from rftt.run.files import read_jsonl, write_jsonl
 from rftt.run.schedule import MAX_VALUE, value_at
 from rftt.types import UserError
-from tools.self_improve import LoopConfig, arguments, best_of, check_steps, iterate, table
+from tools.self_improve import LoopConfig, arguments, best_of, check_steps, iterate, rounds_table
 
 # ---- Expressions ----
 
@@ -196,7 +196,7 @@ def play(tmp_path: Path, accuracy: list[tuple[float, float]], *arguments: str):
 def test_loop_keeps_the_best_target_whose_guard_stands_oracle(tmp_path, accuracy, best) -> None:
     cfg, rounds, _ = play(tmp_path, accuracy)
     assert best_of(cfg, rounds).iteration == best
-    lines = table(cfg, rounds).splitlines()[2:]
+    lines = rounds_table(cfg, rounds).splitlines()[2:]
     assert [line.endswith("| best |") for line in lines] == [i == best for i in range(len(lines))]
     gone = [i for i, (_, guard) in enumerate(accuracy) if guard < 0.9 - 0.15]
     assert [i for i, line in enumerate(lines) if "guard fell" in line] == gone
@@ -204,7 +204,7 @@ def test_loop_keeps_the_best_target_whose_guard_stands_oracle(tmp_path, accuracy
 
 def test_loop_table_shows_paired_changes_oracle(tmp_path: Path) -> None:
     cfg, rounds, _ = play(tmp_path, [(0.5, 0.9), (0.8, 0.9)])
-    last = table(cfg, rounds).splitlines()[-1]
+    last = rounds_table(cfg, rounds).splitlines()[-1]
     assert last.startswith("| 1 | 1 | 80.0 [50.0, 100.0] | +30.0 [+0.0, +60.0] | 90.0 ")
     assert "| +0.0 [+0.0, +0.0] | best |" in last  # the same nine right: no change, for certain
 

@@ -94,7 +94,7 @@ def gold_answers(cfg: Config) -> Finding:
     return Finding(f"{len(problems)} problems, 100 % of the gold answers parse")
 
 
-def tokens(cfg: Config) -> Finding:
+def delimiters(cfg: Config) -> Finding:
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     eos_id(tokenizer)
     speaks = isinstance(cfg, RLConfig) and cfg.sampling_method == "mcts"
@@ -238,7 +238,7 @@ CHECKS: dict[str, tuple[Callable[[Any], Finding], tuple[type, ...]]] = {
     "versions": (versions, EVERY),
     "device": (device, EVERY),
     "gold answers": (gold_answers, GRADED),
-    "tokens": (tokens, EVERY),
+    "tokens": (delimiters, EVERY),
     "prompts": (prompts, EVERY),
     "PRM": (process_rewards, GRADED),
     "memory": (memory, EVERY),

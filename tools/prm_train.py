@@ -113,7 +113,7 @@ def main(cfg: PRMTrainConfig) -> None:
     from transformers import AutoModel
 
     from rftt.engines.chat import load_tokenizer
-    from rftt.graders.prm_local import LAYOUTS, Writer
+    from rftt.graders.prm_local import FORMATS, Writer
 
     torch.manual_seed(cfg.seed)
     problems = label_trees(Path(cfg.search_dir))
@@ -121,15 +121,15 @@ def main(cfg: PRMTrainConfig) -> None:
     n_held = max(1, round(cfg.eval_ratio * len(problems)))
     held, rows = [row for rows in problems[:n_held] for row in rows], chain(*problems[n_held:])
     tokenizer = load_tokenizer(cfg.model_name_or_path)
-    layout = LAYOUTS["qwen"]
-    tokenizer.add_tokens([layout.tag], special_tokens=True)
+    form = FORMATS["qwen"]
+    tokenizer.add_tokens([form.tag], special_tokens=True)
     model = AutoModel.from_pretrained(cfg.model_name_or_path, dtype=torch.float32)
     model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
     size = model.config.hidden_size
     head = torch.nn.Sequential(
         torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 2)
     )
-    writer = Writer(tokenizer, layout, layout.tag)
+    writer = Writer(tokenizer, form, form.tag)
     examples = [(*writer.encode(question, steps), labels) for question, steps, labels in rows]
     _train(cfg, model, head, examples)
     out = Path(cfg.output_dir)

@@ -46,7 +46,7 @@ def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
             lines += [f"![{name}](plots/{name}.png)", ""]
     tables = {title: table_rows({run.name: f(run) for run in runs}) for title, f in TABLES.items()}
     for title, rows in tables.items():
-        lines += table(title, rows)
+        lines += markdown_table(title, rows)
     for run in runs:
         lines += [f"## Last rollouts of {run.name}", ""] if run.samples else []
         lines += [line for row in run.samples[:N_SAMPLES] for line in sample_lines(row)]
@@ -111,7 +111,7 @@ def table_rows(cells: Mapping[str, dict[str, str]]) -> list[list[str]]:
     return [["run", *columns], *rows] if columns else []
 
 
-def table(title: str, rows: list[list[str]]) -> list[str]:
+def markdown_table(title: str, rows: list[list[str]]) -> list[str]:
     """Markdown lines; none where there are no rows."""
     ruled = [*rows[:1], ["---"] * len(rows[0]), *rows[1:]] if rows else []
     lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in ruled]

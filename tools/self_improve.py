@@ -132,7 +132,7 @@ def main(cfg: LoopConfig) -> None:
         rounds = [iterate(cfg, run, 0, [])]
         while rounds[-1].iteration < cfg.iterations:
             rounds.append(iterate(cfg, run, len(rounds), rounds))
-            best, text = best_of(cfg, rounds), table(cfg, rounds)
+            best, text = best_of(cfg, rounds), rounds_table(cfg, rounds)
             (out / "table.md").write_text(text + "\n", encoding="utf-8")
             accuracy = {name: fmean(scores) for name, scores in best.scores.items()}
             found = {"iteration": best.iteration, "model": best.model, "accuracy": accuracy}
@@ -232,7 +232,7 @@ def best_of(cfg: LoopConfig, rounds: list[Round]) -> Round:
     return max(kept, key=lambda now: fmean(now.scores[Path(cfg.target_file).stem]))
 
 
-def table(cfg: LoopConfig, rounds: list[Round]) -> str:
+def rounds_table(cfg: LoopConfig, rounds: list[Round]) -> str:
     """Markdown: accuracy of every model on every set, and its change since the base model, both in
     per cent with 95 % bootstrap intervals over problems (the change: paired)."""
 

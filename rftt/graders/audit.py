@@ -57,7 +57,7 @@ def audit(golds: list[str]) -> dict[str, Any]:
     }
 
 
-def table(arguments: list[str]) -> None:
+def verdict_table(arguments: list[str]) -> None:
     """A table by category, then one JSON line: `FILE.jsonl [answer_format=boxed|gsm8k|auto]`.
 
     Milliseconds are CPU time: other work on the machine does not count.
@@ -105,6 +105,6 @@ def table(arguments: list[str]) -> None:
 
 def main() -> None:
     try:
-        table(sys.argv[1:])
+        verdict_table(sys.argv[1:])
     except (UserError, OSError) as problem:
         sys.exit(f"error: {problem}")

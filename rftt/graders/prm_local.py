@@ -1,7 +1,7 @@
 """A process reward model in this process: three families, one forward pass, one place that batches.
 
 Families differ in how a solution is written down and in what is read at the end of each step
-(`Layout`, `Readout`); the rest is shared:
+(`StepFormat`, `Readout`); the rest is shared:
 
 math_shepherd: a causal LM reads "Step 1: … ки"; the score is P(good) among the good and the bad
     token (arXiv 2312.08935).
@@ -53,7 +53,7 @@ Head = list[tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class Layout:
+class StepFormat:
     tag: str
     step: str
     """What precedes the tag."""
@@ -64,10 +64,10 @@ class Layout:
     """The question is the user's turn, the steps are the assistant's."""
 
 
-LAYOUTS = {
-    "math_shepherd": Layout(TAG, "Step {n}: {text} ", between="\n", lead=" "),
-    "qwen": Layout("<extra_0>", "{text}", chat=True),
-    "value": Layout("\n", "{text}", lead="\n"),
+FORMATS = {
+    "math_shepherd": StepFormat(TAG, "Step {n}: {text} ", between="\n", lead=" "),
+    "qwen": StepFormat("<extra_0>", "{text}", chat=True),
+    "value": StepFormat("\n", "{text}", lead="\n"),
 }
 
 
@@ -76,19 +76,19 @@ class Writer:
     """How a family's model is given a solution."""
 
     tokenizer: PreTrainedTokenizerBase
-    layout: Layout
+    form: StepFormat
     tag: str
     system_prompt: str | None = None
 
     def write(self, question: str, steps: Sequence[str]) -> tuple[str, list[int]]:
         """The text that the model reads, and where in it each step's tag has its last character."""
-        body, ends, layout = "", [], self.layout
+        body, ends, form = "", [], self.form
         for n, text in enumerate(steps, 1):
-            body += layout.between if body else ""
-            body += layout.step.format(n=n, text=text.strip()) + self.tag
+            body += form.between if body else ""
+            body += form.step.format(n=n, text=text.strip()) + self.tag
             ends.append(len(body) - 1)
-        text = question.strip() + layout.lead + body
-        if layout.chat:
+        text = question.strip() + form.lead + body
+        if form.chat:
             turns = [("system", self.system_prompt)] if self.system_prompt else []
             turns += [("user", question), ("assistant", body)]
             messages = [{"role": role, "content": content} for role, content in turns]
@@ -104,7 +104,7 @@ class Writer:
         """Token ids of a path, and the index of the token at which each step is scored."""
         text, ends = self.write(question, steps)
         encoded: Any = self.tokenizer(
-            text, add_special_tokens=not self.layout.chat, return_offsets_mapping=True
+            text, add_special_tokens=not self.form.chat, return_offsets_mapping=True
         )
         held = [
             (stop, i) for i, (start, stop) in enumerate(encoded["offset_mapping"]) if stop > start
@@ -130,7 +130,7 @@ class LocalPRM:
         tokenizer = load_tokenizer(path, trust_remote_code=trust, chat=False)
         if not tokenizer.is_fast:
             raise UserError(f"the tokenizer of {path} gives no offsets; a PRM needs a fast one.")
-        head, tag_id = read_head(path), tokenizer.convert_tokens_to_ids(LAYOUTS["qwen"].tag)
+        head, tag_id = read_head(path), tokenizer.convert_tokens_to_ids(FORMATS["qwen"].tag)
         family = cfg.prm_family
         if family == "auto":
             family = "value" if tag_id in (None, tokenizer.unk_token_id) else "qwen"
@@ -153,9 +153,9 @@ class LocalPRM:
             model = model.base_model
         else:
             self._readout = readout_of(_on(head, self.device), path)
-        layout = LAYOUTS[family]
-        tag = cfg.prm_step_tag or layout.tag
-        self._model, self.writer = model, Writer(tokenizer, layout, tag, cfg.system_prompt)
+        form = FORMATS[family]
+        tag = cfg.prm_step_tag or form.tag
+        self._model, self.writer = model, Writer(tokenizer, form, tag, cfg.system_prompt)
         self._batch_tokens = cfg.prm_max_tokens_per_batch
         self._waiting: list[_Path] = []
         self._loop = StepLoop(self._step, self._waiting.clear)

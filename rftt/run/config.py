@@ -41,7 +41,7 @@ class Graded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class EngineKeys:
     engine: Literal["hf", "vllm", "api"] = "hf"
     """What samples: transformers, always there; vLLM, the fast one; api, another model's URL, for
     search.py only."""
@@ -90,7 +90,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchConfig(Common, Graded, Engine, Api, Filters, Beam, Process):
+class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
     train_file: str
@@ -194,7 +194,7 @@ class SFTConfig(Common, Training):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLConfig(Common, Graded, Engine, Training, Process, Acts):
+class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """train_rl.py: online RL whose explorer is a tree search over functional tokens (phase 2)."""
 
     train_file: str
@@ -331,7 +331,7 @@ class RLConfig(Common, Graded, Engine, Training, Process, Acts):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Common, Graded, Engine, Beam, Process, Acts):
+class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
 
     eval_file: str
@@ -358,16 +358,13 @@ class EvalConfig(Common, Graded, Engine, Beam, Process, Acts):
     """Problems evaluated at once."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
-    audit: bool = False
-    """Instead of a model, judge the grader: which gold answers of eval_file it reads, and whether
-    respelled answers are paid and near misses refused."""
 
     def __post_init__(self) -> None:
         Process.__post_init__(self)
         _require_ids(self)
 
 
-def _require_ids(cfg: Engine) -> None:
+def _require_ids(cfg: EngineKeys) -> None:
     if cfg.engine == "api":
         raise UserError("engine=api speaks text, not token ids: only search.py can use it.")
 

@@ -1,0 +1,41 @@
+"""How far can the grader be trusted on a data set? Its gold answers, respelled and nearly missed.
+
+    python tools/audit_grader.py configs/tiny/evaluate.yaml eval_file=mine.jsonl [key=value …]
+
+Which gold answers of eval_file does the grader read, are respelled answers paid and near misses
+refused? No model is opened. Writes eval/audit.json below output_dir.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from rftt.graders.audit import audit
+from rftt.run.cli import cli
+from rftt.run.config import EvalConfig
+from rftt.run.data import load_problems
+from rftt.run.files import write_json
+from rftt.run.log import say
+
+
+def main(cfg: EvalConfig) -> None:
+    """How far the rewards of a data set can be trusted, before a run is spent on it."""
+    problems = load_problems(
+        cfg.eval_file, limit=cfg.max_problems, graded=False, keys=(cfg.prompt_key, cfg.answer_key)
+    )
+    found = audit([problem.answer or "" for problem in problems])
+    write_json(Path(cfg.output_dir) / "eval" / "audit.json", found)
+    unread, words = len(found["unusable"]), len(found["words"])
+    lines = [f"{len(problems)} gold answers, {unread} unusable, {words} compared as words"]
+    for kind in ("false_negatives", "false_positives"):
+        lines.append(kind.replace("_", " "))
+        lines += [
+            f"  {change:24} {wrong:5} of {tried}" for change, (wrong, tried) in found[kind].items()
+        ]
+    say("\n".join(lines))
+
+
+if __name__ == "__main__":
+    cli(main, EvalConfig)
