@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from rftt.beam import explorer
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, load_tokenizer
+from rftt.graders import open_prm
 from rftt.graders.math import canonical
-from rftt.graders.prm import ProcessModel, Unscored, open_prm, reduce, segment_text
+from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
 from rftt.mcts import Value
 from rftt.rewards import solves
 from rftt.rollout import Learned, encode_question, learned_tree, sample, speaker, tree_rollouts

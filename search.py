@@ -1,4 +1,4 @@
-"""Phase 1: problems -> trees or samples -> curated training rows (PAPER §1).
+"""Phase 1: problems -> trees or samples -> curated training rows (arXiv 2502.13389).
 
     python search.py configs/tiny/search.yaml [method=mcts|beam|dvts|sample|score] [key=value …]
     torchrun --nproc_per_node N search.py …           (each rank takes its share of the problems)
@@ -6,10 +6,10 @@
 An ordinary instruct model is asked, act by act, to extend unfinished solutions; a tree per problem
 collects right and wrong ways; curation turns each tree into rows for train_sft.py. `sample` asks
 the bare question instead and caches every response, right or wrong; what is cached is scored, then
-filtered (PAPER §2). `score` does only that, to the cache of another run, and opens no model; keys
-of filters may change between two runs in one output_dir. Writes trees/, data/{raw,scored,sft,dpo}
-.jsonl and stats.json below output_dir. Killed and started again, it continues with what is not yet
-in data/raw.jsonl and data/scored.jsonl and ends with the same rows.
+filtered (ms-swift's RFT). `score` does only that, to the cache of another run, and opens no model;
+keys of filters may change between two runs in one output_dir. Writes trees/, stats.json and
+data/{raw,scored,sft,dpo}.jsonl below output_dir. Killed and started again, it continues with what
+is not yet in data/raw.jsonl and data/scored.jsonl and ends with the same rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from rftt.beam import explorer
 from rftt.curate import curate, score_steps
 from rftt.engines.base import Counters, for_each
 from rftt.engines.chat import load_tokenizer, open_chat
-from rftt.graders.prm import ProcessModel, open_prm
+from rftt.graders import open_prm
+from rftt.graders.prm import ProcessModel
 from rftt.prompted import Prompted, prompted_tree, reply
 from rftt.prompts import Messages
 from rftt.run.cli import check_same_run, cli, load_function

@@ -1,4 +1,4 @@
-"""Phase 2: online RL that explores by tree search over functional tokens (PAPER §1).
+"""Phase 2: online RL that explores by tree search over functional tokens (arXiv 2502.13389).
 
     python train_rl.py configs/tiny/rl.yaml [key=value …]
     torchrun --nproc_per_node 8 train_rl.py configs/qwen2.5-7b/rl.yaml
@@ -56,7 +56,7 @@ def main(cfg: RLConfig) -> None:
 def train(cfg: RLConfig, world: World) -> None:
     from rftt.batch import collate
     from rftt.engines import build_engine
-    from rftt.graders.prm import open_prm
+    from rftt.graders import open_prm
     from rftt.learner.checkpoint import export_hf, restore
     from rftt.learner.fsdp import Totals, agreed, deal, full_weights
     from rftt.learner.guard import Guard

@@ -1,4 +1,4 @@
-"""Offline training: the warm-up on curated rows (PAPER §1), rejection sampling, DPO on pairs.
+"""Offline training: warm-up on curated rows (arXiv 2502.13389), rejection sampling, DPO on pairs.
 
     python train_sft.py configs/tiny/sft.yaml [loss=sft|dpo] [key=value …]
     torchrun --nproc_per_node 8 train_sft.py configs/qwen2.5-7b/sft.yaml

@@ -3,7 +3,7 @@
 T is the number of tokens of all documents. Entry t of every (T,) tensor speaks of *emitting token
 t*: its log-prob given the tokens before it in its document, the value of the state before it, the
 reward for it. The first token of a document is never an action. A batch is never edited: `replace`
-gives a new one, and all counts come from `action_mask` (PAPER §1, phase 2).
+gives a new one, and all counts come from `action_mask` (arXiv 2502.13389, phase 2).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Batch:
     together: int = 1
     """So many documents in a row stay together: 2 for the chosen and the rejected of a pair."""
     tree: bool = False
-    """Shared prefixes go through the model once (tree.py); results are the same."""
+    """Shared prefixes go through the model once (prefix_tree.py); results are the same."""
 
     @cached_property
     def starts(self) -> Tensor:

@@ -2,8 +2,8 @@
 
 One simulation is select -> expand -> evaluate -> backup; `expand` and `value` are awaited, so many
 simulations of many trees run at once and the engine batches them. Both phases share this file
-(PAPER §1): in phase 1 an act is a prompt, in phase 2 a token; unexplored acts come first, by prior
-where there is one. Departures from the textbook:
+(arXiv 2502.13389): in phase 1 an act is a prompt, in phase 2 a token; unexplored acts come first,
+by prior where there is one. Departures from the textbook:
 
 1. `expand` returns the whole path down to a leaf, and every step of it becomes a node. So each pass
    ends in a leaf, and a node's visits are the sum of its children's.

@@ -93,7 +93,7 @@ async def prompted_tree(
     in_flight: int,
     explore: Explore = grow,
 ) -> Tree:
-    """Functional tree search with prompts; leaf value = the grader's verdict (PAPER §1)."""
+    """Functional tree search with prompts; leaf value = the grader's verdict (arXiv 2502.13389)."""
     acts_after, seed = partial(successors, phase="prompted"), seed_for(ctx.seed, problem.id)
     tree = Tree(acts_after, ctx.max_depth, exploration_weight, seed)
     expand = partial(expand_prompted, ctx, problem)

@@ -67,7 +67,7 @@ def _user(*parts: str) -> Messages:
 
 
 def clip_reply(act: str, text: str) -> str:
-    """Apply the act's limits on lines and sentences to a reply (PAPER §1)."""
+    """Apply the act's limits on lines and sentences to a reply (arXiv 2502.13389)."""
     function, text = FUNCTIONS[act], text.strip()
     if function.one_line:
         text = text.split("\n", 1)[0].strip()

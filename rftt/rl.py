@@ -1,10 +1,10 @@
-"""The mathematics of RL and DPO: pure functions of flat tensors, nothing distributed.
+"""The mathematics of RL: pure functions of flat tensors, nothing distributed.
 
 Every (T,) tensor is packed as in batch.py. A loss is a SUM over action tokens: the caller divides
 by one count for all ranks and microbatches. Metrics are sums too, but those named `*_max`.
 Departures from the textbook: only action tokens form the time axis, so text that is not the
 policy's (forced openers, masked tokens) neither discounts nor bootstraps, and a reward on it
-belongs to the last action before it (PAPER §1, phase 2; Schulman 2015 for GAE, 2020 for k1–k3).
+belongs to the last action before it (arXiv 2502.13389; Schulman 2015 for GAE, 2020 for k1–k3).
 """
 
 from __future__ import annotations

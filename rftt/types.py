@@ -1,7 +1,7 @@
 """What flows between the rooms: problems in; steps, traces and rollouts out. No torch here.
 
 Token ids are the truth and text is derived from them. Everything is frozen except the tree's `Node`
-(search/mcts.py): a record is extended with `dataclasses.replace`, never edited.
+(mcts.py): a record is extended with `dataclasses.replace`, never edited.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Rollout:
     step_scores: tuple[float, ...] = ()
     """(S,) process score of each step, in [0, 1]; empty without a process reward model."""
     step_rewards: tuple[float, ...] = ()
-    """(S,) reward on the last token of each step (rewards/compose.py)."""
+    """(S,) reward on the last token of each step (rewards.py)."""
     nodes: tuple[int, ...] = ()
     """Ids of the tree nodes on its path; empty without a tree."""
 

@@ -127,7 +127,8 @@ def prompts(cfg: Config) -> Finding:
 
 
 def process_rewards(cfg: SearchConfig | RLConfig | EvalConfig) -> Finding:
-    from rftt.graders.prm import build_prm, ranking_warning
+    from rftt.graders import build_prm
+    from rftt.graders.prm import ranking_warning
 
     if (prm := build_prm(cfg)) is None:
         return Finding("no process reward model")

@@ -2,7 +2,7 @@
 
 Two phases share a device and do not overlap: `explore` (the engine samples) and `learn` (forward,
 backward, update). Bytes are those that this code keeps: float32 weights, moments and gradients,
-bfloat16 or float32 compute (learn/distributed.py), and what Llama-like layers save for the backward
+bfloat16 or float32 compute (learner/fsdp.py), and what Llama-like layers save for the backward
 pass, counted with saved-tensor hooks in tests/test_doctor.py. What libraries keep beside it
 (allocator, CUDA context, NCCL: a few GB on a GPU) is not in it.
 """
@@ -30,7 +30,8 @@ def estimate(
     """phase -> what for -> bytes on one rank's device, at worst.
 
     `model` is the Hugging Face config of a decoder with gated feed-forward layers, `logits` are
-    learn/model.py's bounds (at one time, kept), `gpu_bytes` the device's memory, 0 without a GPU.
+    learner/logprobs.py's bounds (at one time, kept), `gpu_bytes` the device's memory, 0 without
+    one.
     """
     compute = 2 if cfg.dtype == "bfloat16" else 4
     parts, phases = dict.fromkeys(CURES, 0.0), dict[str, Parts]()
@@ -102,7 +103,7 @@ def _activations(
     tokens, width = cfg.max_tokens_per_microbatch, model.hidden_size
     heads = head_size(model) * (3 * model.num_attention_heads + 2 * model.num_key_value_heads)
     # Norms normalise in float32, the rest is in the compute type. A gated MLP keeps two of its four
-    # tensors, or all while a checkpointed layer is computed again (learn/model.py).
+    # tensors, or all while a checkpointed layer is computed again (learner/model.py).
     mlp = (4 if cfg.gradient_checkpointing else 2) * model.intermediate_size
     layer = compute * (mlp + heads + 4 * width) + 8 * width
     layers = model.num_hidden_layers * layer

@@ -1,4 +1,4 @@
-"""The self-improvement loop: generate -> score -> filter -> train -> evaluate, N times (PAPER §2).
+"""The self-improvement loop of ms-swift's RFT: generate, score, filter, train, evaluate, N times.
 
     python tools/self_improve.py configs/tiny/self_improve.yaml [key=value …] [train.loss=dpo …]
 
@@ -34,7 +34,7 @@ from rftt.types import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """tools/self_improve.py: generate, score, filter, train, evaluate, N times (PAPER §2)."""
+    """tools/self_improve.py: generate, score, filter, train, evaluate, N times (ms-swift's RFT)."""
 
     output_dir: str
     """Run directory; every step has a folder of its own below it."""
@@ -46,7 +46,7 @@ class LoopConfig:
     """Rounds of generating and training; a finished loop may be continued with more."""
     iterate_from: Literal["base", "last", "last_full_state"] = "base"
     """What is trained: the base anew, the last model, or that with its optimizer's moments. What
-    generates is always the last model (PAPER §2)."""
+    generates is always the last model (ms-swift's RFT)."""
     search: dict[str, Any]
     """Keys of search.py, with `config` naming its file. In every step any number may be an
     expression of iter, the iterations done before: `temperature: 0.7 + 0.1*iter`."""

@@ -8,7 +8,7 @@ it follows every instruction and errs by itself. Nothing else in rftt/ knows tha
 
 Acts differ in how far they can be trusted, so that choosing among them matters: `analysis` and
 `subquestion` spell sums out ("19*3=57"), `next_step` and `direct_answer` only name results, which
-`verify` spells out. No answer equals an earlier value: checks seldom leak it. PAPER §1.
+`verify` spells out. No answer equals an earlier value: checks seldom leak it. arXiv 2502.13389.
 """
 
 from __future__ import annotations

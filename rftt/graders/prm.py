@@ -1,8 +1,9 @@
-"""Process reward models: how good is each step of a solution, as one number in [0, 1] (PAPER §1).
+"""Process reward models: how good is each step of a solution, as one number in [0, 1]?
 
-Everyone asks through `ProcessModel`; a path's steps go in as separate texts, so that what ends a
-step is known and never searched for. A failure is never a number: a path that cannot be scored
-raises `Unscored`, and a model or server that is down raises UserError.
+arXiv 2502.13389 pays for them beside the outcome. Everyone asks through `ProcessModel`; a path's
+steps go in as separate texts, so that what ends a step is known and never searched for. A failure
+is never a number: a path that cannot be scored raises `Unscored`, and a model or server that is
+down raises UserError.
 
 1. The wire format is the official one: `{"input": "QUESTION Step 1: TEXT ки\\nStep 2: TEXT ки"}` ->
    `{"score": [0.9, 0.4]}`. The official server answers 0.2 per step when a path is too long for it;
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -56,25 +57,6 @@ class ProcessModel(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def build_prm(cfg: ProcessConfig) -> ProcessModel | None:
-    """The process reward model of a run; None without one."""
-    if not cfg.use_prm:
-        return None
-    if cfg.prm_url is not None:
-        return RemotePRM(cfg)
-    from rftt.graders.prm_local import LocalPRM
-
-    return LocalPRM(cfg)
-
-
-async def open_prm(cfg: ProcessConfig, warn: Callable[[str], None]) -> ProcessModel | None:
-    """`build_prm`, for a script: it must answer, and rank an example, or `warn` hears of it."""
-    prm = build_prm(cfg)
-    if prm and (warning := await ranking_warning(prm, cfg.prm_check_file)):
-        warn(f"warning: {warning}")
-    return prm
 
 
 def reduce(scores: Sequence[float], how: Literal["min", "mean", "last", "prod"]) -> float:

@@ -89,7 +89,7 @@ def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> 
         raise UserError(f"{config.model_type}: logit soft-capping (Gemma 2) is not supported.")
     model.set_attn_implementation(ATTENTION)
     _spare_memory(model, gradient_checkpointing)
-    # FSDP gathers the root's weights around `forward` or a method that distributed.shard registers.
+    # FSDP gathers the root's weights around `forward` or a method that fsdp.shard registers.
     model.packed_forward = MethodType(packed_logprobs, model)  # pyright: ignore[reportArgumentType]
     return model.train()
 
@@ -190,7 +190,7 @@ def add_function_rows(
 ) -> None:
     """Give each delimiter of `new` an input row (and untied output row): its description's mean.
 
-    `new` is what functions.add_function_tokens returned: rows already learnt are left alone. Must
+    `new` is what tokens.add_function_tokens returned: rows already learnt are left alone. Must
     run before sharding. Raises UserError when the model lacks rows for other tokens.
     """
     n_rows = len(weight_of(model.get_input_embeddings()))

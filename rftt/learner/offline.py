@@ -1,4 +1,4 @@
-"""The offline objectives over packed rows: cross-entropy, and DPO over pairs (PAPER §2).
+"""The offline objectives over packed rows: cross-entropy, and DPO over pairs (ms-swift's RFT).
 
 In DPO documents 2i and 2i + 1 of a batch are the chosen and the rejected response of one pair, and
 share a microbatch: memory is bounded by the microbatch, not the batch. The reference is the model

@@ -1,5 +1,5 @@
 """Optimizers and learning-rate schedules. The rate is a function of the step, so there is no
-scheduler object to save and none to forget on resume (PAPER §1).
+scheduler object to save and none to forget on resume (arXiv 2502.13389).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What can be set: one dataclass per script, a docstring with unit and source per field.
 
-Sources are sections of the paper, or the library that set the name; cli.py reads the files. Field
-groups are dataclass bases, the one use of inheritance beside nn.Module: no field is written twice.
+Sources are the paper (arXiv 2502.13389), or the library that set the name; cli.py reads the files.
+Field groups are dataclass bases, the one use of inheritance beside nn.Module: no field is written
+twice.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Common:
     seed: int = 0
     """Every random choice derives from it, the problem's id and the step."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of weights in engines and of compute in training (PAPER §1: bf16)."""
+    """Precision of weights in engines and of compute in training (arXiv 2502.13389: bf16)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when there is one."""
     system_prompt: str | None = None
@@ -46,7 +47,7 @@ class EngineKeys:
     """What samples: transformers, always there; vLLM, the fast one; api, another model's URL, for
     search.py only."""
     max_model_len: int = 8192
-    """Prompt plus response, in tokens (PAPER §1: cutoff 8192)."""
+    """Prompt plus response, in tokens (arXiv 2502.13389: cutoff 8192)."""
     max_num_seqs: int = 256
     """Sequences decoded together at most."""
     gpu_memory_utilization: float = 0.4
@@ -64,15 +65,15 @@ class Training:
     min_lr_ratio: float = 0.0
     """The schedule ends at this share of the peak."""
     adam_beta1: float = 0.9
-    """PAPER §1."""
+    """arXiv 2502.13389."""
     adam_beta2: float = 0.95
-    """PAPER §1."""
+    """arXiv 2502.13389."""
     weight_decay: float = 0.0
     """AdamW, decoupled."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
     """adamw_8bit needs bitsandbytes and a GPU; we have not run it, under FSDP2 or without."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm (PAPER §1)."""
+    """Gradients are clipped to this global norm (arXiv 2502.13389)."""
     max_tokens_per_microbatch: int = 16384
     """Packed tokens of one forward pass on one rank: the knob for memory."""
     gradient_checkpointing: bool = False
@@ -103,23 +104,23 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     raw_file: str | None = None
     """method=score: data/raw.jsonl of another run; train_file is not read then."""
     simulations: int = 16
-    """Tree search passes per problem (PAPER §1); lookaheads (beam, dvts); answers (sample)."""
+    """Passes of a tree search (arXiv 2502.13389); beam, dvts: lookaheads; sample: answers."""
     search_depth: int = 15
-    """Steps on a path at most (PAPER §1)."""
+    """Steps on a path at most (arXiv 2502.13389)."""
     exploration_weight: float = 2.0
-    """c of UCT (PAPER §1)."""
+    """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: int = 4
     """Simulations of one tree that run at once, kept apart by virtual loss; 1 is textbook MCTS."""
     problems_in_flight: int = 64
     """Trees grown at once; with leaves_in_flight it fills the engine's batch."""
     temperature: float = 0.95
-    """Of every prompted reply (PAPER §1)."""
+    """Of every prompted reply (arXiv 2502.13389)."""
     max_direct_sentences: int = 4
-    """A simulation does not choose direct answers longer than this (PAPER §1)."""
+    """A simulation does not choose direct answers longer than this (arXiv 2502.13389)."""
     max_completion_length: int = 4096
     """Tokens of one reply at most; an act's own limit may be lower."""
     max_plain_paths: int = 2
-    """Disjoint correct paths kept per problem beside the merged one (PAPER §1)."""
+    """Disjoint correct paths kept per problem beside the merged one (arXiv 2502.13389)."""
     min_shared_steps: int = 0
     """Steps that the right and the wrong path of a pair must share."""
     tree_pairs: bool = False
@@ -174,11 +175,11 @@ class SFTConfig(Common, Training):
     eval_ratio: float = 0.05
     """Share of the training rows held out for the evaluation loss."""
     num_train_epochs: float = 10
-    """PAPER §1: up to 10."""
+    """arXiv 2502.13389: up to 10."""
     train_batch_size: int = 128
-    """Rows per optimizer step over all ranks (PAPER §1)."""
+    """Rows per optimizer step over all ranks (arXiv 2502.13389)."""
     max_length: int = 8192
-    """Longer rows are left out and counted (PAPER §1: cutoff)."""
+    """Longer rows are left out and counted (arXiv 2502.13389: cutoff)."""
     functional_tokens: bool = True
     """Add the functional tokens to the vocabulary; false for plain chain of thought."""
     mask_wrong: bool = True
@@ -206,63 +207,64 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     eval_steps: int = 0
     """Steps between two greedy evaluations, and one for each checkpoint; 0 never."""
     max_steps: int = 250
-    """Exploration-and-learning rounds (PAPER §1)."""
+    """Exploration-and-learning rounds (arXiv 2502.13389)."""
     max_generated_tokens: int | None = None
     """End after the round in which so many tokens have been sampled: equal budgets to compare."""
     # -- explore
     sampling_method: Literal["mcts", "normal"] = "mcts"
     """mcts: tree over functional tokens; normal: independent responses (the official name)."""
     rollout_batch_size: int = 16
-    """Problems per step over all ranks (PAPER §1)."""
+    """Problems per step over all ranks (arXiv 2502.13389)."""
     num_generations: int = 16
-    """Rollouts per problem (PAPER §1)."""
+    """Rollouts per problem (arXiv 2502.13389)."""
     search_depth: int = 18
-    """Depth at which the tree still chooses (PAPER §1); free rollouts may run deeper."""
+    """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
     exploration_weight: float = 2.0
-    """c of UCT (PAPER §1)."""
+    """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: int = 4
     """Simulations of one tree that run at once; 1 is textbook MCTS."""
     rollout_mode: Literal["free", "stepwise"] = "free"
     """free: one request per rollout; stepwise: greedy acts, one request per act (the paper's)."""
     temperature: float = 0.95
-    """PAPER §1."""
+    """arXiv 2502.13389."""
     top_p: float = 1.0
     """Must be 1: anything less makes sampling and training log-probs differ."""
     max_completion_length: int = 4096
     """Response tokens at most."""
     # -- score
     correct_reward: float = 1.0
-    """A finished path with the right answer (PAPER §1)."""
+    """A finished path with the right answer (arXiv 2502.13389)."""
     wrong_reward: float = 0.1
-    """An answer that is wrong (PAPER §1)."""
+    """An answer that is wrong (arXiv 2502.13389)."""
     no_answer_reward: float = 0.0
-    """No answer at all (PAPER §1); with a PRM the last step earns its own score instead."""
+    """No answer at all (arXiv 2502.13389); with a PRM the last step earns its own score instead."""
     reward_function: str | None = None
     """module:function called with the Problem and the decoded response: what the last step earns,
     instead of the three above."""
     reward_scheme: Literal["paper", "blend", "gain"] = "paper"
-    """paper: a step earns its process score, 0 without a PRM (PAPER §1). blend: so it does, but the
-    last one 0.6 x correct + 0.4 x score, as in the official code. gain: a step earns by how much it
-    raises the score, and the sum is that of the outcome alone (Ng 1999): length is not paid for."""
+    """paper: a step earns its process score, 0 without a PRM (arXiv 2502.13389). blend: so it does,
+    but the last one 0.6 x correct + 0.4 x score, as in the official code. gain: a step earns by how
+    much it raises the score, and the sum is that of the outcome alone (Ng 1999): length is not paid
+    for."""
     mask_truncated_completions: bool = False
     """Leave responses that ran out of tokens out of the loss (TRL's name)."""
     # -- learn
     advantage_estimator: Literal["ppo", "reinforce++", "grpo"] = "reinforce++"
     """ppo: critic, GAE; reinforce++: whitened returns (the paper's runs); grpo: group-relative."""
     kl_coef: float = 0.01
-    """Weight of the KL to the warm-up model (PAPER §1: β)."""
+    """Weight of the KL to the warm-up model (arXiv 2502.13389: β)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the KL in the loss (grpo); in the token reward it is always k1 (PAPER §1)."""
+    """Of the KL in the loss (grpo); in the token reward it is always k1 (arXiv 2502.13389)."""
     kl_target: float | None = None
     """Adapt kl_coef towards this KL per token; None keeps it fixed."""
     kl_horizon: int = 10000
     """Rollouts over which a KL 20 % off its target moves the coefficient by 20 %."""
     gamma: float = 1.0
-    """Discount (PAPER §1)."""
+    """Discount (arXiv 2502.13389)."""
     lam: float = 0.95
-    """GAE's λ (PAPER §1)."""
+    """GAE's λ (arXiv 2502.13389)."""
     epsilon: float = 0.2
-    """Clip range of the ratio (PAPER §1)."""
+    """Clip range of the ratio (arXiv 2502.13389)."""
     epsilon_high: float | None = None
     """Upper clip range when it differs (clip-higher)."""
     dual_clip: float | None = None
@@ -289,9 +291,9 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     malformed_responses: Literal["grade", "reject"] = "grade"
     """Text outside whole segments: graded like any other, or as no answer at all."""
     num_ppo_epochs: int = 1
-    """Passes over the rollouts (PAPER §1)."""
+    """Passes over the rollouts (arXiv 2502.13389)."""
     train_batch_size: int = 16
-    """Rollouts per optimizer step over all ranks (PAPER §1: 16 steps of 16)."""
+    """Rollouts per optimizer step over all ranks (arXiv 2502.13389: 16 steps of 16)."""
     packing: Literal["flat", "tree"] = "flat"
     """tree: tokens that a problem's rollouts share go through the models once; what is learnt is
     the same. Pays where they share much and a minibatch holds several of a problem."""
@@ -349,9 +351,9 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     search_method: Literal["mcts", "beam", "dvts"] = "mcts"
     """How that search explores; without a PRM, paths are worth their agreement with others."""
     search_depth: int = 18
-    """Depth at which the tree still chooses (PAPER §1); free rollouts may run deeper."""
+    """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
     exploration_weight: float = 2.0
-    """c of UCT (PAPER §1)."""
+    """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: int = 4
     """Simulations of one tree that run at once."""
     problems_in_flight: int = 256

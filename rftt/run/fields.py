@@ -62,14 +62,14 @@ class ServeConfig(StepModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Process(StepModel):
-    """Process rewards (PAPER §1), from a model in this process or behind a URL."""
+    """Process rewards (arXiv 2502.13389), from a model in this process or behind a URL."""
 
     use_prm: bool = False
     """Score every step with a process reward model."""
     prm_url: str | None = None
     """Server to ask instead (official: remote_rm_url): POST {"input": …} -> {"score": […]}."""
     prm_reduce: Literal["min", "mean", "last", "prod"] = "mean"
-    """The score of a path out of its steps' (PAPER §1: the mean chooses pairs)."""
+    """The score of a path out of its steps' (arXiv 2502.13389: the mean chooses pairs)."""
     prm_timeout_s: float = 60.0
     """Of one attempt."""
     prm_tries: int = 3
@@ -126,7 +126,7 @@ class Filters:
     min_row_tokens: int = 0
     """Rows whose response has fewer tokens than this are left out."""
     max_row_tokens: int = 8192
-    """Rows whose response has more tokens than this are left out (PAPER §1: cutoff)."""
+    """Rows whose response has more tokens than this are left out (arXiv 2502.13389: cutoff)."""
     custom_filter: str | None = None
     """module:function, called with a scored response as a dict; those it returns False on go."""
     max_similarity: float = 1.0
@@ -142,9 +142,10 @@ class Filters:
 class Acts:
     forbidden_acts: list[Act] = field(default_factory=list)
     """Functional tokens that may not be opened, neither by the policy nor by the search: what is an
-    act worth? (PAPER §1: one act masked)"""
+    act worth? (arXiv 2502.13389: one act masked)"""
     children_per_act: int = 1
-    """Times that a tree over functional tokens may try each act below a node (PAPER §1: once)."""
+    """Times that a tree over functional tokens may try each act below a node (arXiv 2502.13389:
+    once)."""
 
 
 @dataclass(frozen=True, kw_only=True)

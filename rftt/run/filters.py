@@ -52,7 +52,7 @@ def similarity(one: str, other: str) -> float:
 
 
 def rank(row: Row) -> tuple[float, int, int]:
-    """Higher is better: process score; without a PRM few repeats, then short (PAPER §1)."""
+    """Higher is better: process score; without a PRM few repeats, then short (arXiv 2502.13389)."""
     return row["score"] or 0.0, -repeats(row["steps"]), -len(row["text"])
 
 

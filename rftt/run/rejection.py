@@ -14,8 +14,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rftt.engines.base import Reply, for_each
+from rftt.graders import open_prm
 from rftt.graders.math import extract, grade
-from rftt.graders.prm import ProcessModel, Unscored, open_prm, reduce
+from rftt.graders.prm import ProcessModel, Unscored, reduce
 from rftt.prompted import Prompted, reply
 from rftt.prompts import question_messages
 from rftt.run.files import Journal, Row, gather_parts, open_part, read_jsonl

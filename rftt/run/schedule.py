@@ -3,7 +3,7 @@
 A string from a config file is parsed with Python's `ast` and walked by hand; nothing of it is ever
 run. It may hold numbers, + - * / // % **, a minus sign, parentheses, min(…), max(…) and the one
 name `iter`. Length, every value and every exponent are bounded, so that no text can cost more than
-microseconds; anything else is one UserError that names the key. PAPER §2: keys per iteration.
+microseconds; anything else is one UserError that names the key. As in ms-swift's RFT.
 """
 
 from __future__ import annotations
