@@ -61,9 +61,10 @@ def test_rows_train_on_their_masked_response_only() -> None:
     assert batch.action_mask.tolist() == [0, 0, 1, 0, 0, 1]
 
 
+@pytest.mark.invariant
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=20), st.integers(4, 60))
-def test_microbatches_split_without_loss_invariant(lengths: list[int], budget: int) -> None:
+def test_microbatches_split_without_loss(lengths: list[int], budget: int) -> None:
     batch = random_batch(lengths)
     groups = batch.microbatches(budget)
     assert sorted(document for group in groups for document in group) == list(range(len(lengths)))

@@ -4,13 +4,13 @@ import asyncio
 from functools import partial
 
 import pytest
+from tests.test_expand import CLOSE, PROBLEM, learned, prompted, segment
 
 from rftt.beam import beam_search
 from rftt.mcts import Tree
 from rftt.prompted import prompted_tree
 from rftt.rollout import learned_tree, tree_rollouts
 from rftt.types import Step
-from tests.test_expand import CLOSE, PROBLEM, learned, prompted, segment
 
 ACTS = ("a", "b", "c", "d")
 
@@ -43,7 +43,8 @@ def alphabetical(path):
     return sum(ACTS.index(act) * 4.0**-i for i, act in enumerate(path))
 
 
-def test_oracle_wide_enough_beam_finds_the_best_leaf_level_by_level():
+@pytest.mark.oracle
+def test_wide_enough_beam_finds_the_best_leaf_level_by_level():
     tree, asked = search(alphabetical, simulations=99, width=1, branching=4)
     assert sorted(asked[:4]) == list(ACTS)
     assert sorted(asked[4:7]) == ["db", "dc", "dd"]  # da is known from the lookahead of d
@@ -52,7 +53,8 @@ def test_oracle_wide_enough_beam_finds_the_best_leaf_level_by_level():
     assert max(tree.leaves(), key=lambda leaf: leaf.q).value_sum == alphabetical("dddd")
 
 
-def test_oracle_beam_keeps_the_best_of_all_and_dvts_the_best_of_each_subtree():
+@pytest.mark.oracle
+def test_beam_keeps_the_best_of_all_and_dvts_the_best_of_each_subtree():
     """All of d is better than all of c: a beam of two leaves c, two subtrees do not."""
     _, asked = search(alphabetical, simulations=99, width=2, branching=2)
     assert sorted(asked[:4]) == list(ACTS)
@@ -65,9 +67,10 @@ def test_oracle_beam_keeps_the_best_of_all_and_dvts_the_best_of_each_subtree():
     assert {path[0] for path in asked[4:]} == {max(pair) for pair in first}
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("how", [{"width": 2}, {"width": 1, "subtrees": 3}], ids=["beam", "dvts"])
 @pytest.mark.parametrize("simulations", [1, 5, 11])
-def test_invariant_budget_and_values_add_up(how, simulations):
+def test_budget_and_values_add_up(how, simulations):
     tree, asked = search(alphabetical, simulations=simulations, branching=3, **how)
     assert len(asked) == len(set(asked)) == len(tree.leaves()) == simulations
     assert tree.root.visits == simulations
@@ -78,8 +81,9 @@ def test_invariant_budget_and_values_add_up(how, simulations):
             assert node.visits == sum(child.visits for child in node.children)
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("how", [{"width": 3}, {"width": 1, "subtrees": 3}], ids=["beam", "dvts"])
-def test_invariant_tree_does_not_depend_on_what_is_in_flight(how):
+def test_tree_does_not_depend_on_what_is_in_flight(how):
     trees = [
         search(alphabetical, simulations=20, branching=2, in_flight=n, **how)[0] for n in (1, 4, 99)
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.test_distributed import ENVIRONMENT, ROOT, run
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole, restore
@@ -17,7 +18,6 @@ from rftt.learner.model import prepare
 from rftt.learner.optim import build_optimizer
 from rftt.types import UserError
 from tests.learners import tiny_model, word_tokenizer
-from tests.test_distributed import ENVIRONMENT, ROOT, run
 from tests.toy_training import SCHEDULE, train
 
 
@@ -28,7 +28,8 @@ def world() -> Iterator[World]:
     close_world(world)
 
 
-def test_resume_equals_an_unbroken_run_to_the_bit_invariant(world: World, tmp_path: Path) -> None:
+@pytest.mark.invariant
+def test_resume_equals_an_unbroken_run_to_the_bit(world: World, tmp_path: Path) -> None:
     unbroken = train(world, tmp_path / "a", 4)
     half = train(world, tmp_path / "b", 2)
     resumed = train(world, tmp_path / "b", 4)
@@ -37,10 +38,9 @@ def test_resume_equals_an_unbroken_run_to_the_bit_invariant(world: World, tmp_pa
     assert resumed.history == unbroken.history
 
 
+@pytest.mark.invariant
 @pytest.mark.faults
-def test_killed_at_any_moment_it_ends_in_the_same_weights_invariant(
-    world: World, tmp_path: Path
-) -> None:
+def test_killed_at_any_moment_it_ends_in_the_same_weights(world: World, tmp_path: Path) -> None:
     expected = train(world, tmp_path / "unbroken", 6)
     path = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "tests/toy_training.py"), str(path), "6"]
@@ -147,8 +147,9 @@ def test_nothing_on_disk_is_a_pickle(world: World, tmp_path: Path) -> None:
     assert suffixes == {".safetensors", ".json", ""}
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_exported_folder_is_the_model_oracle(world: World, tmp_path: Path, tied: bool) -> None:
+def test_the_exported_folder_is_the_model(world: World, tmp_path: Path, tied: bool) -> None:
     model, tokenizer = tiny_model(tied=tied), word_tokenizer(67)
     plain = {name: weight.clone() for name, weight in model.state_dict().items()}
     policy = shard(prepare(model), world)

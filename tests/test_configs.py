@@ -92,8 +92,9 @@ def test_a_script_explains_itself_and_fails_in_one_line(kind: str) -> None:
     assert wrong.stderr.count("\n") == 1
 
 
-def test_the_published_recipe_oracle_is_the_papers() -> None:
-    """PAPER §1, where the paper gives a number."""
+@pytest.mark.oracle
+def test_the_published_recipe_is_the_papers() -> None:
+    """arXiv 2502.13389, where the paper gives a number."""
     folder = ROOT / "configs/qwen2.5-7b"
     search = load_config(SearchConfig, [str(folder / "search.yaml")])
     assert (search.simulations, search.search_depth, search.exploration_weight) == (16, 15, 2.0)

@@ -190,7 +190,8 @@ def test_paths_that_phase_2_could_not_speak_are_left_out():
     assert counts["path_against_grammar"] == 1
 
 
-def test_invariant_every_row_renders_to_a_response_of_whole_segments():
+@pytest.mark.invariant
+def test_every_row_renders_to_a_response_of_whole_segments():
     from rftt.tokens import parse_response
 
     ids = FunctionIds(

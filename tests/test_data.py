@@ -105,7 +105,8 @@ def test_write_jsonl_leaves_the_old_file_when_it_fails(tmp_path):
     assert read_jsonl(path) == [(1, {"a": 1})]
 
 
-def test_invariant_epochs_visit_everything_once_and_repeat_per_seed():
+@pytest.mark.invariant
+def test_epochs_visit_everything_once_and_repeat_per_seed():
     from itertools import islice
 
     twice = list(islice(shuffled_epochs(7, 3), 14))

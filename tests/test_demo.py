@@ -166,8 +166,9 @@ def digest(folder):
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("estimator", ["reinforce++", "grpo"])
-def test_invariant_four_steps_equal_two_and_resume_and_two(demo, estimator):
+def test_four_steps_equal_two_and_resume_and_two(demo, estimator):
     """Bit for bit: metrics, weights, sampled tokens."""
     import shutil
 
@@ -183,8 +184,9 @@ def test_invariant_four_steps_equal_two_and_resume_and_two(demo, estimator):
     assert digest(broken / "hf") == digest(out / f"whole-{estimator}" / "hf")
 
 
+@pytest.mark.invariant
 @pytest.mark.dist
-def test_invariant_two_ranks_train_like_one(demo):
+def test_two_ranks_train_like_one(demo):
     out, _ = demo
     one = rl(out, "one-rank")
     two = rl(out, "two-ranks", torchrun=2)

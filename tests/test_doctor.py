@@ -158,7 +158,8 @@ MODEL = SimpleNamespace(
 NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate=1e-6"]
 
 
-def test_estimate_oracle_by_hand() -> None:
+@pytest.mark.oracle
+def test_estimate_by_hand() -> None:
     small = ["max_num_seqs=3", "max_model_len=7", "max_tokens_per_microbatch=5", "kl_coef=0.1"]
     cfg = load_config(RLConfig, [*NEEDED, *small, "advantage_estimator=ppo"])
     phases = estimate(MODEL, 100, cfg, ranks=2, logits=(16, 24), gpu_bytes=0)
@@ -204,8 +205,9 @@ def size(tensors: Any) -> int:
     return sum(storages.values())
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_estimate_oracle_against_the_bytes_of_a_run(world: Path, dtype: str) -> None:
+def test_estimate_against_the_bytes_of_a_run(world: Path, dtype: str) -> None:
     """Weights and optimizer state to the byte; what is saved for the backward pass to 10 %."""
     cfg = config("train_rl", world, f"dtype={dtype}", "max_tokens_per_microbatch=400")
     model, n = doctor.model_of(cfg)

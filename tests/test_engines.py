@@ -106,7 +106,8 @@ def agrees_with_model(
     return (own - torch.tensor(got.logprobs, dtype=torch.double)).abs().max().item()
 
 
-def test_oracle_greedy_tokens_are_the_argmax_of_an_unpadded_forward(engine: Engine) -> None:
+@pytest.mark.oracle
+def test_greedy_tokens_are_the_argmax_of_an_unpadded_forward(engine: Engine) -> None:
     model = make_model(tied=False)
     prompts = random_prompts(40)
     got = sample(engine, *((p, Sampling(max_tokens=20, temperature=0.0)) for p in prompts))
@@ -119,8 +120,9 @@ def test_oracle_greedy_tokens_are_the_argmax_of_an_unpadded_forward(engine: Engi
     assert len({completion.token_ids for completion in got}) > 20
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_oracle_logprobs_of_samples_and_openers(engine: Engine, temperature: float) -> None:
+def test_logprobs_of_samples_and_openers(engine: Engine, temperature: float) -> None:
     model = make_model(tied=False)
     prompts = random_prompts(40, seed=1)
     how = [
@@ -150,7 +152,8 @@ def test_oracle_logprobs_of_samples_and_openers(engine: Engine, temperature: flo
             )
 
 
-def test_oracle_samples_follow_the_models_distribution(engine: Engine) -> None:
+@pytest.mark.oracle
+def test_samples_follow_the_models_distribution(engine: Engine) -> None:
     prompt, n = [20, 21, 22], 2000
     got = sample(engine, *((prompt, Sampling(max_tokens=1, seed=i)) for i in range(n)))
     counts = torch.bincount(torch.tensor([c.token_ids[0] for c in got]), minlength=N_TOKENS)
@@ -162,7 +165,8 @@ def test_oracle_samples_follow_the_models_distribution(engine: Engine) -> None:
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def test_oracle_positions_draw_independently(engine: Engine) -> None:
+@pytest.mark.oracle
+def test_positions_draw_independently(engine: Engine) -> None:
     prompt, n, model = [20, 21, 22], 2000, make_model(tied=False)
     got = sample(engine, *((prompt, Sampling(max_tokens=2, seed=i)) for i in range(n)))
     first = reference_logprobs(model, prompt, (0,))[0].exp()
@@ -177,7 +181,8 @@ def test_oracle_positions_draw_independently(engine: Engine) -> None:
     assert torch.corrcoef(quantiles.T)[0, 1].abs() < 5 / math.sqrt(n)
 
 
-def test_invariant_a_request_does_not_depend_on_its_batch(engine: Engine) -> None:
+@pytest.mark.invariant
+def test_a_request_does_not_depend_on_its_batch(engine: Engine) -> None:
     prompts = random_prompts(36, seed=2)
     how = [
         Sampling(
@@ -246,7 +251,8 @@ def test_ids_beyond_the_tokenizer_are_never_sampled(engine: Engine) -> None:
         assert agrees_with_model(model, prompt, completion, 1.0) < 1e-4
 
 
-def test_oracle_banned_ids_are_never_sampled_and_the_rest_is_renormalised(engine: Engine) -> None:
+@pytest.mark.oracle
+def test_banned_ids_are_never_sampled_and_the_rest_is_renormalised(engine: Engine) -> None:
     """Beside requests that may sample them, and greedily too."""
     model, banned = make_model(tied=False), tuple(range(16, 40))
     prompts = random_prompts(24)
@@ -350,7 +356,8 @@ def test_counters_count_every_token_and_shared_prompts(engine: Engine) -> None:
     assert 6 <= spent["steps"] <= 20
 
 
-def test_oracle_continuations_reuse_what_was_sampled(engine: Engine) -> None:
+@pytest.mark.oracle
+def test_continuations_reuse_what_was_sampled(engine: Engine) -> None:
     model, prompt = make_model(tied=False), list(range(16, 56))
     roots = sample(engine, *((prompt, Sampling(max_tokens=30, seed=i)) for i in range(6)))
     paths = [[*prompt, *c.token_ids[: 5 * i]] for i, c in enumerate(roots)]
@@ -362,9 +369,10 @@ def test_oracle_continuations_reuse_what_was_sampled(engine: Engine) -> None:
     assert sample(engine, (paths[0], how[0]))[0].n_cached == 0
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ENGINES)
-def test_oracle_synced_engine_samples_as_the_learner(
+def test_synced_engine_samples_as_the_learner(
     name: str, model: str, open_engine: Callable[[str, str], Engine]
 ) -> None:
     engine, prompts = open_engine(name, model), random_prompts(12, seed=5)
@@ -401,7 +409,8 @@ def test_load_weights_names_what_is_wrong(engine: Engine) -> None:
     asyncio.run(while_running())
 
 
-def test_oracle_pick_is_the_inverse_cdf() -> None:
+@pytest.mark.oracle
+def test_pick_is_the_inverse_cdf() -> None:
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.25, 0.25]]).repeat(8, 1)
     uniform = torch.tensor([0.0, 0.49, 0.5, 0.74, 0.75, 1 - 2**-24, 0.9, 0.9])
     greedy = torch.tensor([False] * 6 + [True] * 2)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from tests.test_expand import CLOSE, PROBLEM, learned, segment
 
 from evaluate import processed, steps_of, summarise, summary_table
 from rftt.graders.prm import Unscored
 from rftt.rollout import learned_tree, sample, tree_rollouts
 from rftt.types import Problem
-from tests.test_expand import CLOSE, PROBLEM, learned, segment
 
 
 def response(answer: str | None, logprob: float, *, tokens: int = 10) -> dict[str, Any]:
@@ -36,7 +36,8 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_oracle_vote_and_best_of_n_choose_differently_at_the_same_price() -> None:
+@pytest.mark.oracle
+def test_vote_and_best_of_n_choose_differently_at_the_same_price() -> None:
     summary = summarise(ROWS, 4, [1, 2], seed=0)
     assert [summary["maj@k"][k]["accuracy"] for k in (1, 2, 4)] == [0.5, 0.5, 0.5]
     assert [summary["best@k"][k]["accuracy"] for k in (1, 2, 4)] == [0.5, 0.5, 0.5]
@@ -50,14 +51,16 @@ def test_oracle_vote_and_best_of_n_choose_differently_at_the_same_price() -> Non
     assert "best@4       50.0 %" in summary_table({"set": "made up"} | summary)
 
 
-def test_oracle_best_of_n_goes_by_the_process_score_where_there_is_one() -> None:
+@pytest.mark.oracle
+def test_best_of_n_goes_by_the_process_score_where_there_is_one() -> None:
     scored = [r | {"score": score} for r, score in zip(ROWS[0]["samples"], (0.1, 0.2, 0.9, 0.3),
                                                        strict=True)]  # fmt: skip
     summary = summarise([ROWS[0] | {"samples": scored}], 4, [], seed=0)
     assert [summary["best@k"][k]["accuracy"] for k in (1, 2, 4)] == [1.0, 0.0, 1.0]
 
 
-def test_oracle_plain_choices_at_the_tokens_of_the_search() -> None:
+@pytest.mark.oracle
+def test_plain_choices_at_the_tokens_of_the_search() -> None:
     """Two simulations cost 13 tokens: one sample of 10 fits, two do not."""
     found = summarise(ROWS, 4, [1, 2], seed=0)["equal_tokens"]
     assert [found[k]["n"] for k in (1, 2)] == [1, 1]

@@ -7,7 +7,7 @@ models. After the last fault a run must end as an unbroken one does, and what wa
 fault is not done again: a lost unit is a problem of the journal, or a step of a checkpoint, that is
 gone. The table at the end says how often what was injected, and what it cost. Damaged checkpoints,
 and servers that hang, drop or talk nonsense: `-m faults` finds their tests in test_checkpoint.py,
-test_prm.py and test_api.py.
+test_prm.py and test_openai.py.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ def test_script_ratio_is_of_the_letters_of_the_prose(text, scripts, ratio):
     assert script_ratio(text, scripts) == ratio
 
 
-def test_similarity_oracle_on_trigrams_counted_by_hand():
+@pytest.mark.oracle
+def test_similarity_on_trigrams_counted_by_hand():
     assert ngrams("a b c d") == {("a", "b", "c"), ("b", "c", "d")}
     assert ngrams("四个人。") == {("四", "个", "人"), ("个", "人", "。")}
     assert similarity("a b c d", "A b  c e") == 1 / 3
@@ -133,6 +134,7 @@ def test_custom_filter_is_called_with_each_row(tmp_path, monkeypatch):
             load_function("custom_filter", name)
 
 
+@pytest.mark.invariant
 @given(
     st.lists(
         st.builds(
@@ -147,7 +149,7 @@ def test_custom_filter_is_called_with_each_row(tmp_path, monkeypatch):
     st.sampled_from([{}, {"prm_threshold": 0.5, "scripts": "[latin]", "max_row_tokens": 20}]),
     st.sampled_from([{}, {"easy_query_threshold": 0.6}, {"hard_query_threshold": 0.4}]),
 )
-def test_invariant_counts_add_up_to_what_came_in(rows, some, others):
+def test_counts_add_up_to_what_came_in(rows, some, others):
     kept, counts = select(rows, config(**some, **others, n_best_to_keep=3))
     assert sum(counts.values()) == len(rows)
     assert counts["kept"] == len(kept) <= 3

@@ -69,9 +69,10 @@ def test_an_absent_device_is_one_clear_line() -> None:
         open_world("tpu")
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("options", [{}, {"cpu_offload": True}])
-def test_sharding_changes_no_bit_at_world_size_one_invariant(
+def test_sharding_changes_no_bit_at_world_size_one(
     world: World, tied: bool, options: dict[str, bool]
 ) -> None:
     batch = random_batch([9, 14, 4])
@@ -99,8 +100,9 @@ def test_clip_gradients_scales_to_the_norm_and_reports_the_old_one(world: World)
     torch.testing.assert_close(layer.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.invariant
 @pytest.mark.dist
-def test_two_ranks_equal_one_invariant(world: World, two_ranks: Path, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(world: World, two_ranks: Path, tmp_path: Path) -> None:
     """Losses, gradient norms and weights; PPO with whitening over ranks, unequal microbatches."""
     result = json.loads((two_ranks / "result.json").read_text())
     one = train(world, tmp_path, 4)
@@ -112,8 +114,9 @@ def test_two_ranks_equal_one_invariant(world: World, two_ranks: Path, tmp_path: 
         torch.testing.assert_close(weight, weights[name], atol=1e-4, rtol=0)
 
 
+@pytest.mark.invariant
 @pytest.mark.dist
-def test_two_ranks_resume_to_the_bit_and_one_rank_takes_over_invariant(
+def test_two_ranks_resume_to_the_bit_and_one_rank_takes_over(
     world: World,
     two_ranks: Path,
 ) -> None:

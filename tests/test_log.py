@@ -73,7 +73,8 @@ def test_what_is_not_finite_is_stored_as_null(tmp_path: Path, capsys) -> None:
     assert "kl nan" in capsys.readouterr().out
 
 
-def test_resuming_invariant_same_file_as_an_unbroken_run(tmp_path: Path) -> None:
+@pytest.mark.invariant
+def test_resuming_same_file_as_an_unbroken_run(tmp_path: Path) -> None:
     def run(run_dir: Path, first: int, last: int) -> None:
         log = RunLog(run_dir, CONFIG, enabled=True)
         log.rewind(first)

@@ -32,9 +32,10 @@ def rows(name: str) -> list[dict[str, Any]]:
 PAIRS = rows("grader_pairs.jsonl")
 
 
+@pytest.mark.oracle
 @needs_data
 @pytest.mark.parametrize("category", sorted({row["category"] for row in PAIRS}))
-def test_shared_pairs_oracle(category: str) -> None:
+def test_shared_pairs(category: str) -> None:
     chosen = [row for row in PAIRS if row["category"] == category]
     wrong = [
         row["id"]
@@ -45,8 +46,9 @@ def test_shared_pairs_oracle(category: str) -> None:
     assert wrong == []
 
 
+@pytest.mark.oracle
 @needs_data
-def test_hostile_responses_are_quick_and_unpaid_oracle() -> None:
+def test_hostile_responses_are_quick_and_unpaid() -> None:
     for row in rows("grader_hostile.jsonl"):
         response = "".join(text * times for text, times in row["recipe"])
         begin = time.perf_counter()
@@ -64,9 +66,10 @@ GOLD_FIELDS = {
 }
 
 
+@pytest.mark.oracle
 @needs_data
 @pytest.mark.parametrize("name", GOLD_FIELDS)
-def test_every_gold_answer_equals_itself_oracle(name: str) -> None:
+def test_every_gold_answer_equals_itself(name: str) -> None:
     golds = [row[GOLD_FIELDS[name]] for row in rows(f"{name}.jsonl")]
     golds = [gold[0] if isinstance(gold, list) else str(gold) for gold in golds]
     missed = [g for g in golds if not grade(f"So \\boxed{{{parse_gold(g)}}}.", g).correct]
@@ -159,12 +162,14 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(("gold", "answer", "equal"), CASES)
-def test_cases_oracle(gold: str, answer: str, equal: bool) -> None:
+def test_cases(gold: str, answer: str, equal: bool) -> None:
     assert grade(f"\\boxed{{{answer}}}", gold).correct is equal
     assert same_answer(gold, answer) is equal
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("response", "answer_format", "found"),
     [
@@ -184,7 +189,7 @@ def test_cases_oracle(gold: str, answer: str, equal: bool) -> None:
         ("The answer is 3", "boxed", None),
     ],
 )
-def test_extract_oracle(response: str, answer_format: str, found: str | None) -> None:
+def test_extract(response: str, answer_format: str, found: str | None) -> None:
     assert extract(response, answer_format) == found
 
 
@@ -233,16 +238,18 @@ REWRITES = [
 ]
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_rewriting_keeps_the_verdict_invariant(answer: str) -> None:
+def test_rewriting_keeps_the_verdict(answer: str) -> None:
     for rewrite in REWRITES:
         assert grade(f"\\boxed{{{rewrite(answer)}}}", answer).correct, rewrite(answer)
         assert canonical(rewrite(answer)) == canonical(answer)
 
 
+@pytest.mark.invariant
 @settings(deadline=None, max_examples=150)
 @given(st.integers(-(10**9), 10**9), st.integers(1, 10**4), st.data())
-def test_fractions_invariant(top: int, bottom: int, data: st.DataObject) -> None:
+def test_fractions(top: int, bottom: int, data: st.DataObject) -> None:
     factor = data.draw(st.integers(1, 50))
     gold = f"\\frac{{{top}}}{{{bottom}}}"
     assert same_answer(gold, f"{top * factor}/{bottom * factor}")
@@ -252,9 +259,10 @@ def test_fractions_invariant(top: int, bottom: int, data: st.DataObject) -> None
         assert not same_answer(gold, f"\\frac{{{-top}}}{{{bottom}}}")
 
 
+@pytest.mark.invariant
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(-99, 99), min_size=2, max_size=6, unique=True), st.randoms())
-def test_order_counts_in_tuples_only_invariant(numbers: list[int], rng: random.Random) -> None:
+def test_order_counts_in_tuples_only(numbers: list[int], rng: random.Random) -> None:
     shuffled = rng.sample(numbers, len(numbers))
     text, other = (", ".join(map(str, n)) for n in (numbers, shuffled))
     assert same_answer(text, other)
@@ -278,18 +286,20 @@ A<B A\ne{B} A\in{B} A\cup{B} \lfloor{A}\rfloor \sin{A} \ln(A) \binom{A}{B} \sum_
 """
 
 
+@pytest.mark.invariant
 @settings(deadline=None, max_examples=300)
 @given(
     st.one_of(
         st.text(max_size=30), st.lists(st.sampled_from(PIECES.split()), max_size=14).map("".join)
     )
 )
-def test_any_text_is_graded_without_error_and_symmetrically_invariant(text: str) -> None:
+def test_any_text_is_graded_without_error_and_symmetrically(text: str) -> None:
     for gold in ("7", "x^2+1", r"(1, \infty)", text):
         assert same_answer(text, gold) == same_answer(gold, text)
     extract(text, "auto")
 
 
+@pytest.mark.invariant
 @settings(deadline=None, max_examples=300)
 @given(
     st.recursive(
@@ -306,12 +316,13 @@ def test_any_text_is_graded_without_error_and_symmetrically_invariant(text: str)
     ),
     st.sampled_from(["7", "x^2+1", "(1,2)", "x>2", "\\{x\\}", "1,2"]),
 )
-def test_any_formula_is_graded_without_error_and_symmetrically_invariant(a: str, b: str) -> None:
+def test_any_formula_is_graded_without_error_and_symmetrically(a: str, b: str) -> None:
     assert same_answer(a, b) == same_answer(b, a)
     assert same_answer(a, f" {a} ")
 
 
-def test_threads_and_hash_seeds_do_not_matter_invariant() -> None:
+@pytest.mark.invariant
+def test_threads_and_hash_seeds_do_not_matter() -> None:
     pairs = [(a, b) for a in ANSWERS[:40] for b in ANSWERS[:4]]
     alone = [same_answer(a, b) for a, b in pairs]
     with ThreadPoolExecutor(4) as pool:

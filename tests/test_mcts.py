@@ -25,7 +25,8 @@ def land(tree, acts, value):
     return tree.land(choice, [Step(choice.act, ""), *(Step(act, "") for act in acts)], value)
 
 
-def test_oracle_uct_of_a_hand_worked_tree():
+@pytest.mark.oracle
+def test_uct_of_a_hand_worked_tree():
     """Two children with 3 and 1 visits: Q 2/3 and 0, N 4."""
     tree = make_tree(lambda act: ("a", "b") if act is None else (), c=1.5)
     for visits, total in ((3, 2.0), (1, 0.0)):
@@ -38,7 +39,8 @@ def test_oracle_uct_of_a_hand_worked_tree():
     assert tree.uct(second) == pytest.approx(0 + 1.5 * math.sqrt(math.log(4) / 1))
 
 
-def test_oracle_virtual_loss_counts_as_visits_worth_nothing():
+@pytest.mark.oracle
+def test_virtual_loss_counts_as_visits_worth_nothing():
     tree = make_tree(lambda act: ("a", "b"), c=1.0)
     land(tree, ["a"], 1.0)
     land(tree, ["a"], 0.0)
@@ -56,7 +58,8 @@ def test_unexplored_acts_come_first_by_prior():
     assert tree.select() is None  # all claimed, none landed
 
 
-def test_oracle_serial_search_equals_the_textbook():
+@pytest.mark.oracle
+def test_serial_search_equals_the_textbook():
     """Same choices as a recursive UCT written from the formulas, over 60 simulations."""
 
     def reward(acts):
@@ -128,8 +131,9 @@ def _textbook(simulations, seed, expand, reward):
     return [(key, table[key]["n"]) for key in order]
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("in_flight", [1, 3, 8])
-def test_invariant_visits_are_conserved(in_flight):
+def test_visits_are_conserved(in_flight):
     tree, _ = _random_search(in_flight=in_flight, simulations=50)
     for node in tree.nodes:
         assert node.in_flight == 0
@@ -139,8 +143,9 @@ def test_invariant_visits_are_conserved(in_flight):
     assert tree.root.visits == len(tree.leaves()) == 50
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("in_flight", [1, 4])
-def test_invariant_tree_does_not_depend_on_who_finishes_first(in_flight):
+def test_tree_does_not_depend_on_who_finishes_first(in_flight):
     one, _ = _random_search(in_flight=in_flight, simulations=40, delays=Random(1))
     other, _ = _random_search(in_flight=in_flight, simulations=40, delays=Random(2))
     assert [(n.key, n.visits, n.value_sum) for n in one.nodes] == [
@@ -148,8 +153,9 @@ def test_invariant_tree_does_not_depend_on_who_finishes_first(in_flight):
     ]
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("in_flight", [1, 4])
-def test_invariant_keys_and_requests_are_unique(in_flight):
+def test_keys_and_requests_are_unique(in_flight):
     tree, asked = _random_search(in_flight=in_flight, simulations=60)
     keys = [node.key for node in tree.nodes]
     assert len(set(keys)) == len(keys)
@@ -157,7 +163,8 @@ def test_invariant_keys_and_requests_are_unique(in_flight):
     assert set(asked) <= set(keys)
 
 
-def test_invariant_depth_and_grammar_bound_the_choices():
+@pytest.mark.invariant
+def test_depth_and_grammar_bound_the_choices():
     tree, _ = _random_search(in_flight=2, simulations=80)
     assert all(node.depth <= 6 for node in tree.nodes)
     for node in tree.nodes:

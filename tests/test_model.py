@@ -69,9 +69,10 @@ def branching_batch() -> Batch:
     return batch.replace(advantages=noise)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_packed_logprobs_and_gradients_equal_unpacked_oracle(family: str, tied: bool) -> None:
+def test_packed_logprobs_and_gradients_equal_unpacked(family: str, tied: bool) -> None:
     batch = random_batch(LENGTHS)
     batch = batch.replace(input_ids=batch.input_ids.clamp(max=60))
     ours, theirs = tiny_model(family, tied=tied), tiny_model(family, tied=tied)
@@ -91,18 +92,18 @@ def test_packed_logprobs_and_gradients_equal_unpacked_oracle(family: str, tied: 
         torch.testing.assert_close(mine.grad, other.grad, atol=2e-5 * max(scale, 1), rtol=1e-4)
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_chunks_change_nothing_invariant(chunk: int) -> None:
+def test_chunks_change_nothing(chunk: int) -> None:
     batch, model = random_batch(LENGTHS), prepare(tiny_model())
     whole, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
     chunked, _ = token_logprobs(model, batch, 1.0, VOCABULARY, chunk=chunk)
     torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(("chunk", "n_kept"), [(3, 0), (3, 2), (20, 1), (7, 9)])
-def test_the_heads_backward_is_the_derivative_of_its_forward_oracle(
-    chunk: int, n_kept: int
-) -> None:
+def test_the_heads_backward_is_the_derivative_of_its_forward(chunk: int, n_kept: int) -> None:
     """Float64 finite differences; ids beyond 13 are not the tokenizer's."""
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (
@@ -137,7 +138,8 @@ def test_gated_mlps_keep_no_product_for_the_backward(family: str) -> None:
     assert widths.count(model.config.intermediate_size) == 2 * model.config.num_hidden_layers
 
 
-def test_first_pass_ratio_is_exactly_one_invariant() -> None:
+@pytest.mark.invariant
+def test_first_pass_ratio_is_exactly_one() -> None:
     batch, model = random_batch(LENGTHS), prepare(tiny_model())
     with torch.no_grad():
         old, _ = token_logprobs(model, batch, 0.9, VOCABULARY)
@@ -148,14 +150,16 @@ def test_first_pass_ratio_is_exactly_one_invariant() -> None:
     assert metrics["clip_share"].item() == 0
 
 
-def test_a_document_does_not_see_its_neighbours_invariant() -> None:
+@pytest.mark.invariant
+def test_a_document_does_not_see_its_neighbours() -> None:
     batch, model = random_batch(LENGTHS), prepare(tiny_model())
     alone, _ = token_logprobs(model, batch.select([2]), 1.0, VOCABULARY)
     among, _ = token_logprobs(model, batch, 1.0, VOCABULARY)
     torch.testing.assert_close(among.split(batch.lengths)[2], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_one_microbatch_or_many_give_the_same_gradient_invariant() -> None:
+@pytest.mark.invariant
+def test_one_microbatch_or_many_give_the_same_gradient() -> None:
     batch = random_batch(LENGTHS)
     gradients = []
     for groups in ([list(range(5))], [[i] for i in range(5)]):
@@ -171,8 +175,9 @@ def test_one_microbatch_or_many_give_the_same_gradient_invariant() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tree_packing_equals_flat_packing_invariant(family: str) -> None:
+def test_tree_packing_equals_flat_packing(family: str) -> None:
     """Log-probs, entropy, values and all gradients; a path still counts where it is shared."""
     flat = branching_batch()
     assert n_saved(flat.replace(tree=True)) > 0.4 * len(flat.input_ids)
@@ -192,7 +197,8 @@ def test_tree_packing_equals_flat_packing_invariant(family: str) -> None:
         torch.testing.assert_close(one, other, atol=1e-5 * scale, rtol=1e-5)
 
 
-def test_tree_microbatches_give_the_same_gradient_invariant() -> None:
+@pytest.mark.invariant
+def test_tree_microbatches_give_the_same_gradient() -> None:
     batch, gradients = branching_batch(), []
     for tree in (False, True):
         model, whole = prepare(tiny_model()), batch.replace(tree=tree)
@@ -207,7 +213,8 @@ def test_tree_microbatches_give_the_same_gradient_invariant() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
-def test_a_forest_holds_each_prefix_once_oracle() -> None:
+@pytest.mark.oracle
+def test_a_forest_holds_each_prefix_once() -> None:
     batch = branching_batch()
     documents = [tuple(ids.tolist()) for ids in batch.input_ids.split(batch.lengths)]
     prefixes = {ids[: n + 1] for ids in documents for n in range(len(ids))}
@@ -229,7 +236,8 @@ def test_ids_beyond_the_tokenizer_get_no_probability() -> None:
     assert not model.lm_head.weight.grad[50:].any()
 
 
-def test_gradient_checkpointing_changes_nothing_invariant() -> None:
+@pytest.mark.invariant
+def test_gradient_checkpointing_changes_nothing() -> None:
     batch, gradients = random_batch(LENGTHS), []
     for checkpointing in (False, True):
         model = prepare(tiny_model(), gradient_checkpointing=checkpointing)
@@ -259,7 +267,8 @@ def test_a_new_critic_values_everything_at_zero_and_learns() -> None:
     assert critic.head.weight.grad.any()
 
 
-def test_values_speak_of_the_state_before_their_token_oracle() -> None:
+@pytest.mark.oracle
+def test_values_speak_of_the_state_before_their_token() -> None:
     batch, model = random_batch([6]), tiny_model()
     reference = tiny_model()
     critic = Critic(prepare(model).model)
@@ -273,9 +282,10 @@ def test_values_speak_of_the_state_before_their_token_oracle() -> None:
 # ---- Folders and vocabulary ----
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("n_words", [VOCABULARY, VOCABULARY - 20])
-def test_new_rows_are_the_mean_of_their_description_oracle(
+def test_new_rows_are_the_mean_of_their_description(
     tmp_path: Path, tied: bool, n_words: int
 ) -> None:
     """With a vocabulary to grow (67 + 16) and with one whose spare rows suffice (47 + 16)."""

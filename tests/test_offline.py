@@ -118,12 +118,13 @@ def test_dpo_rows_that_will_not_do_are_named(world, tmp_path, row, pairs, messag
         read(tmp_path, pairs=pairs)
 
 
+@pytest.mark.invariant
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=12),
     st.integers(4, 60),
 )
-def test_dpo_pairs_share_a_microbatch_and_memory_is_bounded_invariant(sizes, budget):
+def test_dpo_pairs_share_a_microbatch_and_memory_is_bounded(sizes, budget):
     examples = [tuple(([1], [2] * n, [True] * n) for n in pair) for pair in sizes]
     batch = collate_examples(examples, [(float(-i), 0.5) for i in range(len(sizes))], each=2)
     assert batch.n_terms == len(sizes)
@@ -136,7 +137,8 @@ def test_dpo_pairs_share_a_microbatch_and_memory_is_bounded_invariant(sizes, bud
         assert part.ref_logprobs.sum() == sum(0.5 - i // 2 for i in group[::2])
 
 
-def test_dpo_loss_of_many_microbatches_is_that_of_one_invariant():
+@pytest.mark.invariant
+def test_dpo_loss_of_many_microbatches_is_that_of_one():
     cfg = SFTConfig(
         output_dir="o", model_name_or_path="m", train_file="t", learning_rate=1, loss="dpo"
     )
@@ -169,7 +171,8 @@ def response_logprob(model, tokenizer, question, response):
     return sum(logprobs[t - 1, ids[t]] for t in range(len(prompt), len(ids)))
 
 
-def test_oracle_dpo_loss_and_gradient_from_the_formula(world, unbroken):
+@pytest.mark.oracle
+def test_dpo_loss_and_gradient_from_the_formula(world, unbroken):
     """−(1−ε) log σ(m) − ε log σ(−m), m = β (log π/π_ref (chosen) − log π/π_ref (rejected))."""
     from itertools import islice
 
@@ -216,7 +219,8 @@ def test_dpo_starts_at_log_2_and_learns_the_pairs(unbroken):
     assert all(0 <= row["eval_dpo_accuracy"] <= 1 for row in evaluated)
 
 
-def test_dpo_resumed_equals_unbroken_invariant(world, unbroken):
+@pytest.mark.invariant
+def test_dpo_resumed_equals_unbroken(world, unbroken):
     """Bit for bit, without computing the reference again; and also when its file is gone."""
     cache = (world / "unbroken" / "data" / "reference.jsonl").read_text()
     assert cache.count("\n") == len(PAIRS)
@@ -256,8 +260,9 @@ def test_dpo_reference_is_not_that_of_other_weights_of_the_same_name(world, unbr
         shutil.copy(held, first)
 
 
+@pytest.mark.invariant
 @pytest.mark.dist
-def test_dpo_on_two_ranks_equals_one_invariant(world, unbroken):
+def test_dpo_on_two_ranks_equals_one(world, unbroken):
     two = train(world, "two", ranks=2)
     for a, b in zip(unbroken, two, strict=True):
         for key in a:

@@ -242,6 +242,7 @@ def test_what_is_under_way_when_a_run_fails_is_kept(server: Server, ask: Ask) ->
     assert ask()[1] == Spending(7, 0, 70, 35, pytest.approx(7 * 4e-5))  # type: ignore[arg-type]
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize(
     "budget",
     [
@@ -251,9 +252,7 @@ def test_what_is_under_way_when_a_run_fails_is_kept(server: Server, ask: Ask) ->
     ],
     ids=["cost", "tokens", "both"],
 )
-def test_invariant_budget_is_never_exceeded(
-    server: Server, ask: Ask, budget: dict[str, Any]
-) -> None:
+def test_budget_is_never_exceeded(server: Server, ask: Ask, budget: dict[str, Any]) -> None:
     """Three worst cases fit at once; the others wait until it is known what those really took."""
     server.delay_s = 0.02
     with pytest.raises(UserError, match="used up"):

@@ -11,6 +11,7 @@ from rftt.run.config import Training
 from rftt.types import UserError
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [

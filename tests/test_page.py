@@ -116,7 +116,8 @@ def share_of(picture: str, colour: tuple[int, int, int]) -> float:
     return float((np.abs(pixels - colour).max(-1) <= 8).mean())
 
 
-def test_the_slider_shows_the_tree_as_it_was_then_oracle(
+@pytest.mark.oracle
+def test_the_slider_shows_the_tree_as_it_was_then(
     tmp_path: Path, browse: Callable[..., str]
 ) -> None:
     page = tmp_path / "tree.html"

@@ -28,12 +28,12 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rftt.engines.chat import eos_id
+from rftt.graders import build_prm
 from rftt.graders import prm as prm_module
 from rftt.graders.prm import (
     CHECK,
     RemotePRM,
     Unscored,
-    build_prm,
     ranking_warning,
     reduce,
     score_paths,
@@ -110,7 +110,8 @@ def scores_of(prm: Any, *paths: tuple[str, list[str]]) -> list[Any]:
 # ---- Reduction, config ----
 
 
-def test_reduce_oracle() -> None:
+@pytest.mark.oracle
+def test_reduce() -> None:
     scores = [0.5, 0.2, 0.8]
     assert [reduce(scores, how) for how in ("min", "mean", "last", "prod")] == pytest.approx(
         [0.2, 0.5, 0.8, 0.08]
@@ -167,6 +168,7 @@ def oracle(folder: Path, kind: str) -> list[float]:
     return (logits.softmax(-1)[:, 1] if kind == "classifier" else logits.sigmoid()[:, 0]).tolist()
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("kind", HEADS)
 def test_scores_of_each_family_equal_its_oracle(folders: dict[str, Path], kind: str) -> None:
     (scores,) = scores_of(local(folders[kind]), (QUESTION, STEPS))
@@ -174,8 +176,9 @@ def test_scores_of_each_family_equal_its_oracle(folders: dict[str, Path], kind: 
     assert len(set(scores)) == len(STEPS)
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("kind", HEADS)
-def test_invariant_a_path_does_not_depend_on_its_batch(folders: dict[str, Path], kind: str) -> None:
+def test_a_path_does_not_depend_on_its_batch(folders: dict[str, Path], kind: str) -> None:
     paths = [(QUESTION, STEPS[: i % 3 + 1] * (1 + i % 2)) for i in range(24)]
     prm = local(folders[kind])
     together = scores_of(prm, *paths)
@@ -315,7 +318,8 @@ def body_of(steps: list[str] = STEPS) -> dict[str, str]:
     return {"input": to_wire(QUESTION, steps)}
 
 
-def test_the_wire_oracle_is_the_official_text_and_comes_back() -> None:
+@pytest.mark.oracle
+def test_the_wire_is_the_official_text_and_comes_back() -> None:
     assert to_wire("Q?", [" a ", "b"]) == "Q? Step 1: a ки\nStep 2: b ки"
     assert from_wire(to_wire(QUESTION, STEPS)) == (QUESTION, STEPS)
     assert from_wire("Q?\nStep 1: a\nb ки Step 2: c ки\n") == ("Q?", ["a\nb", "c"])
@@ -591,7 +595,8 @@ def search_dir(path: Path, n: int = 1) -> Path:
     return path
 
 
-def test_labels_oracle_are_the_share_of_right_answers_below_and_count_once(tmp_path: Path) -> None:
+@pytest.mark.oracle
+def test_labels_are_the_share_of_right_answers_below_and_count_once(tmp_path: Path) -> None:
     (rows,) = label_trees(search_dir(tmp_path))
     output = "The final answer is \\boxed{3}."
     assert rows == [
@@ -603,7 +608,8 @@ def test_labels_oracle_are_the_share_of_right_answers_below_and_count_once(tmp_p
         label_trees(tmp_path / "elsewhere")
 
 
-def test_auc_oracle_is_the_share_of_pairs_in_order() -> None:
+@pytest.mark.oracle
+def test_auc_is_the_share_of_pairs_in_order() -> None:
     scores, right = [0.1, 0.4, 0.4, 0.8, 0.9], [False, True, False, True, False]
     pairs = [(a, b) for a, r in zip(scores, right, strict=True) if r
              for b, w in zip(scores, right, strict=True) if not w]  # fmt: skip
@@ -642,7 +648,8 @@ def halves(body: bytes) -> tuple[int, bytes]:
     return 200, json.dumps({"score": [len(step) % 7 / 7 for step in steps]}).encode()
 
 
-def test_rl_goes_on_where_the_prm_went_down_and_learns_the_same_invariant(
+@pytest.mark.invariant
+def test_rl_goes_on_where_the_prm_went_down_and_learns_the_same(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     world = make_world(tmp_path)

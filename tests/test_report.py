@@ -1,4 +1,4 @@
-"""watch/report.py on made-up run directories: what is shown, left out, and safe."""
+"""tools/report.py on made-up run directories: what is shown, left out, and safe."""
 
 import json
 import math
@@ -136,7 +136,8 @@ def test_only_the_newest_rollouts_are_shown(tmp_path: Path) -> None:
     assert "response: old" not in report
 
 
-def test_plots_oracle_draw_the_numbers_of_the_files(tmp_path: Path) -> None:
+@pytest.mark.oracle
+def test_plots_draw_the_numbers_of_the_files(tmp_path: Path) -> None:
     rows = [{"step": 3, "reward": 0.1}, {"step": 4, "reward": None}, {"step": 5, "reward": 0.3}]
     summary = {"search": {"16": {"accuracy": 0.9, "low": 0.8, "high": 1.0, "tokens": 5}}}
     summary["search"]["2"] = {"accuracy": 0.7, "low": 0.6, "high": 0.8, "tokens": 1}

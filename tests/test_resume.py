@@ -117,7 +117,8 @@ def test_losses_are_the_golden_ones(small: Path, stage: str) -> None:
         assert abs(residual) <= loose * size, key
 
 
-def test_invariant_killed_and_resumed_equals_unbroken(small: Path) -> None:
+@pytest.mark.invariant
+def test_killed_and_resumed_equals_unbroken(small: Path) -> None:
     kill_and_resume(small, "broken", ONE)
     finish(start(ONE, small, "broken"))
     unbroken, broken = trace(small, "unbroken"), trace(small, "broken")
@@ -126,8 +127,9 @@ def test_invariant_killed_and_resumed_equals_unbroken(small: Path) -> None:
     assert broken == unbroken
 
 
+@pytest.mark.invariant
 @pytest.mark.dist
-def test_invariant_killed_and_resumed_on_two_ranks_and_nodes(small_on_two: Path) -> None:
+def test_killed_and_resumed_on_two_ranks_and_nodes(small_on_two: Path) -> None:
     """The last part by two agents of one process each, as on two machines."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -142,8 +144,9 @@ def test_invariant_killed_and_resumed_on_two_ranks_and_nodes(small_on_two: Path)
     assert broken == unbroken
 
 
+@pytest.mark.invariant
 @pytest.mark.dist
-def test_invariant_a_run_goes_on_with_other_ranks(small_on_two: Path) -> None:
+def test_a_run_goes_on_with_other_ranks(small_on_two: Path) -> None:
     """Warm-up begun by two ranks, RL by one, ended by two: sums in another order, no more."""
     kill_at(start(ONE, small_on_two, "broken2-copy"), small_on_two / "broken2-copy-rl", 2, 0.0)
     finish(start(TWO, small_on_two, "broken2-copy"))

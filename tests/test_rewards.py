@@ -47,6 +47,7 @@ def text(answer):
     return "so" if answer is None else f"<output>\\boxed{{{answer}}}</output>"
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("scheme", "answer", "process", "rewards", "outcome"),
     [
@@ -63,7 +64,7 @@ def text(answer):
         (GAIN, "4", None, (0.0, 1.0), 1.0),
     ],
 )
-def test_oracle_reward_of_every_step(scheme, answer, process, rewards, outcome):
+def test_reward_of_every_step(scheme, answer, process, rewards, outcome):
     scored = score_rollout(scheme, rollout(answer), text(answer), process)
     assert scored.step_rewards == pytest.approx(rewards)
     assert scored.outcome == outcome
@@ -162,7 +163,8 @@ def rewarded(spoken, prm, rollouts=None, **changes):
     return asyncio.run(reward_all(config(**changes), tokenizer, ids, prm, rollouts or [made]))[0]
 
 
-def test_oracle_each_step_is_read_between_its_delimiters_and_earns_its_own_score(spoken):
+@pytest.mark.oracle
+def test_each_step_is_read_between_its_delimiters_and_earns_its_own_score(spoken):
     prm = Marks()
     (scored,) = rewarded(spoken, prm)
     texts = [text for _, text in STEPS]
@@ -174,7 +176,8 @@ def test_oracle_each_step_is_read_between_its_delimiters_and_earns_its_own_score
     assert blended.step_rewards == pytest.approx([*scores[:-1], 0.6 + 0.4 * scores[-1]])
 
 
-def test_invariant_gains_add_up_to_the_outcome_however_long_the_response(spoken):
+@pytest.mark.invariant
+def test_gains_add_up_to_the_outcome_however_long_the_response(spoken):
     (scored,) = rewarded(spoken, Marks(), reward_scheme="gain", advantage_estimator="reinforce++")
     first, second, third = scored.step_rewards
     assert first + second + third == pytest.approx(1.0)
@@ -184,7 +187,7 @@ def test_invariant_gains_add_up_to_the_outcome_however_long_the_response(spoken)
 
 
 def test_a_response_without_answer_ends_with_its_own_score(spoken):
-    """PAPER §1: σ while there is no answer."""
+    """arXiv 2502.13389: σ while there is no answer."""
     _, _, made = spoken
     (scored,) = rewarded(spoken, Marks(), [replace(made, answer=None, finish="length")])
     assert scored.step_rewards == scored.step_scores

@@ -58,6 +58,7 @@ def oracle_gae(case: Case, gamma: float, lam: float) -> tuple[list[float], list[
     return advantages, returns
 
 
+@pytest.mark.oracle
 @settings(deadline=None, max_examples=60)
 @given(cases(), st.sampled_from([0.0, 0.9, 1.0]), st.sampled_from([0.0, 0.95, 1.0]))
 def test_gae_matches_its_oracle(case: Case, gamma: float, lam: float) -> None:
@@ -67,6 +68,7 @@ def test_gae_matches_its_oracle(case: Case, gamma: float, lam: float) -> None:
     close(returns, expected[1])
 
 
+@pytest.mark.oracle
 @settings(deadline=None, max_examples=40)
 @given(cases(), st.sampled_from([0.5, 1.0]))
 def test_discounted_returns_match_their_oracle(case: Case, gamma: float) -> None:
@@ -77,9 +79,10 @@ def test_discounted_returns_match_their_oracle(case: Case, gamma: float) -> None
     )
 
 
+@pytest.mark.invariant
 @settings(deadline=None, max_examples=40)
 @given(cases())
-def test_undiscounted_return_of_the_first_action_is_the_reward_sum_invariant(case: Case) -> None:
+def test_undiscounted_return_of_the_first_action_is_the_reward_sum(case: Case) -> None:
     rewards, _, mask, lengths = case
     returns = rl.discounted_returns(rewards, mask, lengths, 1.0)
     for reward, value, keep in zip(
@@ -89,6 +92,7 @@ def test_undiscounted_return_of_the_first_action_is_the_reward_sum_invariant(cas
             close(value[keep][0], reward.sum().item())
 
 
+@pytest.mark.oracle
 @settings(deadline=None, max_examples=40)
 @given(cases(), st.booleans())
 def test_whiten_matches_its_oracle(case: Case, shift: bool) -> None:
@@ -103,6 +107,7 @@ def test_whiten_matches_its_oracle(case: Case, shift: bool) -> None:
     close(rl.whiten(x, mask, lambda t: t, shift_mean=shift), expected, atol=1e-4)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("scale", [True, False])
 def test_group_advantages_match_their_oracle(scale: bool) -> None:
     outcomes, groups = [1.0, 0.0, 0.1, 1.0, 1.0, 0.0], [7, 7, 3, 3, 7, 9]
@@ -115,11 +120,13 @@ def test_group_advantages_match_their_oracle(scale: bool) -> None:
     assert rl.group_advantages(outcomes, groups, scale) == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_group_of_equal_outcomes_teaches_nothing_invariant() -> None:
+@pytest.mark.invariant
+def test_a_group_of_equal_outcomes_teaches_nothing() -> None:
     assert rl.group_advantages([0.1, 0.1, 0.1], [0, 0, 0], scale=True) == pytest.approx([0, 0, 0])
     assert rl.informative([0.1, 0.1, 1.0, 0.0], [0, 0, 1, 1]) == [False, False, True, True]
 
 
+@pytest.mark.oracle
 def test_sequence_weights_match_their_oracle() -> None:
     mask = torch.tensor([0, 1, 1, 0, 0, 1, 0, 0], dtype=torch.bool)
     weights = rl.sequence_weights(mask, (4, 2, 2), lambda t: t)
@@ -128,6 +135,7 @@ def test_sequence_weights_match_their_oracle() -> None:
     assert (weights * x).sum().item() / 3 == pytest.approx(((1 + 2) / 2 + 5) / 2)
 
 
+@pytest.mark.oracle
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(0, 2**31),
@@ -163,7 +171,8 @@ def test_policy_loss_matches_its_oracle(
     assert metrics["ratio_max"].item() == pytest.approx(largest, rel=1e-4)
 
 
-def test_policy_loss_ignores_garbage_outside_the_mask_invariant() -> None:
+@pytest.mark.invariant
+def test_policy_loss_ignores_garbage_outside_the_mask() -> None:
     new = torch.tensor([0.1, float("inf"), -0.3], requires_grad=True)
     mask = torch.tensor([True, False, True])
     loss, _ = rl.policy_loss(new, torch.zeros(3), torch.ones(3), mask, epsilon=10.0)
@@ -172,6 +181,7 @@ def test_policy_loss_ignores_garbage_outside_the_mask_invariant() -> None:
     close(new.grad, [-math.exp(0.1), 0.0, -math.exp(-0.3)])
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("clip", [math.inf, 0.2])
 def test_value_loss_matches_its_oracle(clip: float) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -187,6 +197,7 @@ def test_value_loss_matches_its_oracle(clip: float) -> None:
     assert metrics["value_clip_share"].item() == clipped
 
 
+@pytest.mark.oracle
 def test_kl_estimates_match_their_oracle_in_expectation() -> None:
     """Σ p·estimate over the vocabulary: the exact KL for k1 and k3, its gradient for k2."""
     logits = torch.randn(9, dtype=torch.float64, requires_grad=True)
@@ -202,6 +213,7 @@ def test_kl_estimates_match_their_oracle_in_expectation() -> None:
     close(torch.autograd.grad(as_loss, logits)[0], wanted, atol=1e-9)
 
 
+@pytest.mark.oracle
 def test_token_rewards_match_their_oracle() -> None:
     rewards, logprobs, ref = torch.randn(3, 6)
     mask = torch.tensor([0, 1, 1, 0, 1, 1], dtype=torch.bool)
@@ -213,6 +225,7 @@ def test_token_rewards_match_their_oracle() -> None:
     assert rl.token_rewards(rewards, logprobs, None, mask, 0.1) is rewards
 
 
+@pytest.mark.oracle
 def test_importance_weights_match_their_oracle() -> None:
     old, sampled = torch.tensor([[0.0, -1.0, -0.2, -9.0], [0.0, -1.5, -0.1, 0.0]])
     mask = torch.tensor([False, True, True, False])
@@ -223,6 +236,7 @@ def test_importance_weights_match_their_oracle() -> None:
     assert metrics["mismatch_capped_share"].item() == 1
 
 
+@pytest.mark.oracle
 def test_critic_metrics_match_their_oracle() -> None:
     values, returns = torch.randn(2, 30)
     mask = torch.rand(30) < 0.8
@@ -234,6 +248,7 @@ def test_critic_metrics_match_their_oracle() -> None:
     assert critic_metrics(None, None, mask, lambda t: t) == {}
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_dpo_loss_matches_its_oracle(smoothing: float) -> None:
     chosen, rejected, ref_chosen, ref_rejected = torch.randn(4, 5)
@@ -250,6 +265,7 @@ def test_dpo_loss_matches_its_oracle(smoothing: float) -> None:
     assert metrics["dpo_accuracy"].item() == right
 
 
+@pytest.mark.oracle
 def test_sft_loss_and_document_sums_match_their_oracle() -> None:
     logprobs, mask = torch.arange(6.0), torch.tensor([0, 1, 0, 0, 1, 1], dtype=torch.bool)
     assert offline.sft_loss(logprobs, mask).item() == -(1 + 4 + 5)

@@ -203,7 +203,8 @@ def test_stepwise_ends_where_every_act_that_may_follow_is_forbidden():
     assert [(step.act, step.answer) for step in steps] == [("subquestion", None)]
 
 
-def test_invariant_budget_counts_the_whole_response():
+@pytest.mark.invariant
+def test_budget_counts_the_whole_response():
     before = [Step("analysis", "", tuple(segment("analysis", "abc")), (0.0,) * 5)]
     ctx = learned([[165] * 4], max_tokens=10)
     asyncio.run(expand_learned(ctx, PROBLEM, [7], choose("next_step", before), -1.0))
@@ -213,7 +214,8 @@ def test_invariant_budget_counts_the_whole_response():
     assert step.token_ids == (OPEN["next_step"],)
 
 
-def test_invariant_rollouts_share_prefixes_and_pay_for_them_once():
+@pytest.mark.invariant
+def test_rollouts_share_prefixes_and_pay_for_them_once():
     answers = [[165, CLOSE[a], *segment("next_step", "y"), *segment("output", "\\boxed{4}")]
                for a in ("clarify", "analysis", "next_step", "subquestion")]  # fmt: skip
     more = [[168, CLOSE["direct_answer"], *segment("output", "\\boxed{5}")]] * 8
@@ -243,7 +245,8 @@ def test_a_forbidden_act_is_opened_by_nobody(act):
     assert {node.act for node in tree.root.children} <= {*ROOT["learned"]} - {act}
 
 
-def test_invariant_an_act_may_have_several_texts_and_the_likeliest_comes_first():
+@pytest.mark.invariant
+def test_an_act_may_have_several_texts_and_the_likeliest_comes_first():
     replies = [[165 + i, CLOSE["analysis"], *segment("output", "\\boxed{4}")] for i in range(4)]
     ctx = learned(replies, children_per_act=2)
     tree = asyncio.run(

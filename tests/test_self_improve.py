@@ -23,6 +23,7 @@ from tools.self_improve import LoopConfig, arguments, best_of, check_steps, iter
 # ---- Expressions ----
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("text", "values"),
     [
@@ -34,7 +35,7 @@ from tools.self_improve import LoopConfig, arguments, best_of, check_steps, iter
         (" 5e-7 / (iter + 1)", [5e-7, 2.5e-7, 5e-7 / 3, 1.25e-7]),
     ],
 )
-def test_loop_expressions_oracle(text: str, values: list[float]) -> None:
+def test_loop_expressions(text: str, values: list[float]) -> None:
     found = [value_at("search.temperature", text, i) for i in range(4)]
     assert found == pytest.approx(values)
     assert [type(x) for x in found] == [type(x) for x in values]  # counts stay whole numbers
@@ -85,10 +86,11 @@ lambda __import__ exec eval yield await 1j True None not and if else for in f'{1
 PIECES = [*WORDS.split(), " ", "\n", "\0", "\\", "\ud800"]
 
 
+@pytest.mark.invariant
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @settings(max_examples=400, deadline=None)
 @given(st.one_of(st.lists(st.sampled_from(PIECES), max_size=14).map("".join), st.text()))
-def test_loop_expressions_are_a_bounded_number_or_one_clear_error_invariant(text: str) -> None:
+def test_loop_expressions_are_a_bounded_number_or_one_clear_error(text: str) -> None:
     message, value = "key: ", 0
     try:
         value = value_at("key", text, 3)
@@ -184,6 +186,7 @@ def play(tmp_path: Path, accuracy: list[tuple[float, float]], *arguments: str):
     return cfg, rounds, {(row["n"], row["step"]): row for row in asked}
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("accuracy", "best"),
     [
@@ -193,7 +196,7 @@ def play(tmp_path: Path, accuracy: list[tuple[float, float]], *arguments: str):
         ([(0.5, 0.9), (0.6, 0.9), (0.6, 1.0)], 1),  # the first of equals
     ],
 )
-def test_loop_keeps_the_best_target_whose_guard_stands_oracle(tmp_path, accuracy, best) -> None:
+def test_loop_keeps_the_best_target_whose_guard_stands(tmp_path, accuracy, best) -> None:
     cfg, rounds, _ = play(tmp_path, accuracy)
     assert best_of(cfg, rounds).iteration == best
     lines = rounds_table(cfg, rounds).splitlines()[2:]
@@ -202,7 +205,8 @@ def test_loop_keeps_the_best_target_whose_guard_stands_oracle(tmp_path, accuracy
     assert [i for i, line in enumerate(lines) if "guard fell" in line] == gone
 
 
-def test_loop_table_shows_paired_changes_oracle(tmp_path: Path) -> None:
+@pytest.mark.oracle
+def test_loop_table_shows_paired_changes(tmp_path: Path) -> None:
     cfg, rounds, _ = play(tmp_path, [(0.5, 0.9), (0.8, 0.9)])
     last = rounds_table(cfg, rounds).splitlines()[-1]
     assert last.startswith("| 1 | 1 | 80.0 [50.0, 100.0] | +30.0 [+0.0, +60.0] | 90.0 ")
@@ -332,7 +336,8 @@ def test_loop_names_the_step_that_failed(world: Path) -> None:
     assert done.stderr.endswith("error: iteration 0: eval-nowhere ended with code 2; see above.\n")
 
 
-def test_loop_full_state_two_trainings_equal_one_invariant(world: Path) -> None:
+@pytest.mark.invariant
+def test_loop_full_state_two_trainings_equal_one(world: Path) -> None:
     """Weights and Adam's moments go over: 2 + 2 steps are 4, bit for bit; without them, not."""
     from safetensors.torch import load_file
 

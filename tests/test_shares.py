@@ -61,9 +61,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return sorted((row for _, row in read_jsonl(path)), key=lambda row: row["id"])
 
 
+@pytest.mark.invariant
 @pytest.mark.slow
 @pytest.mark.dist
-def test_invariant_search_on_two_ranks_is_search_on_one(world: Path, tmp_path: Path) -> None:
+def test_search_on_two_ranks_is_search_on_one(world: Path, tmp_path: Path) -> None:
     train_file = f"train_file={world / 'long.jsonl'}"
     for ranks in (1, 2):
         done = start("search.py", world, tmp_path / str(ranks), ranks, train_file, "simulations=3")
@@ -76,11 +77,10 @@ def test_invariant_search_on_two_ranks_is_search_on_one(world: Path, tmp_path: P
     assert json.loads((two / "stats.json").read_text())["counts"]["prompt_too_long"] == 1
 
 
+@pytest.mark.invariant
 @pytest.mark.slow
 @pytest.mark.dist
-def test_invariant_evaluation_resumes_on_another_number_of_ranks(
-    world: Path, tmp_path: Path
-) -> None:
+def test_evaluation_resumes_on_another_number_of_ranks(world: Path, tmp_path: Path) -> None:
     settings = (f"eval_file={world / 'short.jsonl'}", "num_samples=3", "simulations=[1,4]")
     start("evaluate.py", world, tmp_path / "one", 1, *settings)
     journal = tmp_path / "one" / "eval" / "short.jsonl"

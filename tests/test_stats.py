@@ -22,8 +22,9 @@ from rftt.tokens import ACTS
 from rftt.types import Problem, Rollout
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
-def test_pass_at_k_oracle_enumerates_every_draw(n: int) -> None:
+def test_pass_at_k_enumerates_every_draw(n: int) -> None:
     for c in range(n + 1):
         samples = [True] * c + [False] * (n - c)
         for k in range(1, n + 1):
@@ -31,7 +32,8 @@ def test_pass_at_k_oracle_enumerates_every_draw(n: int) -> None:
             assert pass_at_k(n, c, k) == pytest.approx(float(Fraction(sum(draws), len(draws))))
 
 
-def test_pass_at_k_invariant_never_falls_with_k_and_pass_at_1_is_the_mean() -> None:
+@pytest.mark.invariant
+def test_pass_at_k_never_falls_with_k_and_pass_at_1_is_the_mean() -> None:
     for c in range(65):
         curve = [pass_at_k(64, c, k) for k in range(1, 65)]
         assert curve == sorted(curve)
@@ -60,7 +62,8 @@ def test_majority(answers: list[str | None], winner: str | None) -> None:
     assert majority(answers, str.strip) == winner
 
 
-def test_mean_ci_oracle_matches_the_normal_interval_of_a_large_sample() -> None:
+@pytest.mark.oracle
+def test_mean_ci_matches_the_normal_interval_of_a_large_sample() -> None:
     rng = random.Random(1)
     values = [float(rng.random() < 0.7) for _ in range(2000)]
     mean, low, high = mean_ci(values, seed=3)
@@ -70,7 +73,8 @@ def test_mean_ci_oracle_matches_the_normal_interval_of_a_large_sample() -> None:
     assert high == pytest.approx(mean + half, abs=0.15 * half)
 
 
-def test_mean_ci_oracle_covers_the_truth_nineteen_times_in_twenty() -> None:
+@pytest.mark.oracle
+def test_mean_ci_covers_the_truth_nineteen_times_in_twenty() -> None:
     rng, hits, trials = random.Random(5), 0, 300
     for trial in range(trials):
         _, low, high = mean_ci([rng.gauss(2, 1) for _ in range(40)], seed=trial, resamples=300)
@@ -115,7 +119,8 @@ def rollout(group: int, rewards: tuple[float, ...], **changes: object) -> Rollou
     return Rollout(**(fields | changes))  # type: ignore[arg-type]
 
 
-def test_rollout_metrics_oracle_by_hand() -> None:
+@pytest.mark.oracle
+def test_rollout_metrics_by_hand() -> None:
     cut = {"finish": "length", "acts": ("next_step", ""), "n_generated": 2, "step_ends": (0, 1)}
     rollouts = [
         rollout(0, (0.0, 1.0)),

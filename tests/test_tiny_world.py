@@ -42,13 +42,15 @@ def read(question: str) -> list[int]:
     return values
 
 
-def test_oracle_values_follow_from_the_question_alone():
+@pytest.mark.oracle
+def test_values_follow_from_the_question_alone():
     assert {len(tale.changes) for tale in TALES} == {1, 2, 3, 4}
     for tale in TALES:
         assert read(tale.question) == tale.values
 
 
-def test_invariant_a_tale_stays_in_range_and_its_answer_is_new():
+@pytest.mark.invariant
+def test_a_tale_stays_in_range_and_its_answer_is_new():
     for tale in TALES:
         verbs = [change.verb.split()[0] for change in tale.changes]
         assert len(set(verbs)) == len(verbs)
@@ -56,7 +58,8 @@ def test_invariant_a_tale_stays_in_range_and_its_answer_is_new():
         assert tale.values[-1] not in tale.values[:-1]
 
 
-def test_invariant_a_path_keeps_to_the_grammar_and_ends_in_the_gold_answer():
+@pytest.mark.invariant
+def test_a_path_keeps_to_the_grammar_and_ends_in_the_gold_answer():
     for seed, tale in enumerate(TALES):
         lines = tiny.write_path(tale, (0, tale.start), None, Random(seed), None)
         for before, line in zip([None, *(line.act for line in lines)], lines, strict=False):
@@ -66,7 +69,8 @@ def test_invariant_a_path_keeps_to_the_grammar_and_ends_in_the_gold_answer():
         assert grade(tiny.text_of(lines), str(tale.values[-1]), tale.question).correct
 
 
-def test_oracle_spelled_sums_are_right():
+@pytest.mark.oracle
+def test_spelled_sums_are_right():
     sums = 0
     for seed, tale in enumerate(TALES):
         text = tiny.text_of(tiny.write_path(tale, (0, tale.start), None, Random(seed), None))
@@ -113,7 +117,8 @@ def tokenizer():
     return tiny.build_tokenizer()
 
 
-def test_invariant_any_text_round_trips(tokenizer):
+@pytest.mark.invariant
+def test_any_text_round_trips(tokenizer):
     rng = Random(0)
     texts = ["Grüße, 漢字 \\frac{1}{2}\n\ttabs  and spaces ", "Eva has 7 dogs"]
     pairs = [tiny.make_pair(rng, set()) for _ in range(200)]
@@ -156,7 +161,8 @@ def worlds(tmp_path_factory):
     return folders
 
 
-def test_invariant_one_seed_gives_one_world(worlds):
+@pytest.mark.invariant
+def test_one_seed_gives_one_world(worlds):
     files = [sorted(p.relative_to(w) for p in w.rglob("*") if p.is_file()) for w in worlds]
     assert files[0] == files[1]
     assert [(worlds[0] / f).read_bytes() for f in files[0]] == [

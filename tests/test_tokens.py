@@ -1,4 +1,4 @@
-"""functions.py on small tokenizers of three families: one id per delimiter, exact round trips."""
+"""tokens.py and prompts.py on small tokenizers of three families: one id each, round trips."""
 
 import json
 import re
@@ -192,12 +192,11 @@ paths = st.lists(st.tuples(st.sampled_from(ACTS[:-1]), bodies), max_size=6)
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
+@pytest.mark.invariant
 @families
 @quick
 @given(steps=paths, last=bodies)
-def test_render_parse_invariant_round_trip(
-    family: str, steps: list[tuple[str, str]], last: str
-) -> None:
+def test_render_parse_round_trip(family: str, steps: list[tuple[str, str]], last: str) -> None:
     tokenizer, ids = extended(family)
     written = [*steps, ("output", last)]
     response = render(written, tokenizer, ids)
@@ -217,9 +216,10 @@ WHOLE = re.compile("(?:" + "|".join(rf"{c}\.*{c.lower()}" for c in "ABCDEFG") + 
 ids_of_a_response = st.lists(st.sampled_from([1, 2, 3, *SYMBOLS, 10, 20, 17, 27]), max_size=24)
 
 
+@pytest.mark.oracle
 @settings(quick, max_examples=400)
 @given(response=ids_of_a_response)
-def test_parse_oracle_is_a_regular_expression(response: list[int]) -> None:
+def test_parse_is_a_regular_expression(response: list[int]) -> None:
     spans, covered = parse_response(response, FAKE)
     letters = "".join(SYMBOLS.get(token, ".") for token in response)
     match = WHOLE.match(letters)
@@ -254,7 +254,8 @@ def test_parse_of_malformed_responses(response: list[int], acts: list[str], cove
 # ---- Grammar, limits and prompts ----
 
 
-def test_grammars_oracle_equal_the_lists_of_the_paper() -> None:
+@pytest.mark.oracle
+def test_grammars_equal_the_lists_of_the_paper() -> None:
     prompted = {
         "clarify": "analysis next_step direct_answer subquestion",
         "analysis": "direct_answer next_step subquestion",

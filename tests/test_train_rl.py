@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+from tests.test_step import Ranks
 from torch import Tensor
 
 from rftt.batch import collate
@@ -15,7 +16,6 @@ from rftt.run.config import RLConfig
 from rftt.types import Problem, Rollout
 from rftt.update import score_tokens
 from tests.learners import VOCABULARY, tiny_model
-from tests.test_step import Ranks
 from train_rl import estimate_advantages, rl_loss
 
 Estimator = Literal["ppo", "reinforce++", "grpo"]
@@ -85,9 +85,10 @@ def learn(
     return found, totals.reduce(world, per=1)
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("forced", ["keep", "weigh", "mask"])
 @pytest.mark.parametrize("estimator", ["ppo", "reinforce++", "grpo"])
-def test_tree_packing_learns_what_flat_packing_learns_invariant(
+def test_tree_packing_learns_what_flat_packing_learns(
     estimator: Estimator, forced: Literal["keep", "weigh", "mask"]
 ) -> None:
     """Policy, reference and critic: log-probs, values, loss, every gradient, in microbatches."""

@@ -31,8 +31,9 @@ def batch_of(lengths):
     return collate_rows([([1] * 2, [5] * (n - 2), [True] * (n - 2)) for n in lengths])
 
 
+@pytest.mark.invariant
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_invariant_minibatches_do_not_depend_on_the_number_of_ranks(size):
+def test_minibatches_do_not_depend_on_the_number_of_ranks(size):
     sizes = [5, 9, 3, 7, 7, 2, 8]
     dealt = [deal(sizes, 3, seed=4, world=Ranks(rank, size)) for rank in range(size)]
     together = [sorted(i for share in shares for i in share) for shares in zip(*dealt, strict=True)]
@@ -42,7 +43,8 @@ def test_invariant_minibatches_do_not_depend_on_the_number_of_ranks(size):
     assert max(map(len, alone)) - min(map(len, alone)) <= 1
 
 
-def test_invariant_all_ranks_run_as_many_microbatches():
+@pytest.mark.invariant
+def test_all_ranks_run_as_many_microbatches():
     groups = equal_count(batch_of([8, 8, 8]), 8, Ranks(others=5.0))
     assert len(groups) == 5
     assert groups[3:] == [[], []]
@@ -86,7 +88,8 @@ def test_totals_sum_or_take_the_largest_over_microbatches_and_ranks():
     assert totals.reduce(Ranks(), per=0) == {"loss": 6.0, "ratio_max": 1.5}
 
 
-def test_invariant_sequence_normalization_is_the_mean_of_the_means() -> None:
+@pytest.mark.invariant
+def test_sequence_normalization_is_the_mean_of_the_means() -> None:
     """Σ weight · loss over n_terms equals the mean over rollouts of their mean over tokens."""
     cfg = RLConfig(
         output_dir="", model_name_or_path="", train_file="", learning_rate=1.0,

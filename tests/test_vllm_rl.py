@@ -70,10 +70,11 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.invariant
 @pytest.mark.vllm
 @pytest.mark.dist
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_invariant_engine_follows_the_learner(launcher: str, world: Path, tmp_path: Path) -> None:
+def test_engine_follows_the_learner(launcher: str, world: Path, tmp_path: Path) -> None:
     script = [*LAUNCHERS[launcher], *arguments(world, tmp_path)]
     done = run(sys.executable, *script, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
