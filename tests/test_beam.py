@@ -4,13 +4,13 @@ import asyncio
 from functools import partial
 
 import pytest
-from tests.test_expand import CLOSE, PROBLEM, learned, prompted, segment
 
 from rftt.beam import beam_search
 from rftt.mcts import Tree
 from rftt.prompted import prompted_tree
 from rftt.rollout import learned_tree, tree_rollouts
 from rftt.types import Step
+from tests.test_rollout import CLOSE, PROBLEM, learned, prompted, segment
 
 ACTS = ("a", "b", "c", "d")
 

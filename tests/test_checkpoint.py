@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_distributed import ENVIRONMENT, ROOT, run
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole, restore
@@ -18,6 +17,7 @@ from rftt.learner.model import prepare
 from rftt.learner.optim import build_optimizer
 from rftt.types import UserError
 from tests.learners import tiny_model, word_tokenizer
+from tests.test_fsdp import ENVIRONMENT, ROOT, run
 from tests.toy_training import SCHEDULE, train
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from tests.test_expand import CLOSE, PROBLEM, learned, segment
 
 from evaluate import processed, steps_of, summarise, summary_table
 from rftt.graders.prm import Unscored
 from rftt.rollout import learned_tree, sample, tree_rollouts
 from rftt.types import Problem
+from tests.test_rollout import CLOSE, PROBLEM, learned, segment
 
 
 def response(answer: str | None, logprob: float, *, tokens: int = 10) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import train_rl
 from rftt.run.config import RLConfig
 from rftt.types import Problem, Rollout
-from tests.test_step import Ranks
+from tests.test_update import Ranks
 
 
 def config(**changes: object) -> RLConfig:

@@ -93,7 +93,7 @@ def shortness(problem: Problem, response: str) -> float:
 
 
 def test_the_users_own_function_pays_the_last_step_and_leaves_the_outcome_to_the_grader():
-    own = config(reward_function="tests.test_compose:shortness")
+    own = config(reward_function="tests.test_rewards:shortness")
     scored = score_rollout(own, rollout("4"), text("4"), [0.7, 0.2])
     assert scored.step_rewards == (0.7, 4 / len(text("4")))
     assert scored.outcome == 1.0
@@ -113,7 +113,7 @@ def no_number(problem, response):
 
 @pytest.mark.parametrize("name", ["nothing", "words", "no_number"])
 def test_a_users_function_must_return_a_number(name):
-    own = config(reward_function=f"tests.test_compose:{name}")
+    own = config(reward_function=f"tests.test_rewards:{name}")
     with pytest.raises(UserError, match=r"reward_function returned .* for problem p"):
         score_rollout(own, rollout("4"), text("4"))
 

@@ -1,4 +1,4 @@
-"""Both expanders against an engine that replies from a script: what is asked, what comes back."""
+"""Functional tokens against a scripted engine: what is asked of it, and what comes back."""
 
 import asyncio
 import math
@@ -10,7 +10,7 @@ import pytest
 from rftt.engines.base import Counters
 from rftt.engines.chat import engine_chat
 from rftt.mcts import Tree
-from rftt.prompted import Prompted, expand_prompted
+from rftt.prompted import Prompted
 from rftt.rollout import Learned, cut, expand_learned, learned_tree, sample, tree_rollouts
 from rftt.run.cli import load_config
 from rftt.run.fields import Acts
@@ -99,51 +99,7 @@ def segment(act, text):
     return [OPEN[act], *Letters().encode(text), CLOSE[act]]
 
 
-# ---- Phase 1 ----
-
-
-def test_prompted_path_ends_with_a_stated_answer():
-    ctx, engine = prompted(["Think of pairs.", *["2+2 is \\boxed{4}"] * 9])
-    steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("next_step")))
-    assert steps[0].act == "next_step"
-    assert steps[0].text == "Think of pairs."
-    assert steps[-1].answer == "4"
-    assert all(step.answer is None for step in steps[:-1])
-    second_prompt = Letters().decode(engine.asked[1][0])
-    assert "2+2?" in second_prompt
-    assert "Think of pairs." in second_prompt
-
-
 BOXED = Letters().encode("\\boxed{4} an")
-
-
-@pytest.mark.parametrize("reply", ["", [165, 166], BOXED], ids=["empty", "cut off", "boxed"])
-@pytest.mark.parametrize("act", ["analysis", "direct_answer"])
-def test_prompted_path_ends_where_the_model_has_nothing_to_say(reply, act):
-    steps = asyncio.run(expand_prompted(prompted([reply])[0], PROBLEM, choose(act)))
-    assert len(steps) == 1
-    assert steps[0].answer is None
-
-
-def test_prompted_depth_is_bounded():
-    ctx, _ = prompted(["a step"] * 50, max_depth=3)
-    assert len(asyncio.run(expand_prompted(ctx, PROBLEM, choose("clarify")))) <= 3
-
-
-def test_simulation_passes_over_long_direct_answers_but_the_tree_may_choose_one():
-    long = "A. B. C. D. E. \\boxed{4}"
-    (step,) = asyncio.run(expand_prompted(prompted([long])[0], PROBLEM, choose("direct_answer")))
-    assert step.answer == "4"
-    requests = set()
-    for seed in range(20):
-        ctx, engine = prompted(["x.", long, long], seed=seed)
-        steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("subquestion")))
-        assert [step.act for step in steps] == ["subquestion", "next_step"]
-        requests.add(len(engine.asked))
-    assert requests == {2, 3}  # 3: a direct answer was drawn first and passed over
-
-
-# ---- Phase 2 ----
 
 
 def test_one_request_gives_the_whole_rollout_with_priors():

@@ -5,7 +5,6 @@ from typing import Literal
 
 import pytest
 import torch
-from tests.test_step import Ranks
 from torch import Tensor
 
 from rftt.batch import collate
@@ -16,6 +15,7 @@ from rftt.run.config import RLConfig
 from rftt.types import Problem, Rollout
 from rftt.update import score_tokens
 from tests.learners import VOCABULARY, tiny_model
+from tests.test_update import Ranks
 from train_rl import estimate_advantages, rl_loss
 
 Estimator = Literal["ppo", "reinforce++", "grpo"]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from rftt.learner.fsdp import agreed
 from rftt.run.files import write_jsonl
 from rftt.tokens import add_function_tokens
 from rftt.types import UserError
 from tests.conftest import run
 from tests.learners import random_qwen2
 from tools.tiny_world import build_tokenizer
-from train_rl import agreed
 
 SETTINGS = {
     "engine": "vllm",
