@@ -34,9 +34,8 @@ def traces(tree: Tree, problem: Problem) -> list[Trace]:
     for leaf in tree.leaves():
         path = [(node.id, node.step) for node in leaf.path() if node.step]
         steps = tuple(step for _, step in path)
-        correct = leaf.value_sum == 1.0
         ids = tuple(id for id, _ in path)
-        paths.append(Trace(problem, steps, ids, steps[-1].answer, correct))
+        paths.append(Trace(problem, steps, ids, steps[-1].answer, correct=leaf.value_sum == 1.0))
     return paths
 
 
@@ -73,15 +72,11 @@ def follows_grammar(acts: Sequence[str]) -> bool:
 
 
 def quality(cfg: SearchConfig, trace: Trace) -> tuple[float, int, int, int]:
-    """Return what ranks a path, higher is better: process score, then few repeats, then length.
-
-    The paper ranks by length too, and does not say in which direction. Here more steps are better:
-    a path that answers at once is often right by luck, and rows of such paths teach the model to
-    guess (docs/log.md). Among paths of as many steps the shorter text is better.
-    """
+    """Return a path's rank, higher is better: process score, few repeats, many steps, short."""
     scores = [step.score for step in trace.steps if step.score is not None]
     score = reduce(scores, cfg.prm_reduce) if scores else 0.0
     n_repeats = repeats(step.text for step in trace.steps)
+    # Who answers at once is often right by luck: rows of such paths teach to guess (docs/log.md).
     return score, -n_repeats, len(trace.steps), -len(visible(trace.steps))
 
 

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# The whole method on the embedded tiny world: make demo [FAST=1]. CPU, minutes, nothing downloaded.
-#   SEED=1 OUT=outputs/seed1 bash runs/demo.sh     another seed, elsewhere
-# Started again after an interruption, finished work is not repeated.
+# Runs the whole method on the embedded tiny world: make demo [FAST=1].
+#   SEED=1 OUT=outputs/seed1 bash runs/demo.sh     another seed, in another folder
+# Seed 0 starts from the problems and the base model in data/tiny. Any other seed makes its own world
+# first, which takes a few minutes more. Every stage runs on two ranks, and so on two cores.
+# A demo that was interrupted continues: finished work is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-0} FAST=${FAST:-}
 OUT=${OUT:-outputs/tiny${FAST:+-fast}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-if [ -n "$FAST" ]; then  # smaller, the same code
-  TINY=(train_steps=900 n_train=400 n_test=100)
-  SEARCH=(max_problems=200)
+if [ -n "$FAST" ]; then  # the same code on less data
+  SEARCH=(max_problems=100)
   SFT=(num_train_epochs=10)
   RL=(max_steps=6 rollout_batch_size=16 train_batch_size=128 save_steps=3)
   EVAL=(max_problems=60 num_samples=4)
 else
-  TINY=() SEARCH=() SFT=() RL=() EVAL=()
+  SEARCH=() SFT=() RL=() EVAL=()
 fi
 
 stage() {  # stage NAME COMMAND…: run it, print to stderr, note how long it took
@@ -25,22 +26,31 @@ stage() {  # stage NAME COMMAND…: run it, print to stderr, note how long it to
   "$@" >&2
   echo "$name $((SECONDS - begin))" >> "$OUT/seconds.txt"
 }
+two_ranks() { python -m torch.distributed.run --standalone --nproc_per_node=2 "$@"; }
 evaluate() {  # evaluate NAME MODEL [key=value …]
   local name=$1 model=$2
   shift 2
-  stage "eval-$name" python evaluate.py configs/tiny/evaluate.yaml model_name_or_path="$model" \
+  stage "eval-$name" two_ranks evaluate.py configs/tiny/evaluate.yaml model_name_or_path="$model" \
     eval_file="$OUT/test.jsonl" output_dir="$OUT/eval-$name" seed="$SEED" "${EVAL[@]}" "$@"
 }
 
 mkdir -p "$OUT"
-[ -d "$OUT/base" ] || stage base python tools/tiny_world.py output_dir="$OUT" seed="$SEED" "${TINY[@]}"
+if [ ! -d "$OUT/base" ]; then
+  if [ "$SEED" = 0 ]; then
+    cp data/tiny/*.jsonl "$OUT"
+    cp -R data/tiny/base "$OUT/base.tmp"
+    mv "$OUT/base.tmp" "$OUT/base"
+  else
+    stage base python tools/tiny_world.py output_dir="$OUT" seed="$SEED"
+  fi
+fi
 evaluate base "$OUT/base" simulations='[]'
-stage search python search.py configs/tiny/search.yaml model_name_or_path="$OUT/base" \
+stage search two_ranks search.py configs/tiny/search.yaml model_name_or_path="$OUT/base" \
   train_file="$OUT/train.jsonl" output_dir="$OUT/search" seed="$SEED" "${SEARCH[@]}"
-stage sft python train_sft.py configs/tiny/sft.yaml model_name_or_path="$OUT/base" \
+stage sft two_ranks train_sft.py configs/tiny/sft.yaml model_name_or_path="$OUT/base" \
   train_file="$OUT/search/data/sft.jsonl" output_dir="$OUT/sft" seed="$SEED" "${SFT[@]}"
 evaluate sft "$OUT/sft/hf"
-stage rl python train_rl.py configs/tiny/rl.yaml model_name_or_path="$OUT/sft/hf" \
+stage rl two_ranks train_rl.py configs/tiny/rl.yaml model_name_or_path="$OUT/sft/hf" \
   train_file="$OUT/train.jsonl" eval_file="$OUT/test.jsonl" output_dir="$OUT/rl" seed="$SEED" "${RL[@]}"
 evaluate rl "$OUT/rl/hf"
 stage report python tools/report.py "$OUT/search" "$OUT/sft" "$OUT/rl" "$OUT/eval-base" \

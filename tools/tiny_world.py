@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.engines.chat import encode_chat
@@ -124,7 +126,7 @@ def make_guard(rng: Random, seen: set[str]) -> tuple[str, str]:
 # ---- Replies ----
 
 Point = tuple[int, int]  # how many changes are done, and the value then
-SHARES = {"clarify": 1, "analysis": 3, "subquestion": 4, "next_step": 1, "direct_answer": 1}
+SHARES = {"clarify": 1, "analysis": 3, "subquestion": 4, "next_step": 1, "direct_answer": 0.5}
 """How often the model sees each act; terse ones seldom, so that it does them badly."""
 Slip = tuple[int, int]  # the change that is got wrong, and by how much
 Lines = list["Line"]
@@ -195,7 +197,7 @@ def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
 
 # ---- (prompt, reply) pairs ----
 
-PAIRS = {"act": 68, "plain": 6, "verify": 12, "refine": 4, "output": 3, "guard": 7}
+PAIRS = {"act": 68, "plain": 2, "verify": 12, "refine": 4, "output": 3, "guard": 7}
 """Shares of the kinds of training examples."""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
 SO_FAR = ask("output", "", "\0")[0]["content"].split("\0")[0]
@@ -300,7 +302,6 @@ def train_model(
     config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
 ) -> Qwen2ForCausalLM:
     """A Qwen2 model trained from scratch on the replies."""
-    import torch
     from torch.nn.functional import cross_entropy
     from transformers import Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
@@ -324,8 +325,8 @@ def train_model(
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     n, rate = config.train_steps, 1e-2
-    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01)
-    optimizers = [muon, torch.optim.AdamW(others, lr=rate / 6, betas=(0.9, 0.98))]
+    adamw = torch.optim.AdamW(others, lr=rate / 6, betas=(0.9, 0.98))
+    optimizers = [Muon(matrices, lr=rate), adamw]
     schedules = [get_cosine_schedule_with_warmup(o, n // 20, n) for o in optimizers]
     batches = _batches(config, tokenizer, pairs)
     for step, (tokens, labels) in zip(range(n), batches, strict=False):
@@ -342,11 +343,50 @@ def train_model(
     return model.eval()
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon in float32 for 2-D matrices (Jordan 2024, kellerjordan.github.io/posts/muon).
+
+    torch.optim.Muon orthogonalizes in bfloat16. A CPU without bfloat16 instructions emulates that,
+    and one of its steps then takes 0.51 s instead of 0.026 s.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], lr: float) -> None:
+        shapes = dict.fromkeys(matrix.shape for matrix in matrices)
+        groups = [{"params": [m for m in matrices if m.shape == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": lr, "momentum": 0.95, "weight_decay": 0.01})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:  # one for each shape, so that its matrices share products
+            matrices, rate, momentum = group["params"], group["lr"], group["momentum"]
+            gradients = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
+            average = self.state[matrices[0]].setdefault("average", torch.zeros_like(gradients))
+            average.lerp_(gradients, 1 - momentum)
+            updates = orthogonalize(gradients.lerp(average, momentum))  # Nesterov's momentum
+            _, rows, columns = updates.shape
+            for matrix, update in zip(matrices, updates, strict=True):
+                matrix.mul_(1 - rate * group["weight_decay"])
+                matrix.add_(update, alpha=-rate * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Return (n, rows, columns) matrices with the singular vectors of x and values near 1.
+
+    Five Newton-Schulz steps with Jordan's coefficients: the values end between 0.6 and 1.3.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
 def _batches(
     config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, labels), both (BATCH, T), padded on the right; pairs of like length together."""
-    import torch
     from torch.nn.utils.rnn import pad_sequence
 
     rng, pad = Random(config.seed), tokenizer.get_vocab()[PAD]
@@ -394,7 +434,7 @@ def main(config: TinyConfig) -> None:
     seen |= set(guard)
     tokenizer = build_tokenizer()
     model = train_model(config, tokenizer, iter(lambda: make_pair(rng, seen), None))
-    for part in (model, tokenizer):
+    for part in (model.bfloat16(), tokenizer):  # half the size on disk
         part.save_pretrained(folder / "base.tmp")
     (folder / "base.tmp").rename(folder / "base")  # a base that is there is whole
 
