@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rftt.curate import leaks
@@ -17,8 +18,10 @@ from rftt.prompts import ask, ask_verify, clip_reply, question_messages
 from rftt.run.data import load_problems
 from rftt.tokens import ACTS, OPENERS, add_function_tokens, function_ids, successors
 from rftt.types import UserError
+from tests.conftest import ROOT, run
 from tools import tiny_world as tiny
 
+WORLD = ROOT / "data" / "tiny"
 TALES = [tiny.make_tale(Random(seed), set()) for seed in range(300)]
 
 
@@ -144,6 +147,58 @@ def test_functional_tokens_become_single_ids_that_decode(tokenizer):
     assert set(function_ids(fresh).open.values()).isdisjoint(range(len(tokenizer)))
     text = f"{OPENERS[0]}Given: 3 pens.</clarify>"
     assert fresh.decode(fresh.encode(text)) == text
+
+
+# ---- The base ----
+
+
+@pytest.mark.oracle
+def test_orthogonalized_matrices_keep_their_singular_vectors():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    for matrices in (x, x.mT):
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        values = u.mT @ tiny.orthogonalize(matrices) @ v.mT
+        diagonal = values.diagonal(dim1=1, dim2=2)
+        assert (values - diagonal.diag_embed()).abs().max() < 1e-12
+        assert 0.6 < diagonal.min() <= diagonal.max() < 1.3
+
+
+@pytest.mark.oracle
+def test_muon_equals_one_matrix_at_a_time():
+    torch.manual_seed(0)
+    shapes = [(4, 4), (6, 4), (4, 4), (4, 6)]
+    ours, theirs = ([torch.ones(shape) for shape in shapes] for _ in range(2))
+    optimizer, averages = tiny.Muon(ours, lr=0.1), [torch.zeros(shape) for shape in shapes]
+    for _ in range(3):
+        for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            mine.grad = gradient = torch.randn_like(mine)
+            averages[i] = 0.95 * averages[i] + 0.05 * gradient
+            update = tiny.orthogonalize((0.05 * gradient + 0.95 * averages[i])[None])[0]
+            scale = max(1.0, len(other) / other.shape[1]) ** 0.5
+            theirs[i] = other * (1 - 0.1 * 0.01) - 0.1 * scale * update
+        optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.slow
+def test_the_shipped_base_is_one_that_retraining_gives(tmp_path):
+    """Accuracy of direct answers and agreement with the files; weights depend on the CPU."""
+    tiny.main(tiny.TinyConfig(output_dir=str(tmp_path)))
+    for name in ("train", "test", "guard"):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (WORLD / f"{name}.jsonl").read_bytes()
+    accuracy = {}
+    for folder in (WORLD, tmp_path):
+        out = tmp_path / f"eval-{folder.name}"
+        run(
+            "python", "evaluate.py", "configs/tiny/evaluate.yaml", f"output_dir={out}",
+            f"model_name_or_path={folder / 'base'}", f"eval_file={WORLD / 'test.jsonl'}",
+            "num_samples=0", "simulations=[]", "max_problems=200",
+        )  # fmt: skip
+        accuracy[folder] = json.loads((out / "eval" / "summary.json").read_text())["greedy"]["mean"]
+    assert 0.2 < accuracy[WORLD] < 0.6  # it leaves room for the warm-up
+    assert abs(accuracy[tmp_path] - accuracy[WORLD]) < 0.25
 
 
 # ---- Files ----
