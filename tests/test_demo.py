@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import ENV, ROOT, run
+from conftest import ENV, ROOT, TORCHRUN, run
 
 from rftt.run.files import Journal, read_jsonl
 from rftt.tokens import function_ids
@@ -135,7 +135,7 @@ def test_search_killed_and_started_again_ends_with_the_same_rows(demo):
 
 
 def rl(out, name, *arguments, torchrun=0):
-    launcher = ["torchrun", f"--nproc_per_node={torchrun}"] if torchrun else ["python"]
+    launcher = [*TORCHRUN, f"--nproc_per_node={torchrun}"] if torchrun else ["python"]
     run(
         *launcher, "train_rl.py", "configs/tiny/rl.yaml", f"model_name_or_path={out / 'sft/hf'}",
         f"train_file={out / 'train.jsonl'}", f"eval_file={out / 'test.jsonl'}",

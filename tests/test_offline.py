@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, TORCHRUN, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,7 +53,7 @@ def world(tmp_path_factory):
 
 def train(world, name, *changes, ranks=1):
     """Run train_sft.py to the end; its metrics without what depends on the clock."""
-    launch = ["torchrun", f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
+    launch = [*TORCHRUN, f"--nproc_per_node={ranks}"] if ranks > 1 else ["python"]
     run(
         *launch, ROOT / "train_sft.py", f"model_name_or_path={world / 'model'}", "loss=dpo",
         f"train_file={world / 'pairs.jsonl'}", f"output_dir={world / name}", "dtype=float32",

@@ -8,7 +8,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import run
+from conftest import TORCHRUN, run
 
 import search
 from rftt.engines.base import Reply
@@ -216,7 +216,7 @@ def test_ranks_share_the_cache_and_no_remainder_is_lost(tmp_path, cache):
     before = {name: rows(path) for name, path in files.items()}
     files["scored"].write_text(files["scored"].read_text().splitlines(keepends=True)[0])
     run(
-        "torchrun", "--nproc_per_node=3", "search.py", f"output_dir={tmp_path / 'out'}",
+        *TORCHRUN, "--nproc_per_node=3", "search.py", f"output_dir={tmp_path / 'out'}",
         "model_name_or_path=no/such/model", "method=score", "train_file=no-such-file",
         f"raw_file={cache}", "max_repeats=3", "device=cpu",
     )  # fmt: skip
