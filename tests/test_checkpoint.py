@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from rftt.learner.fsdp import World, close_world, full_weights, open_world, shar
 from rftt.learner.model import prepare
 from rftt.learner.optim import build_optimizer
 from rftt.types import UserError
+from tests.conftest import wait_until
 from tests.learners import tiny_model, word_tokenizer
 from tests.test_fsdp import ENVIRONMENT, ROOT, run
 from tests.toy_training import SCHEDULE, train
@@ -45,9 +45,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(world: World, tmp_path
     path = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "tests/toy_training.py"), str(path), "6"]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while latest(path) is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(lambda: latest(path) is not None, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert latest(path) is not None

@@ -3,14 +3,13 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from rftt.run.cli import check_same_run, describe, load_config
 from rftt.run.config import EvalConfig, RLConfig, SFTConfig
 from rftt.types import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, count_calls
 
 NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate=1e-6"]
 
@@ -76,10 +75,9 @@ def test_missing_key_is_named():
         load_config(EvalConfig, ["output_dir=o", "model_name_or_path=m"])
 
 
-def test_help_names_every_field_and_is_fast():
-    start = time.process_time()
-    text = describe(RLConfig)
-    assert time.process_time() - start < 1
+def test_help_names_every_field_with_little_work():
+    n_calls, text = count_calls(lambda: describe(RLConfig))
+    assert n_calls < 200_000  # 38,000 today
     assert all(name in text for name in RLConfig.__dataclass_fields__)
 
 

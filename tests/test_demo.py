@@ -4,10 +4,9 @@ import hashlib
 import json
 import signal
 import subprocess
-import time
 
 import pytest
-from conftest import ENV, ROOT, TORCHRUN, run
+from conftest import ENV, ROOT, TORCHRUN, run, wait_until
 
 from rftt.run.files import Journal, read_jsonl
 from rftt.tokens import function_ids
@@ -122,11 +121,8 @@ def test_search_killed_and_started_again_ends_with_the_same_rows(demo):
         [*command, f"output_dir={killed}"], cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL
     )
     journal = killed / "data" / "raw.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists() and journal.read_bytes().count(b"\n") >= 4:
-            process.send_signal(signal.SIGKILL)
-            break
+    wait_until(lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 4, process)
+    process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 4 <= len(Journal(journal).rows) < 24
     run(*command, f"output_dir={killed}")

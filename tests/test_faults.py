@@ -18,7 +18,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 import pytest
 
 from rftt.run.files import read_jsonl, write_jsonl
-from tests.conftest import ENV, ROOT
+from tests.conftest import ENV, HANG_LIMIT, ROOT, TORCHRUN, wait_until
 from tests.small_world import make_world, settings
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
@@ -227,24 +226,22 @@ def test_a_last_line_that_is_cut_off(
 def test_a_rank_that_is_killed_under_torchrun(
     zygote: Zygote, unbroken: Any, tmp_path: Path
 ) -> None:
-    """The other rank ends, too, and at once; two ranks started again end where one would."""
+    """The other rank ends long before a collective times out. Two ranks started again end where one
+    would.
+    """
     metrics = unbroken("train_rl")[0]["metrics"]
     out = tmp_path / "two"
     arguments = settings("train_rl", zygote.world, out, *MORE["train_rl"])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train_rl.py"]
+    launch = [*TORCHRUN, "--nproc_per_node=2", "train_rl.py"]
     process = subprocess.Popen(
         [*launch, *arguments], cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 300
-    while not done_by("train_rl", out) and time.monotonic() < deadline:
-        assert process.poll() is None
+    wait_until(lambda: bool(done_by("train_rl", out)), process)
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(ranks) == 2
     os.kill(int(ranks[1]), signal.SIGKILL)
-    begin = time.monotonic()
-    process.communicate(timeout=120)
+    process.communicate(timeout=HANG_LIMIT)  # shorter than a collective waits for a lost rank
     assert process.returncode != 0
-    assert time.monotonic() - begin < 60
     before = done_by("train_rl", out)
     subprocess.run([*launch, *arguments], cwd=ROOT, env=ENV, capture_output=True, check=True)
     note("a rank killed under torchrun", "train_rl", before, out)

@@ -51,7 +51,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy suite's output folder, written by torchrun with two ranks."""
     path = tmp_path_factory.mktemp("two")
     script = str(ROOT / "tests/toy_training.py")
-    run("-m", "torch.distributed.run", "--nproc_per_node", "2", script, str(path), "suite")
+    run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        str(path),
+        "suite",
+    )
     return path
 
 

@@ -1,12 +1,12 @@
 """The grader against labelled pairs, hostile responses, all gold answers and its own symmetries."""
 
-import asyncio
 import json
 import random
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rftt.graders.audit import audit
 from rftt.graders.math import canonical, extract, grade, parse_gold, same_answer
 from rftt.types import UserError
+from tests.conftest import count_calls
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -48,12 +49,16 @@ def test_shared_pairs(category: str) -> None:
 
 @pytest.mark.oracle
 @needs_data
-def test_hostile_responses_are_quick_and_unpaid() -> None:
+def test_hostile_responses_are_little_work_and_unpaid() -> None:
+    """Calls are counted, so that a slow machine passes. A regular expression is one call, so its
+    seconds are bounded as well, at 300 times what the slowest takes.
+    """
     for row in rows("grader_hostile.jsonl"):
         response = "".join(text * times for text, times in row["recipe"])
-        begin = time.perf_counter()
-        verdict = grade(response, row["gold"])
-        assert time.perf_counter() - begin < 1, row["id"]
+        begin = time.process_time()
+        n_calls, verdict = count_calls(partial(grade, response, row["gold"]))
+        assert time.process_time() - begin < 60, row["id"]
+        assert n_calls < 300_000, row["id"]
         assert row["expected"] in (None, int(verdict.correct)), row["id"]
 
 
@@ -343,18 +348,11 @@ def test_threads_and_hash_seeds_do_not_matter() -> None:
 
 
 def test_grading_inline_does_not_hold_up_the_event_loop() -> None:
-    """No single verdict on a hard pair takes longer than a tenth of a second."""
-
-    async def slowest() -> float:
-        worst = 0.0
-        for gold in (r"\sqrt{x+\sqrt{y}}", r"\sum_{k=1}^{n} k^3", r"\frac{(2n)!}{n!}"):
-            begin = time.perf_counter()
-            grade(r"\boxed{\sqrt{x+\sqrt{y}}+\sin x+\binom{n}{2}}", gold)
-            worst = max(worst, time.perf_counter() - begin)
-            await asyncio.sleep(0)
-        return worst
-
-    assert asyncio.run(slowest()) < 0.1
+    """A verdict on a hard pair takes about 8,000 calls, a few milliseconds."""
+    for gold in (r"\sqrt{x+\sqrt{y}}", r"\sum_{k=1}^{n} k^3", r"\frac{(2n)!}{n!}"):
+        response = r"\boxed{\sqrt{x+\sqrt{y}}+\sin x+\binom{n}{2}}"
+        n_calls, _ = count_calls(partial(grade, response, gold))
+        assert n_calls < 100_000
 
 
 def test_command_line_prints_one_json_line_last(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from rftt.run.config import EvalConfig, RLConfig, SearchConfig
 from rftt.run.fields import Api
 from rftt.run.files import read_jsonl, write_jsonl
 from rftt.types import UserError
+from tests.conftest import HANG_LIMIT
 from tools.tiny_world import build_tokenizer
 
 MESSAGES = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -40,7 +41,8 @@ def completion(text: str = "4", finish: str = "stop", usage: bool = True) -> Ans
 class Server:
     """Answers request i with script[i], the last entry for ever after, and remembers them all.
 
-    An entry may be a function of the request.
+    An entry may be a function of the request. Nobody is answered before `meet` requests have been
+    under way at once.
     """
 
     def __init__(self) -> None:
@@ -49,20 +51,23 @@ class Server:
         self.seen: list[Request] = []
         self.keys: list[str | None] = []
         self.delay_s = 0.0
+        self.meet = 0
         self.now = self.most = 0
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers["content-length"]))
         asked = json.loads(body)
-        with self.lock:
+        with self.changed:
             self.seen.append(asked)
             self.keys.append(request.headers["authorization"])
             answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
             self.now += 1
             self.most = max(self.most, self.now)
-        time.sleep(self.delay_s)
-        with self.lock:
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.most >= self.meet, HANG_LIMIT)
+        time.sleep(self.delay_s)  # requests that should not be here have time to arrive
+        with self.changed:
             self.now -= 1
         if callable(answer):
             answer = answer(asked)
@@ -99,6 +104,9 @@ def server() -> Iterator[Server]:
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     behaviour.url = f"http://127.0.0.1:{http.server_port}/v1"
     yield behaviour
+    with behaviour.changed:
+        behaviour.meet = 0
+        behaviour.changed.notify_all()
     http.shutdown()
     http.server_close()
 
@@ -112,7 +120,7 @@ def ask(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     monkeypatch.setattr(api_module, "FIRST_DELAY_S", 0.01)
 
     def run(*seeds: int, **changes: Any) -> tuple[list[Reply], Spending]:
-        settings = {"url": server.url, "model": "big", "max_cost": 1.0, "timeout_s": 5.0}
+        settings = {"url": server.url, "model": "big", "max_cost": 1.0, "timeout_s": HANG_LIMIT}
         settings |= {"prompt_price": 2.0, "completion_price": 4.0, "attempts": 4} | changes
         cfg = Api(**{f"api_{name}": value for name, value in settings.items()})
 
@@ -180,9 +188,9 @@ def test_passing_faults_are_retried_and_count_when_they_may_be_billed(
 
 @pytest.mark.faults
 def test_time_out_is_retried_and_counts(server: Server, ask: Ask) -> None:
-    server.delay_s = 1.0
+    server.meet = 99
     with pytest.raises(UserError, match=r"failed 2 times, the last time: ReadTimeout"):
-        ask(0, timeout_s=0.1, attempts=2)
+        ask(0, timeout_s=1.0, attempts=2)
     assert len(server.seen) == ask()[1].unanswered == 2
 
 
@@ -193,11 +201,19 @@ def test_server_that_is_not_there_costs_nothing(ask: Ask) -> None:
     assert ask()[1] == Spending()
 
 
-def test_server_says_how_long_to_wait(server: Server, ask: Ask) -> None:
-    server.script = [(429, {"retry-after": "1"}, b""), completion()]
-    start = time.monotonic()
+def test_server_says_how_long_to_wait(
+    server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float, real: Any = asyncio.sleep) -> None:
+        waits.append(seconds)
+        await real(0)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    server.script = [(429, {"retry-after": "7"}, b""), completion()]
     ask(0)
-    assert time.monotonic() - start >= 1.0
+    assert 7.0 in waits
 
 
 def test_our_own_error_is_not_retried(server: Server, ask: Ask) -> None:
@@ -213,7 +229,7 @@ def test_missing_key_is_named(ask: Ask) -> None:
 
 
 def test_many_at_once_but_no_more_than_allowed(server: Server, ask: Ask) -> None:
-    server.delay_s = 0.05
+    server.meet, server.delay_s = 4, 0.05
     replies, spending = ask(*range(16), max_concurrent=4)
     assert len(replies) == spending.requests == 16
     assert server.most == 4
@@ -236,7 +252,7 @@ def test_continued_run_pays_for_nothing_twice(server: Server, ask: Ask, tmp_path
 
 def test_what_is_under_way_when_a_run_fails_is_kept(server: Server, ask: Ask) -> None:
     server.script = [(400, {}, b"refused"), completion()]
-    server.delay_s = 0.2
+    server.meet = 8  # every request is under way when the first one fails
     with pytest.raises(UserError, match="refused"):
         ask(*range(8))
     assert ask()[1] == Spending(7, 0, 70, 35, pytest.approx(7 * 4e-5))  # type: ignore[arg-type]

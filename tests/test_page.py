@@ -21,6 +21,7 @@ from rftt.mcts import Choice, Tree, grow
 from rftt.run.stats import tree_record
 from rftt.tokens import ACTS, successors
 from rftt.types import Problem, Step
+from tests.conftest import HANG_LIMIT
 from tools.page import filled
 from tools.report import write_report
 
@@ -57,7 +58,7 @@ def browse(tmp_path: Path) -> Callable[..., str]:
             command = [CHROMIUM, *(f"--{flag}" for flag in (*flags, want))]
             url = page.as_uri() + (f"#{state}" if state else "")
             done = subprocess.run(
-                [*command, url], capture_output=True, text=True, timeout=120, check=True
+                [*command, url], capture_output=True, text=True, timeout=HANG_LIMIT, check=True
             )
             found = found or done.stdout
         return found

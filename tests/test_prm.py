@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,7 +48,7 @@ from rftt.run.fields import ServeConfig
 from rftt.run.files import write_json, write_jsonl
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import UserError
-from tests.conftest import ROOT, run
+from tests.conftest import HANG_LIMIT, ROOT, run
 from tests.learners import random_qwen2
 from tests.small_world import make_world, settings
 from tools.prm_serve import from_wire, open_server
@@ -56,6 +57,7 @@ from tools.prm_train import main as train
 from tools.tiny_world import build_tokenizer
 
 QUESTION = "Eva has 12 pens, buys 7, sells 4. How many now?"
+post = partial(httpx2.post, timeout=HANG_LIMIT)
 STEPS = ["buys 7? 12+7=19.", "sells 4 gives 19-4=15.", "so \\boxed{15}."]
 HIDDEN = 32
 HEADS = {  # name in the checkpoint -> shape, per kind of model folder
@@ -331,7 +333,7 @@ def test_the_server_scores_as_the_model_does(
     folders: dict[str, Path], served: ThreadingHTTPServer
 ) -> None:
     (expected,) = scores_of(local(folders["qwen"]), (QUESTION, STEPS))
-    reply = httpx2.post(url_of(served), json=body_of())
+    reply = post(url_of(served), json=body_of())
     assert (reply.status_code, reply.json()["score"]) == (200, pytest.approx(expected, abs=1e-5))
 
 
@@ -354,14 +356,14 @@ def test_the_server_scores_as_the_model_does(
 def test_bad_requests_get_a_reason(
     served: ThreadingHTTPServer, body: bytes, status: int, reason: str
 ) -> None:
-    reply = httpx2.post(url_of(served), content=body)
+    reply = post(url_of(served), content=body)
     assert (reply.status_code, reason in reply.json()["detail"]) == (status, True), reply.text
-    assert httpx2.post(url_of(served), json=body_of()).status_code == 200
+    assert post(url_of(served), json=body_of()).status_code == 200
 
 
 def test_other_paths_and_missing_lengths_are_refused(served: ThreadingHTTPServer) -> None:
-    assert httpx2.post(url_of(served) + "s", content=b"{}").status_code == 404
-    connection = HTTPConnection("127.0.0.1", served.server_port, timeout=10)
+    assert post(url_of(served) + "s", content=b"{}").status_code == 404
+    connection = HTTPConnection("127.0.0.1", served.server_port, timeout=HANG_LIMIT)
     connection.putrequest("POST", "/get_reward")
     connection.putheader("transfer-encoding", "chunked")
     connection.endheaders()
@@ -387,7 +389,7 @@ def test_200_concurrent_requests_are_all_answered_beside_rude_clients(
 
     async def ask() -> list[int]:
         limits = httpx2.Limits(max_connections=200)
-        async with httpx2.AsyncClient(limits=limits, timeout=60) as client:
+        async with httpx2.AsyncClient(limits=limits, timeout=HANG_LIMIT) as client:
             bodies = [body_of(STEPS[: i % 3 + 1]) for i in range(200)]
             replies = await asyncio.gather(*(client.post(url_of(served), json=b) for b in bodies))
             return [len(reply.json()["score"]) for reply in replies]
@@ -412,9 +414,10 @@ def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path], tmp_p
         assert server.stdout is not None
         lines = [server.stdout.readline() for _ in range(2)]
         url = lines[-1].split()[-1]
-        reply = httpx2.post(url, json=body_of())
+        reply = post(url, json=body_of())
         server.terminate()
-        assert (server.wait(30), reply.status_code, len(reply.json()["score"])) == (0, 200, 3)
+        assert server.wait(HANG_LIMIT) == 0
+        assert (reply.status_code, len(reply.json()["score"])) == (200, 3)
     assert lines[0].startswith("warning: PRM ranks a wrong step")
 
 
@@ -427,26 +430,40 @@ def test_serve_without_a_model_is_one_line() -> None:
 
 
 class Script:
-    """A PRM server that answers request i with script[i], then the last entry for ever."""
+    """A PRM server that answers request i with script[i], then the last entry for ever.
+
+    It answers nobody before `meet` requests have been under way at once.
+    """
+
+    delay_s = 0.0
 
     def __init__(self) -> None:
         self.script: list[Any] = []
         self.seen: list[dict[str, str]] = []
-        self.delay_s = 0.0
+        self.meet = 0
         self.now = self.most = 0
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
         self.url = ""
 
     def next(self, body: bytes) -> Any:
-        with self.lock:
+        with self.changed:
             self.seen.append(json.loads(body))
             self.now += 1
             self.most = max(self.most, self.now)
             found = self.script.pop(0) if len(self.script) > 1 else self.script[0]
-        time.sleep(self.delay_s)
-        with self.lock:
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.most >= self.meet, HANG_LIMIT)
+        time.sleep(self.delay_s)  # requests that should not be here have time to arrive
+        with self.changed:
             self.now -= 1
         return found(body) if callable(found) else found
+
+
+def release(behaviour: Script) -> None:
+    """Let every waiting request go."""
+    with behaviour.changed:
+        behaviour.meet = 0
+        behaviour.changed.notify_all()
 
 
 @pytest.fixture
@@ -469,13 +486,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     behaviour.url = f"http://127.0.0.1:{http.server_port}/get_reward"
     yield behaviour
+    release(behaviour)
     http.shutdown()
     http.server_close()
 
 
 @pytest.fixture
 def remote(script: Script) -> Iterator[RemotePRM]:
-    prm = build_prm(config(prm_url=script.url, prm_timeout_s=0.5, prm_max_concurrency=8))
+    prm = build_prm(config(prm_url=script.url, prm_timeout_s=HANG_LIMIT, prm_max_concurrency=8))
     assert isinstance(prm, RemotePRM)
     yield prm
     prm.close()
@@ -519,12 +537,12 @@ def test_faults_are_retried_and_never_become_numbers(
 
 
 @pytest.mark.faults
-def test_a_server_that_hangs_is_given_up(script: Script, remote: RemotePRM) -> None:
-    script.script, script.delay_s = [GOOD], 1.0
-    started = time.monotonic()
-    with pytest.raises(UserError, match=r"ReadTimeout.*; 4 of 4 paths unscored"):
-        scores_of(remote, *[(QUESTION, STEPS)] * 4)
-    assert time.monotonic() - started < 5
+def test_a_server_that_hangs_is_given_up(script: Script) -> None:
+    script.script, script.meet = [GOOD], 99
+    prm = RemotePRM(config(prm_url=script.url, prm_timeout_s=1.0))
+    with pytest.raises(UserError, match=r"after 3 tries .*Timeout.*; 4 of 4 paths unscored"):
+        scores_of(prm, *[(QUESTION, STEPS)] * 4)
+    prm.close()
 
 
 @pytest.mark.faults
@@ -551,9 +569,9 @@ def test_a_refusal_concerns_the_path_and_a_wrong_url_the_run(
 def test_many_paths_are_under_way_at_once_but_no_more_than_allowed(
     script: Script, remote: RemotePRM
 ) -> None:
-    script.script, script.delay_s = [GOOD], 0.05
+    script.script, script.meet, script.delay_s = [GOOD], 8, 0.05
     assert scores_of(remote, *[(QUESTION, STEPS)] * 32) == [[0.9, 0.8, 0.1]] * 32
-    assert 4 <= script.most <= 8
+    assert script.most == 8
 
 
 def test_remote_and_local_agree(folders: dict[str, Path], served: ThreadingHTTPServer) -> None:

@@ -16,13 +16,14 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import ENV, ROOT
+from conftest import ENV, HANG_LIMIT, ROOT
 
 from tests.golden_world import GOLDEN, build, curves, metrics
 
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc_per_node"]
-ONE, TWO = [*PYTHON, "tests.golden_world"], [*TORCHRUN, "2", "-m", "tests.golden_world"]
+ONE = [*PYTHON, "tests.golden_world"]
+TWO = [*TORCHRUN, "2", "--standalone", "-m", "tests.golden_world"]
 
 
 def say(text: str) -> None:
@@ -38,13 +39,13 @@ def start(launcher: list[str], folder: Path, name: str) -> subprocess.Popen[byte
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
-    error = process.communicate(timeout=600)[1]
+    error = process.communicate(timeout=HANG_LIMIT)[1]
     assert process.returncode == 0, error.decode()[-3000:]
 
 
 def kill_at(process: subprocess.Popen[bytes], run: Path, n_rows: int, delay: float) -> None:
     """SIGKILL all its processes `delay` seconds after the run's metrics have `n_rows` rows."""
-    path, deadline = run / "metrics.jsonl", time.monotonic() + 300
+    path, deadline = run / "metrics.jsonl", time.monotonic() + HANG_LIMIT
     while not path.exists() or path.read_bytes().count(b"\n") < n_rows:
         assert process.poll() is None, process.communicate()[1].decode()[-3000:]
         assert time.monotonic() < deadline

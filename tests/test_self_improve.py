@@ -4,12 +4,11 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import ENV, ROOT, run
+from conftest import ENV, ROOT, run, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -316,11 +315,8 @@ def test_loop_killed_in_iteration_2_ends_in_the_same_table(world: Path) -> None:
     command = loop_command(world, "killed")
     process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
     journal = killed / "iteration_2" / "search" / "data" / "raw.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.exists():
-            process.send_signal(signal.SIGKILL)  # its search.py lives on
-            break
+    wait_until(journal.exists, process)
+    process.send_signal(signal.SIGKILL)  # its search.py lives on
     assert process.wait() == -signal.SIGKILL
     again = run(*command)
     assert "== iteration 1" not in again.stdout  # nothing twice

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from rftt.run.files import Journal, gather_parts, part_of, read_jsonl, write_jsonl
 from rftt.tokens import add_function_tokens
-from tests.conftest import run
+from tests.conftest import TORCHRUN, run
 from tests.learners import random_qwen2
 from tools.tiny_world import build_tokenizer
 
@@ -49,9 +48,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(script: str, world: Path, out: Path, ranks: int, *more: str, check: bool = True) -> Any:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks] if ranks > 1 else []
+    launcher = [*TORCHRUN, "--nproc_per_node", ranks] if ranks > 1 else ["python"]
     return run(
-        sys.executable, *launcher, script, f"configs/tiny/{script.replace('.py', '.yaml')}",
+        *launcher, script, f"configs/tiny/{script.replace('.py', '.yaml')}",
         f"model_name_or_path={world / 'model'}", f"output_dir={out}", "max_model_len=128",
         "max_completion_length=20", *more, check=check,
     )  # fmt: skip
