@@ -3,8 +3,9 @@
     PYTHONPATH=. .venv-bench/bin/python bench/compare_losses.py    (after make bench-env)
 
 TRL's trainers are not built: their `_compute_loss` is called on a stand-in that holds what it
-reads, and hands it our log-probs. Prints one JSON object of largest differences, exit code 1 where
-one exceeds 1e-5. TRL 1.16 has no PPO, so GAE and the value loss are not compared here.
+reads, and hands it our log-probs. Prints one JSON object of largest differences, and each of them
+on stderr as soon as it is known. The exit code is 1 where one exceeds 1e-5. TRL 1.16 has no PPO,
+so GAE and the value loss are not compared here.
 """
 
 from __future__ import annotations
@@ -121,8 +122,11 @@ def main() -> None:
         for high, beta in ((0.2, 0.0), (0.28, 0.04)):
             key = f"grpo, {name}, clip 0.2/{high}, KL {beta}"
             found[key] = max(grpo(10 * s, loss_type, high, beta) for s in range(20))
+            print(f"{key}: {found[key]:.3g}", file=sys.stderr)
     for beta in (0.1, 0.5):
-        found[f"dpo, beta {beta}"] = max(dpo(10 * s, beta) for s in range(20))
+        key = f"dpo, beta {beta}"
+        found[key] = max(dpo(10 * s, beta) for s in range(20))
+        print(f"{key}: {found[key]:.3g}", file=sys.stderr)
     print(json.dumps(found, indent=1))
     sys.exit(any(value > LIMIT for value in found.values()))
 

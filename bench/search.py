@@ -12,7 +12,8 @@ beam, dvts     functional beam search and its diverse form: width and subtrees 2
 
 Every measurement starts from an empty prefix cache. Without --model, a Qwen2 of 2.4M parameters is
 made whose layers work but add nothing: its tokens follow a Markov chain that speaks the grammar of
-functional tokens in segments of about ten tokens. The last line is one JSON object.
+functional tokens in segments of about ten tokens. Every measurement is printed on stderr at once.
+The last line is one JSON object. Where a CPU emulates bfloat16, `--dtype bfloat16` is skipped.
 """
 
 from __future__ import annotations
@@ -250,11 +251,18 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
 
+    import torch
+
     from rftt.engines import build_engine
     from rftt.engines.chat import load_tokenizer
+    from rftt.learner.model import computes_in_bfloat16
     from rftt.run.config import SearchConfig
     from tools.tiny_world import make_tale
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "bfloat16" and not computes_in_bfloat16(device):
+        print(json.dumps({"skipped": {"bfloat16": f"emulated on this {device}; use float32"}}))
+        return
     with tempfile.TemporaryDirectory() as made:
         folder = args.model or made
         weights = make_model(Path(made)) if args.model is None else stored_weights(folder)
@@ -280,6 +288,8 @@ def main() -> None:
         for name, (phase, work) in works.items():
             engine.load_weights(weights(phase))
             got = measure(engine, work, few if name == "serial" else problems, round_)
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in got.items())
+            print(f"round {round_}  {name:14} {shown}", file=sys.stderr)
             if round_:
                 known = totals.setdefault(name, dict.fromkeys(got, 0.0))
                 totals[name] = {key: known[key] + value for key, value in got.items()}

@@ -5,8 +5,11 @@
 
 Each variant is a process of its own; they take turns, one step each per round, so that a busy
 machine slows all alike. On a CPU: one compute thread, CPU seconds, peak memory over what the loaded
-model holds (gradients and optimizer state included). The last line is one JSON object. TRL's
-chunked head is a Triton kernel that falls back on a CPU: never quote a CPU ratio bare.
+model holds (gradients and optimizer state included). Every step is printed on stderr as soon as it
+is measured. The last line is one JSON object. Variants in bfloat16 are skipped where the device
+emulates it (`skipped` names them), and no round starts that would not end within --minutes
+(`rounds` is what is left). TRL's chunked head is a Triton kernel that falls back on a CPU: never
+quote a CPU ratio bare.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 LENGTHS = (500, 460, 400, 330, 260, 205, 160, 120)
 """Tokens of the eight documents: 2,435 real ones of 4,000 padded."""
 PROMPT = 60
@@ -281,12 +285,29 @@ def write_model(folder: str, size: dict[str, int]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def matmul_rate(dtype: str) -> float:
-    """FLOPs per second of one large matrix product: what the device can do."""
+def skipped_variants(variants: list[str]) -> dict[str, str]:
+    """The variants that this machine cannot run in reasonable time, with the reason."""
+    import torch
+
+    from rftt.learn.model import computes_in_bfloat16
+
+    if computes_in_bfloat16("cuda" if torch.cuda.is_available() else "cpu"):
+        return {}
+    reason = "bfloat16 is emulated on this machine; see matmul_gflops"
+    return {variant: reason for variant in variants if VARIANTS[variant][2] == "bf16"}
+
+
+def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
+    """FLOPs per second of one large matrix product: what the device can do.
+
+    An emulated dtype gets one small product, which takes about as long as the large ones do.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n, repeats = (8192, 20) if device == "cuda" else (1024, 4)
+    if emulated:
+        n, repeats = 256, 1
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     a = torch.randn(n, n, device=device).to(kind)
     clock = time.perf_counter if device == "cuda" else time.process_time
@@ -319,11 +340,17 @@ def summary(
     flops: float,
     n_tokens: int,
 ) -> dict[str, dict[str, float]]:
-    """The figures of every variant, and ratios to TRL's where it ran: medians over the rounds."""
+    """The figures of every variant, and ratios to TRL's where it ran: medians over the rounds.
+
+    The first round is warm-up. It counts only where there was time for no other.
+    """
     result: dict[str, dict[str, float]] = {}
-    seconds = {variant: [f["seconds"] for f in found[1:]] for variant, found in steps.items()}
+    seconds = {
+        variant: [f["seconds"] for f in found[1:] or found] for variant, found in steps.items()
+    }
     for variant, figures in steps.items():
-        rounds = zip(seconds[variant], rates[VARIANTS[variant][2]][1:], strict=True)
+        measured = rates[VARIANTS[variant][2]]
+        rounds = zip(seconds[variant], measured[1:] or measured, strict=True)
         result[variant] = {
             "tokens_per_cpu_s": n_tokens / statistics.median(seconds[variant]),
             "extra_mib": figures[0]["extra_mib"],
@@ -350,6 +377,7 @@ def main() -> None:
     parser.add_argument("--compare", choices=["trl"])
     parser.add_argument("--trl-python", default=str(ROOT / ".venv-bench/bin/python"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=9.0, help="wall time for all rounds")
     parser.add_argument("--size", choices=SIZES, default="51m")
     parser.add_argument(
         "--length", type=int, help="documents of this many tokens (default: skewed)"
@@ -359,6 +387,7 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--lengths", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    begin = time.monotonic()
     if args.worker:
         work(args.worker, args.folder, tuple(map(int, args.lengths.split(","))))
         return
@@ -368,6 +397,10 @@ def main() -> None:
         sys.exit(f"error: {args.trl_python} is missing; run: make bench-env")
     pairs = [name for v in variants for name in (v, RIVAL.get(v, v))]  # rivals next to each other
     variants = [v for v in dict.fromkeys(pairs) if args.compare or not v.startswith("trl")]
+    skipped = skipped_variants(variants)
+    for variant, reason in skipped.items():
+        print(f"{variant}: skipped, {reason}", file=sys.stderr)
+    variants = [v for v in variants if v not in skipped]
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, SIZES[args.size])
         workers = {
@@ -381,18 +414,27 @@ def main() -> None:
         }
         steps: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
         rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
-        for _ in range(args.rounds + 1):  # the first is warm-up and the memory figure
+        for number in range(args.rounds + 1):  # the first is warm-up and the memory figure
+            round_begin = time.monotonic()
             for variant, worker in workers.items():
                 steps[variant].append(ask(worker))
+                figures = steps[variant][-1]
+                shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+                print(f"round {number}  {variant:18}{shown}", file=sys.stderr)
             for dtype, measured in rates.items():
-                measured.append(matmul_rate(dtype))
+                measured.append(matmul_rate(dtype, emulated=bool(skipped) and dtype == "bf16"))
+            now = time.monotonic()
+            if now - begin + (now - round_begin) > 60 * args.minutes:
+                break
         for worker in workers.values():
             worker.communicate()
     result = summary(steps, rates, model_flops(SIZES[args.size], lengths), sum(lengths))
     peak = {dtype: statistics.median(found) / 1e9 for dtype, found in rates.items()}
     for variant, figures in result.items():
         print(f"{variant:18}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-    print(json.dumps(result | {"matmul_gflops": peak}))
+    rounds = len(rates["fp32"]) - 1
+    more = {"matmul_gflops": peak, "rounds": rounds, "skipped": skipped}
+    print(json.dumps(result | more))
 
 
 if __name__ == "__main__":
