@@ -285,16 +285,13 @@ def write_model(folder: str, size: dict[str, int]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def skipped_variants(variants: list[str]) -> dict[str, str]:
-    """The variants that this machine cannot run in reasonable time, with the reason."""
+def emulates_bfloat16() -> bool:
+    """Return whether bfloat16 takes unreasonable time on this machine."""
     import torch
 
     from rftt.learn.model import computes_in_bfloat16
 
-    if computes_in_bfloat16("cuda" if torch.cuda.is_available() else "cpu"):
-        return {}
-    reason = "bfloat16 is emulated on this machine; see matmul_gflops"
-    return {variant: reason for variant in variants if VARIANTS[variant][2] == "bf16"}
+    return not computes_in_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
@@ -370,6 +367,38 @@ def summary(
     return result
 
 
+def take_turns(
+    workers: dict[str, subprocess.Popen], rounds: int, limit: float, emulated: bool
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, list[float]]]:
+    """The figures of each variant's steps, and of each dtype's matrix products, one per round.
+
+    The first round is warm-up and gives the memory figures. No round starts that would end after
+    `limit`, and no variant starts after it.
+    """
+    steps: dict[str, list[dict[str, float]]] = {}
+    rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    for number in range(rounds + 1):
+        begin = time.monotonic()
+        for variant, worker in workers.items():
+            if number == 0 and steps and time.monotonic() > limit:
+                worker.kill()
+                continue
+            figures = ask(worker)
+            steps.setdefault(variant, []).append(figures)
+            if number == 0 and len(steps) == 1:
+                begin = time.monotonic()  # without the start of the processes
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            print(f"round {number}  {variant:18}{shown}", file=sys.stderr)
+        for dtype, measured in rates.items():
+            measured.append(matmul_rate(dtype, emulated=emulated and dtype == "bf16"))
+        now = time.monotonic()
+        if now + (now - begin) > limit:
+            break
+    for worker in workers.values():
+        worker.communicate()
+    return steps, rates
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -397,10 +426,13 @@ def main() -> None:
         sys.exit(f"error: {args.trl_python} is missing; run: make bench-env")
     pairs = [name for v in variants for name in (v, RIVAL.get(v, v))]  # rivals next to each other
     variants = [v for v in dict.fromkeys(pairs) if args.compare or not v.startswith("trl")]
-    skipped = skipped_variants(variants)
-    for variant, reason in skipped.items():
-        print(f"{variant}: skipped, {reason}", file=sys.stderr)
+    emulated, skipped = emulates_bfloat16(), dict[str, str]()
+    for variant in variants if emulated else ():
+        if VARIANTS[variant][2] == "bf16":
+            skipped[variant] = "this machine emulates bfloat16; see matmul_gflops"
+            print(f"{variant}: skipped, {skipped[variant]}", file=sys.stderr)
     variants = [v for v in variants if v not in skipped]
+    limit = begin + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, SIZES[args.size])
         workers = {
@@ -412,22 +444,9 @@ def main() -> None:
             )
             for variant in variants
         }
-        steps: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
-        rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
-        for number in range(args.rounds + 1):  # the first is warm-up and the memory figure
-            round_begin = time.monotonic()
-            for variant, worker in workers.items():
-                steps[variant].append(ask(worker))
-                figures = steps[variant][-1]
-                shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-                print(f"round {number}  {variant:18}{shown}", file=sys.stderr)
-            for dtype, measured in rates.items():
-                measured.append(matmul_rate(dtype, emulated=bool(skipped) and dtype == "bf16"))
-            now = time.monotonic()
-            if now - begin + (now - round_begin) > 60 * args.minutes:
-                break
-        for worker in workers.values():
-            worker.communicate()
+        steps, rates = take_turns(workers, args.rounds, limit, emulated)
+    for variant in workers.keys() - steps.keys():
+        skipped[variant] = "no time was left for it"
     result = summary(steps, rates, model_flops(SIZES[args.size], lengths), sum(lengths))
     peak = {dtype: statistics.median(found) / 1e9 for dtype, found in rates.items()}
     for variant, figures in result.items():
