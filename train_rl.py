@@ -46,11 +46,10 @@ LINE = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", 
 
 def main(cfg: RLConfig) -> None:
     # Heavy imports wait until the config is known to be good.
-    from rftt.learner.fsdp import close_world, open_world
+    from rftt.learner.fsdp import joined
 
-    world = open_world(cfg.device)
-    train(cfg, world)
-    close_world(world)
+    with joined(cfg.device, wait=True) as world:
+        train(cfg, world)
 
 
 def train(cfg: RLConfig, world: World) -> None:

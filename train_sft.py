@@ -26,11 +26,10 @@ from rftt.tokens import add_function_tokens
 
 def main(cfg: SFTConfig) -> None:
     # Heavy imports wait until the config is known to be good.
-    from rftt.learner.fsdp import close_world, open_world
+    from rftt.learner.fsdp import joined
 
-    world = open_world(cfg.device)
-    train(cfg, world)
-    close_world(world)
+    with joined(cfg.device, wait=True) as world:
+        train(cfg, world)
 
 
 def train(cfg: SFTConfig, world) -> None:

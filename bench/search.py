@@ -255,8 +255,8 @@ def main() -> None:
 
     from rftt.engines import build_engine
     from rftt.engines.chat import load_tokenizer
-    from rftt.learner.model import computes_in_bfloat16
     from rftt.run.config import SearchConfig
+    from rftt.run.precision import computes_in_bfloat16
     from tools.tiny_world import make_tale
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -289,7 +289,7 @@ def emulates_bfloat16() -> bool:
     """Return whether bfloat16 takes unreasonable time on this machine."""
     import torch
 
-    from rftt.learner.model import computes_in_bfloat16
+    from rftt.run.precision import computes_in_bfloat16
 
     return not computes_in_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
 

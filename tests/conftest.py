@@ -105,21 +105,21 @@ def rank_of(group: str) -> int:
 
 
 LONG_GROUPS = (
+    "test_tiny_world",  # trains the demo's base model again
     "test_demo-test_last_line",  # makes the demo
-    "test_loop",
+    "test_self_improve",
     "test_resume",
     "test_faults",
-    "test_dpo",
+    "test_offline",
     "test_errors",
     "test_demo-",
     "test_shares",
     "test_doctor",
     "test_prm",
-    "test_distributed",
+    "test_fsdp",
     "test_checkpoint",
-    "test_score",
-    "test_tiny",
-    "test_api",
+    "test_rejection",
+    "test_openai",
 )
 """Prefixes of groups of a minute and more, in the order in which they start."""
 

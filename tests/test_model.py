@@ -10,14 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from rftt import rl
 from rftt.batch import Batch, collate_rows, empty_like
 from rftt.learner.logprobs import _ChunkedLogprobs, token_logprobs, token_values
-from rftt.learner.model import (
-    Critic,
-    add_function_rows,
-    computes_in_bfloat16,
-    load_critic,
-    load_policy,
-    prepare,
-)
+from rftt.learner.model import Critic, add_function_rows, load_critic, load_policy, prepare
 from rftt.learner.prefix_tree import forest_of, n_saved, tree_microbatches
 from rftt.tokens import CLOSERS, OPENERS, add_function_tokens, description_of
 from rftt.types import UserError
@@ -335,49 +328,3 @@ def test_no_new_tokens_change_nothing() -> None:
     before = model.get_input_embeddings().weight.clone()
     add_function_rows(model, range(VOCABULARY), [])  # pyright: ignore[reportArgumentType]
     assert torch.equal(model.get_input_embeddings().weight, before)
-
-
-# ---- Arithmetic ----
-
-
-@pytest.mark.parametrize(
-    ("instructions", "limit", "expected"),
-    [
-        ({"avx512_bf16": True}, {}, True),
-        ({"amx_bf16": True, "avx512_bf16": True}, {}, True),
-        ({"bf16": True}, {}, True),
-        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, {}, False),
-        ({"avx512_bf16": True}, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
-        ({"avx512_bf16": True}, {"ONEDNN_MAX_CPU_ISA": "avx512_core"}, False),
-        ({"avx512_bf16": True}, {"DNNL_MAX_CPU_ISA": "AVX2"}, False),
-        ({"avx512_bf16": True}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True),
-        ({"avx512_bf16": True}, {"ATEN_CPU_CAPABILITY": "avx2"}, True),
-    ],
-)
-def test_bfloat16_needs_instructions_that_onednn_may_use(
-    instructions: dict[str, bool],
-    limit: dict[str, str],
-    expected: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in limit.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    assert computes_in_bfloat16("cpu") is expected
-    assert computes_in_bfloat16(torch.device("cpu")) is expected
-    assert not computes_in_bfloat16("meta")
-
-
-def test_a_gpu_computes_in_bfloat16_unless_it_emulates_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
-    )
-    assert not computes_in_bfloat16("cuda:0")
-
-
-def test_a_cpu_build_without_onednn_emulates_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert not computes_in_bfloat16("cpu")

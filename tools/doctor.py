@@ -31,6 +31,7 @@ from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
 from rftt.run.data import load_problems
 from rftt.run.files import read_jsonl, write_json
 from rftt.run.log import say
+from rftt.run.precision import computes_in_bfloat16
 from rftt.tokens import function_ids
 from rftt.types import UserError
 from tools.memory import Config, complaint, details, estimate, gigabytes
@@ -75,6 +76,8 @@ def device(cfg: Config) -> Finding:
     if cfg.device == "cuda" and not n:
         raise UserError("device=cuda is not available here; use auto or cpu.")
     name = f"{n} x {torch.cuda.get_device_name()}" if n else f"{os.cpu_count()} CPUs"
+    if cfg.dtype == "bfloat16" and not computes_in_bfloat16("cuda" if n else "cpu"):
+        return Finding(f"{name} emulate bfloat16, about 100 times slower; set dtype: auto", "warn")
     return Finding(f"{name}, {cfg.dtype}")
 
 

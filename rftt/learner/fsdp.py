@@ -114,13 +114,19 @@ def close_world(world: World, *, wait: bool = True) -> None:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
-    """A world for ranks that share work but no model. One that fails does not wait for the rest."""
+def joined(device: str, *, wait: bool = False) -> Iterator[World]:
+    """Open the process group, and leave it also where the work fails.
+
+    With `wait` a rank that is done waits for the others, as ranks that share a model must. One that
+    fails never waits.
+    """
     world = open_world(device)
     try:
         yield world
-    finally:
+    except BaseException:
         close_world(world, wait=False)
+        raise
+    close_world(world, wait=wait)
 
 
 def shard(

@@ -106,7 +106,14 @@ def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None =
 
     signal.signal(signal.SIGTERM, exit_now)
     try:
-        main(load_config(schema, argv))
+        config = load_config(schema, argv)
+        if (
+            getattr(config, "dtype", None) == "auto"
+        ):  # torch is imported only for a config that is good
+            from rftt.run.precision import settle_dtype
+
+            config = settle_dtype(config)
+        main(config)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None

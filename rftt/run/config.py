@@ -22,8 +22,9 @@ class Common:
     """Hugging Face folder or hub name of the model to start from."""
     seed: int = 0
     """Every random choice derives from it, the problem's id and the step."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of weights in engines and of compute in training (arXiv 2502.13389: bf16)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of weights in engines and of compute in training (arXiv 2502.13389: bf16). auto is
+    bfloat16 where the device computes in it (GPUs, CPUs with AMX or AVX512-BF16), else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when there is one."""
     system_prompt: str | None = None

@@ -50,8 +50,8 @@ class ServeConfig(StepModel):
     """Port to bind (the official server's); 0 takes a free one."""
     max_body_bytes: int = 1 << 20
     """Longer requests are refused."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of the weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the weights; auto is bfloat16 where the device computes in it, else float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU when there is one."""
     system_prompt: str | None = None

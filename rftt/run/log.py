@@ -104,6 +104,8 @@ class RunLog:
             write_lines(self._run_dir / "config.yaml", [text.rstrip("\n")])
             write_json(self._run_dir / "env.json", environment())
             self._metrics = Journal(self._run_dir / "metrics.jsonl")
+            if "dtype" in config:
+                self.info(f"weights and compute in {config['dtype']}")
 
     def info(self, text: str) -> None:
         """`text` to stdout and log.txt."""
