@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ -n "$FAST" ]; then  # the same code on less data
   SEARCH=(max_problems=100)
-  SFT=(num_train_epochs=10)
+  SFT=(num_train_epochs=6)
   RL=(max_steps=6 rollout_batch_size=16 train_batch_size=128 save_steps=3)
   EVAL=(max_problems=60 num_samples=4)
 else
