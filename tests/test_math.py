@@ -1,23 +1,26 @@
 """The grader against labelled pairs, hostile responses, all gold answers and its own symmetries."""
 
+import ast
+import doctest
 import json
 import random
+import re
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.graders.audit import audit
-from rftt.graders.math import canonical, extract, grade, parse_gold, same_answer
+from rftt.graders import latex, math
+from rftt.graders.audit import audit, prove_equal
+from rftt.graders.math import canonical, compare, extract, grade, parse_gold, same_answer
 from rftt.types import UserError
-from tests.conftest import count_calls
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -31,11 +34,13 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 PAIRS = rows("grader_pairs.jsonl")
+WIDE_GUARD = 5.0
+"""CPU seconds that nothing bounded comes near: what is not linear takes minutes."""
 
 
-@pytest.mark.oracle
 @needs_data
 @pytest.mark.parametrize("category", sorted({row["category"] for row in PAIRS}))
+@pytest.mark.oracle
 def test_shared_pairs(category: str) -> None:
     chosen = [row for row in PAIRS if row["category"] == category]
     wrong = [
@@ -47,18 +52,14 @@ def test_shared_pairs(category: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.oracle
 @needs_data
-def test_hostile_responses_are_little_work_and_unpaid() -> None:
-    """Calls are counted, so that a slow machine passes. A regular expression is one call, so its
-    seconds are bounded as well, at 300 times what the slowest takes.
-    """
+@pytest.mark.oracle
+def test_hostile_responses_are_quick_and_unpaid() -> None:
     for row in rows("grader_hostile.jsonl"):
         response = "".join(text * times for text, times in row["recipe"])
         begin = time.process_time()
-        n_calls, verdict = count_calls(partial(grade, response, row["gold"]))
-        assert time.process_time() - begin < 60, row["id"]
-        assert n_calls < 300_000, row["id"]
+        verdict = grade(response, row["gold"])
+        assert time.process_time() - begin < WIDE_GUARD, row["id"]
         assert row["expected"] in (None, int(verdict.correct)), row["id"]
 
 
@@ -71,9 +72,9 @@ GOLD_FIELDS = {
 }
 
 
-@pytest.mark.oracle
 @needs_data
 @pytest.mark.parametrize("name", GOLD_FIELDS)
+@pytest.mark.oracle
 def test_every_gold_answer_equals_itself(name: str) -> None:
     golds = [row[GOLD_FIELDS[name]] for row in rows(f"{name}.jsonl")]
     golds = [gold[0] if isinstance(gold, list) else str(gold) for gold in golds]
@@ -152,6 +153,13 @@ CASES = [
     ("no solution", r"\text{No solutions}", True),
     (r"\text{east}", r"\text{seat}", False),
     ("1½", "1.5", True),
+    (r"\sum_{i=1}^{3} \sum_{j=1}^{2} ij", "18", True),
+    (r"\sum_{k=1}^{3} k + k", "6+k", True),
+    (r"a+b+c+d+e+f+g+h+p+q+\sin 11^{(2)}", r"a+b+c+d+e+f+g+h+p+q+\sin 121", True),
+    ("n^i", "7", False),
+    ("[1,3]", "3],[1", False),
+    ("(8,-2)", "-2),(8", False),
+    (r"\text{red (never), blue?}", r"\text{blue?, red (never)}", True),
     ("(1,2)", "[1,2]", False),
     ("(1,2)", r"\{1,2\}", False),
     ("f(1) = 2, f(2) = 3", "f(1) = 3, f(2) = 2", False),
@@ -167,14 +175,13 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.oracle
 @pytest.mark.parametrize(("gold", "answer", "equal"), CASES)
+@pytest.mark.oracle
 def test_cases(gold: str, answer: str, equal: bool) -> None:
     assert grade(f"\\boxed{{{answer}}}", gold).correct is equal
     assert same_answer(gold, answer) is equal
 
 
-@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("response", "answer_format", "found"),
     [
@@ -194,6 +201,7 @@ def test_cases(gold: str, answer: str, equal: bool) -> None:
         ("The answer is 3", "boxed", None),
     ],
 )
+@pytest.mark.oracle
 def test_extract(response: str, answer_format: str, found: str | None) -> None:
     assert extract(response, answer_format) == found
 
@@ -243,17 +251,17 @@ REWRITES = [
 ]
 
 
-@pytest.mark.invariant
 @pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.invariant
 def test_rewriting_keeps_the_verdict(answer: str) -> None:
     for rewrite in REWRITES:
         assert grade(f"\\boxed{{{rewrite(answer)}}}", answer).correct, rewrite(answer)
         assert canonical(rewrite(answer)) == canonical(answer)
 
 
-@pytest.mark.invariant
 @settings(deadline=None, max_examples=150)
 @given(st.integers(-(10**9), 10**9), st.integers(1, 10**4), st.data())
+@pytest.mark.invariant
 def test_fractions(top: int, bottom: int, data: st.DataObject) -> None:
     factor = data.draw(st.integers(1, 50))
     gold = f"\\frac{{{top}}}{{{bottom}}}"
@@ -264,9 +272,9 @@ def test_fractions(top: int, bottom: int, data: st.DataObject) -> None:
         assert not same_answer(gold, f"\\frac{{{-top}}}{{{bottom}}}")
 
 
-@pytest.mark.invariant
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(-99, 99), min_size=2, max_size=6, unique=True), st.randoms())
+@pytest.mark.invariant
 def test_order_counts_in_tuples_only(numbers: list[int], rng: random.Random) -> None:
     shuffled = rng.sample(numbers, len(numbers))
     text, other = (", ".join(map(str, n)) for n in (numbers, shuffled))
@@ -291,20 +299,19 @@ A<B A\ne{B} A\in{B} A\cup{B} \lfloor{A}\rfloor \sin{A} \ln(A) \binom{A}{B} \sum_
 """
 
 
-@pytest.mark.invariant
 @settings(deadline=None, max_examples=300)
 @given(
     st.one_of(
         st.text(max_size=30), st.lists(st.sampled_from(PIECES.split()), max_size=14).map("".join)
     )
 )
+@pytest.mark.invariant
 def test_any_text_is_graded_without_error_and_symmetrically(text: str) -> None:
     for gold in ("7", "x^2+1", r"(1, \infty)", text):
         assert same_answer(text, gold) == same_answer(gold, text)
     extract(text, "auto")
 
 
-@pytest.mark.invariant
 @settings(deadline=None, max_examples=300)
 @given(
     st.recursive(
@@ -321,6 +328,7 @@ def test_any_text_is_graded_without_error_and_symmetrically(text: str) -> None:
     ),
     st.sampled_from(["7", "x^2+1", "(1,2)", "x>2", "\\{x\\}", "1,2"]),
 )
+@pytest.mark.invariant
 def test_any_formula_is_graded_without_error_and_symmetrically(a: str, b: str) -> None:
     assert same_answer(a, b) == same_answer(b, a)
     assert same_answer(a, f" {a} ")
@@ -347,12 +355,146 @@ def test_threads_and_hash_seeds_do_not_matter() -> None:
     assert len(keys) == 1
 
 
-def test_grading_inline_does_not_hold_up_the_event_loop() -> None:
-    """A verdict on a hard pair takes about 8,000 calls, a few milliseconds."""
+# Bounds
+
+TEXTS = [
+    *" 79{}\\x()|,$.^'_\"éª½²#~=<≠≈",
+    *("\n", "{ ", "7 ", "x ", "7,", "1,000,", "\\,", "0.12", ".00001", "1.3", "3 1/", "12:3", "½"),
+    *("\\text{", "\\text", "\\frac{", "\\frac1{", "{\\choose", "{1\\choose2", "\\{x|", "\\{x:"),
+    *("\\boxed{", "\\boxed", "\\boxed{7} ", "\\boxed7", "answer ", "answer is ", "answer: ", "is "),
+    *("\\(", "\\[", "f(", "x(", "x_{", "\\sin^", "\\sin^{-", "\\in ", "\\ne ", "x \\ne ."),
+    *("\\approx ", "e"),
+    *("(-∞,∞)", "(-∞,∞)\\{", "\\begin{matrix", "\\begin{array}{", "5 cm ", "7\"/ ", "per ", "all "),
+    *("a1 ", "v1 * ", "sin n1 ", "sin n1 ^ ", "Σ _ b1 ^ n1 ", "√ s1 ", "frac a1 ", "1e", "1.1e"),
+    "0." + "0" * 70 + ".",
+]  # fmt: skip
+
+
+def patterns(module: ModuleType) -> dict[str, re.Pattern[str]]:
+    found = {}
+    for name, value in vars(module).items():
+        for i, one in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(one, re.Pattern):
+                found[f"{name}[{i}]"] = one
+    return found
+
+
+PATTERNS = patterns(math) | patterns(latex)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.invariant
+def test_every_pattern_is_linear(name: str) -> None:
+    """A pattern that is quadratic takes minutes on 200,000 characters, and a linear one 0.1 s."""
+    for text in TEXTS:
+        whole = text * (200_000 // len(text)) + "!"
+        begin = time.process_time()
+        for _ in PATTERNS[name].finditer(whole):
+            pass
+        PATTERNS[name].match("x≠" + whole)
+        assert time.process_time() - begin < WIDE_GUARD, text
+
+
+def test_no_pattern_escapes_the_test_of_patterns() -> None:
+    """All patterns are constants of a module; none is compiled where it is used."""
+    allowed = {"compile", "Match", "Pattern"}
+    for module in (math, latex):
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        used = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "re"
+        }
+        assert used <= allowed
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                assert "re.compile" not in ast.unparse(function), function.name
+
+
+@pytest.mark.parametrize("module", [math, latex])
+@pytest.mark.oracle
+def test_every_example_in_a_docstring_holds(module: ModuleType) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_every_rewrite_has_an_example() -> None:
+    finder = doctest.DocTestFinder()
+    for rewrite in latex.REWRITES:
+        tests = finder.find(rewrite, globs=vars(latex))
+        assert any(test.examples for test in tests), rewrite.__name__
+
+
+def steps_of(monkeypatch: pytest.MonkeyPatch, a: str, b: str) -> int:
+    """Operations that a verdict took."""
+    taken = 0
+    evaluate = math.Evaluator._value
+
+    def counted(self: math.Evaluator, tree: ast.expr) -> Any:
+        nonlocal taken
+        taken += 1
+        return evaluate(self, tree)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(math.Evaluator, "_value", counted)
+        compare(a, b)
+    return taken
+
+
+def test_a_verdict_takes_bounded_steps_so_it_can_run_in_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hard = r"\sqrt{x+\sqrt{y}}+\sin x+\binom{n}{2}"
     for gold in (r"\sqrt{x+\sqrt{y}}", r"\sum_{k=1}^{n} k^3", r"\frac{(2n)!}{n!}"):
-        response = r"\boxed{\sqrt{x+\sqrt{y}}+\sin x+\binom{n}{2}}"
-        n_calls, _ = count_calls(partial(grade, response, gold))
-        assert n_calls < 100_000
+        assert 0 < steps_of(monkeypatch, hard, gold) < 10_000
+    endless = r"\sum_{k=1}^{5000} (k+1)^2"
+    assert steps_of(monkeypatch, endless, "7") <= math.MAX_STEPS + 10
+    assert compare(endless, "7") == (False, "too big")
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [("(", ")"), ("{", "}"), ("\\{", "\\}"), ("\\sin(", ")"), ("\\sqrt{", "}"), ("x^{", "}"),
+     ("\\frac1{", "}"), ("|", "|"), ("-", ""), ("1+", ""), ("2^", ""), ("\\sqrt", ""), ("", "!")],
+)  # fmt: skip
+def test_nesting_is_bounded(left: str, right: str) -> None:
+    for times in (10, 50, 99, 150, 249):
+        text = (left * times + "7" + right * times)[: latex.MAX_CHARS]
+        assert not same_answer(text, "8.5")
+        assert same_answer(text, f" {text}") or len(text) == latex.MAX_CHARS
+    assert same_answer("(" * 40 + "7" + ")" * 40, "7")
+
+
+def test_boxes_are_found_in_linear_time() -> None:
+    for text in ("\\boxed{", "{\\boxed{7}", "\\boxed{7},", "\\boxed{\\boxed{", "}\\boxed7 or "):
+        begin = time.process_time()
+        extract(text * 20_000 + "}" * 20_000)
+        assert time.process_time() - begin < WIDE_GUARD, text
+
+
+# Voting
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shared"),
+    [
+        ("[1,2)", "(1,2)", False),
+        ("x+y=2", "x+y=3", False),
+        ("x+y=2", "2x+2y=4", True),
+        (r"\{5\}", "5", True),
+        ("1,2", "2,1", True),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)", True),
+        ("52_8", "42", False),
+        ("an ellipse", r"\text{Ellipse}", True),
+    ],
+)
+@pytest.mark.oracle
+def test_canonical(a: str, b: str, shared: bool) -> None:
+    assert (canonical(a) == canonical(b)) is shared
+
+
+# The command and its second judge
 
 
 def test_command_line_prints_one_json_line_last(tmp_path: Path) -> None:
@@ -367,3 +509,30 @@ def test_command_line_prints_one_json_line_last(tmp_path: Path) -> None:
     assert (summary["n"], summary["false_negatives"], summary["false_positives"]) == (3, 1, 0)
     assert summary["accuracy"] == pytest.approx(2 / 3)
     assert summary["errors"] == summary["timeouts"] == 0
+
+
+@pytest.mark.oracle
+def test_sympy_proves_what_is_beyond_the_bounds() -> None:
+    proofs = {
+        (r"\sum_{k=1}^{\infty} \frac{1}{k^2}", r"\frac{\pi^2}{6}"): True,
+        ("2^{9000}", r"2 \cdot 2^{8999}"): True,
+        ("2^{9000}", "2^{9000}+1"): False,
+        ("9^{9^{9^9}}", "7"): False,
+        ("10^{5000}!", "7"): False,
+        ("__import__('os')", "7"): False,
+        (r"\sqrt{x^2}", "x"): False,
+        ("", "$$"): False,
+    }
+    assert prove_equal(list(proofs)) == list(proofs.values())
+    assert prove_equal([]) == []
+    assert not any(same_answer(a, b) for a, b in proofs)
+
+
+def test_command_line_names_what_the_second_judge_proves(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    row = {"id": "series", "gold": "1", "response": r"\boxed{\sum_{k=1}^{\infty} \frac{1}{2^k}}"}
+    file.write_text(json.dumps(row) + "\n")
+    command = [sys.executable, "-m", "rftt.graders.math", str(file), "second_judge=sympy"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout.splitlines()[-1])["proved_equal"] == 1
+    assert "equal to '1': series" in result.stderr

@@ -1,20 +1,27 @@
-"""A look at the grader before a run is spent on a data set: which gold answers can it judge?
+"""Audit the grader before a run depends on it: which gold answers of a data set can it grade?
 
-`main` is `python -m rftt.graders.math FILE.jsonl`: its verdicts on labelled rows, as a table.
+`main` is the command `python -m rftt.graders.math FILE.jsonl`: it grades labelled rows and prints
+a table. With `second_judge=sympy` it also names the answers that the grader calls different and
+sympy proves equal.
 """
 
 import json
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rftt.graders.math import Verdict, grade, parse_gold, same_answer
 from rftt.types import UserError
 
-_RESPELT: dict[str, Callable[[str], str]] = {  # the same answer: to refuse it is a false negative
+# ---- Perturbed gold answers ----
+
+_PLAIN_LIST = re.compile(r"-?\d+(?:, *-?\d{1,2}|, +-?\d+)+")
+_RESPELT: dict[str, Callable[[str], str]] = {  # the same answer: rejecting it is a false negative
     "spacing": lambda gold: (
         gold.replace(",", " , ") if _PLAIN_LIST.fullmatch(gold) else f" {gold} "
     ),
@@ -26,26 +33,25 @@ _RESPELT: dict[str, Callable[[str], str]] = {  # the same answer: to refuse it i
     "unit": lambda gold: rf"{gold}\text{{ units}}" if gold.isdecimal() else gold,
     "order": lambda gold: ",".join(gold.split(",")[::-1]) if _PLAIN_LIST.fullmatch(gold) else gold,
 }
-_CHANGED: dict[str, Callable[[str], str]] = {  # another answer: to pay it is a false positive
+_CHANGED: dict[str, Callable[[str], str]] = {  # another answer: accepting it is a false positive
     "sign": lambda gold: f"-{gold}" if gold.strip("0.").replace(".", "").isdecimal() else gold,
     "digit": lambda gold: re.sub(r"\d", lambda m: str((int(m[0]) + 1) % 10), gold, count=1),
     "one more": lambda gold: f"{gold}, 987654321",
     "one fewer": lambda gold: gold.rpartition(",")[0] if _PLAIN_LIST.fullmatch(gold) else gold,
 }
-_PLAIN_LIST = re.compile(r"-?\d+(?:, *-?\d{1,2}|, +-?\d+)+")
 
 
 def audit(golds: list[str]) -> dict[str, Any]:
-    """How well a data set's gold answers can be graded.
+    """Return how well the gold answers of a data set can be graded.
 
-    `unusable` differ from themselves, `words` are no mathematics and compared as text;
+    `unusable` lists golds that differ from themselves, and `words` those that are compared as text.
     `false_negatives` and `false_positives` map a perturbation to [misjudged, tried].
     """
     answers = [answer for gold in golds if (answer := parse_gold(gold)) is not None]
 
-    def misjudged(change: Callable[[str], str], paid: bool) -> list[int]:
+    def misjudged(change: Callable[[str], str], verdict: bool) -> list[int]:
         tried = [(new, answer) for answer in answers if (new := change(answer)) != answer]
-        return [sum(same_answer(*pair) is paid for pair in tried), len(tried)]
+        return [sum(same_answer(*pair) is verdict for pair in tried), len(tried)]
 
     other = {answer: grade(r"\boxed{0.123}", answer).rule for answer in answers}
     return {
@@ -57,54 +63,118 @@ def audit(golds: list[str]) -> dict[str, Any]:
     }
 
 
-def verdict_table(arguments: list[str]) -> None:
-    """A table by category, then one JSON line: `FILE.jsonl [answer_format=boxed|gsm8k|auto]`.
+# ---- The second judge ----
 
-    Milliseconds are CPU time: other work on the machine does not count.
+
+def prove_equal(pairs: list[tuple[str, str]]) -> list[bool]:
+    """Return for each pair of answers whether sympy proves that they are equal.
+
+    Sympy can hang or exhaust memory, so it runs in a subprocess with limits (proof.py). A pair that
+    reaches a limit is not proved.
+    """
+    proofs: list[bool] = []
+    while len(proofs) < len(pairs):
+        child = subprocess.run(
+            [sys.executable, "-m", "rftt.graders.proof"],
+            cwd=Path(__file__).parents[2],
+            input=json.dumps(pairs[len(proofs) :]),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=False,
+        )
+        proofs += [line == "True" for line in child.stdout.splitlines()]
+        if len(proofs) < len(pairs):
+            proofs.append(False)  # this pair ended the subprocess; a new one takes the next pair
+    return proofs
+
+
+# ---- The command ----
+
+_USAGE = "python -m rftt.graders.math FILE.jsonl [answer_format=auto] [second_judge=sympy]"
+_UNEQUAL_RULES = ("value", "words", "too big")  # not "copied" or "no answer": those are policy
+
+
+def table(arguments: list[str]) -> None:
+    """Print a table by category, then one JSON line.
+
+    Arguments: `FILE.jsonl [answer_format=boxed|gsm8k|auto] [second_judge=sympy]`. Milliseconds are
+    CPU time, so other work on the machine does not count.
     """
     options = dict(a.split("=", 1) for a in arguments if "=" in a)
     files = [a for a in arguments if "=" not in a]
-    if len(files) != 1 or {*options} - {"answer_format"}:
-        raise UserError("usage: python -m rftt.graders.math FILE.jsonl [answer_format=auto]")
+    known = {*options} <= {"answer_format", "second_judge"}
+    if len(files) != 1 or not known or options.get("second_judge", "sympy") != "sympy":
+        raise UserError(f"usage: {_USAGE}")
     with open(files[0], encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
-    table: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     times: list[float] = []
+    different: list[tuple[Any, str, str]] = []  # (id, answer, gold)
     for row in rows:
-        begin, form = time.process_time(), options.get("answer_format", "auto")
-        label = None if row.get("label") is None else bool(row["label"])
-        try:
-            verdict = grade(row["response"], row["gold"], row.get("question"), form)
-            wrong = "false positive" if verdict.correct else "false negative"
-            outcome = {None: "unlabelled", verdict.correct: "right"}.get(label, wrong)
-        except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as surprise:
-            verdict, outcome = Verdict(False, None, "", "", repr(surprise)), "error"
+        begin = time.process_time()
+        verdict, outcome = _graded(row, options.get("answer_format", "auto"))
         times.append(1000 * (time.process_time() - begin))
         if outcome not in ("right", "unlabelled"):
             sys.stderr.write(f"{outcome}: {row.get('id')} {verdict}\n")
         for key in (row.get("category", "none"), "all"):
-            table.setdefault(key, Counter())[outcome] += 1
-        table["all"]["too big"] += verdict.rule == "too big"
-    for key, n in sorted(table.items(), key=lambda item: (item[0] == "all", item[0])):
+            counts.setdefault(key, Counter())[outcome] += 1
+        counts["all"]["too big"] += verdict.rule == "too big"
+        if verdict.extracted and not verdict.correct and verdict.rule in _UNEQUAL_RULES:
+            different.append((row.get("id"), verdict.extracted, str(parse_gold(row["gold"]))))
+    for key, n in sorted(counts.items(), key=lambda item: (item[0] == "all", item[0])):
         labelled = n.total() - n["unlabelled"] - n["too big"]
         sys.stdout.write(
             f"{key:16} {labelled:6} {n['right'] / max(1, labelled):7.3f}"
             f"  false + {n['false positive']:3}  false - {n['false negative']:3}\n"
         )
-    total, times = table.get("all", Counter()), sorted(times) or [0.0]
-    summary = {
-        "n": len(rows), "accuracy": total["right"] / max(1, len(rows) - total["unlabelled"]),
-        "false_positives": total["false positive"], "false_negatives": total["false negative"],
-        "errors": total["error"], "timeouts": total["too big"],  # no clock: beyond a bound
-        "pairs_per_second": round(1000 * len(rows) / max(sum(times), 1e-9), 1),
-        **{f"p{p}_ms": round(times[len(times) * p // 100], 3) for p in (50, 99)},
-        "max_ms": round(times[-1], 3),
-    }  # fmt: skip
+    summary = _summary(counts.get("all", Counter()), times)
+    if "second_judge" in options:
+        summary["proved_equal"] = _second_judgement(different)
     sys.stdout.write(json.dumps(summary) + "\n")
+
+
+def _graded(row: dict[str, Any], answer_format: str) -> tuple[Verdict, str]:
+    """Return the verdict on a row, and `right`, `false positive` and so on by its label."""
+    try:
+        verdict = grade(row["response"], row["gold"], row.get("question"), answer_format)
+    except (ArithmeticError, ValueError, TypeError, LookupError, AttributeError) as surprise:
+        return Verdict(False, None, "", "", repr(surprise)), "error"
+    if row.get("label") is None:
+        return verdict, "unlabelled"
+    if verdict.correct == bool(row["label"]):
+        return verdict, "right"
+    return verdict, "false positive" if verdict.correct else "false negative"
+
+
+def _summary(total: Counter[str], times: list[float]) -> dict[str, Any]:
+    n_rows = len(times)
+    ordered = sorted(times) or [0.0]
+    return {
+        "n": n_rows,
+        "accuracy": total["right"] / max(1, n_rows - total["unlabelled"]),
+        "false_positives": total["false positive"],
+        "false_negatives": total["false negative"],
+        "errors": total["error"],
+        "timeouts": total["too big"],  # there is no clock: these are beyond a bound
+        "pairs_per_second": round(1000 * n_rows / max(sum(ordered), 1e-9), 1),
+        "p50_ms": round(ordered[len(ordered) // 2], 3),
+        "p99_ms": round(ordered[len(ordered) * 99 // 100], 3),
+        "max_ms": round(ordered[-1], 3),
+    }
+
+
+def _second_judgement(different: list[tuple[Any, str, str]]) -> int:
+    """Name the answers that sympy proves equal although the grader calls them different."""
+    proofs = prove_equal([(answer, gold) for _, answer, gold in different])
+    for (identity, answer, gold), proved in zip(different, proofs, strict=True):
+        if proved:
+            sys.stderr.write(f"sympy proves {answer!r} equal to {gold!r}: {identity}\n")
+    return sum(proofs)
 
 
 def main() -> None:
     try:
-        verdict_table(sys.argv[1:])
+        table(sys.argv[1:])
     except (UserError, OSError) as problem:
         sys.exit(f"error: {problem}")
