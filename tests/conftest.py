@@ -73,28 +73,39 @@ def count_calls(function: Callable[[], Any]) -> tuple[int, Any]:
     return n_calls, result
 
 
-# ---- One session on several workers (pytest-xdist, --dist loadgroup) ----
+# ---- One session on several workers (pytest-xdist) ----
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each group of tests to one worker: its tests share fixtures.
+
+    xdist_group would do the same, but pytest-xdist 3.8 cannot rename the tests of pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker, and start the long groups first."""
-    groups = [group_of(item) for item in items]
-    for item, group in zip(items, groups, strict=True):
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Start the long groups first, so that all workers are busy to the end."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        order = sorted(range(len(items)), key=lambda i: rank_of(groups[i]))
-        items[:] = [items[i] for i in order]
+        items.sort(key=lambda item: rank_of(group_of(item.nodeid)))
 
 
-def group_of(item: pytest.Item) -> str:
+def group_of(nodeid: str) -> str:
     """Return the file of a test, or its part of one of the two files that are divided."""
-    file = item.path.stem
+    path, _, name = nodeid.partition("::")
+    file = Path(path).stem
     if file == "test_demo":  # the demo is shared by all workers
-        return f"{file}-{item.name}"
+        return f"{file}-{name}"
     if file == "test_faults":  # the unbroken run is shared by the tests of a script
-        callspec = getattr(item, "callspec", None)
-        return f"{file}-{callspec.params['script'] if callspec else 'train_rl'}"
+        scripts = ("search", "evaluate", "train_sft", "train_rl")
+        return f"{file}-{next((s for s in scripts if f'{s}]' in name), 'train_rl')}"
     return file
 
 
