@@ -282,6 +282,7 @@ def silent_assert(tree: ast.Module) -> bool:
 
 PARENTS = {
     "nn.Module",
+    "torch.optim.Optimizer",
     "Protocol",
     "Exception",
     "torch.autograd.Function",
