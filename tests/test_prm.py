@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -475,10 +476,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         def do_POST(self) -> None:
             found = behaviour.next(self.rfile.read(int(self.headers["content-length"])))
             if found is not None:
-                self.send_response(found[0])
-                self.send_header("content-length", str(len(found[1])))
-                self.end_headers()
-                self.wfile.write(found[1])
+                with suppress(ConnectionError):  # the client may have given up
+                    self.send_response(found[0])
+                    self.send_header("content-length", str(len(found[1])))
+                    self.end_headers()
+                    self.wfile.write(found[1])
 
         def log_message(self, format: str, *args: object) -> None: ...
 
