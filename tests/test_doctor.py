@@ -161,7 +161,7 @@ NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate
 @pytest.mark.oracle
 def test_estimate_by_hand() -> None:
     small = ["max_num_seqs=3", "max_model_len=7", "max_tokens_per_microbatch=5", "kl_coef=0.1"]
-    cfg = load_config(RLConfig, [*NEEDED, *small, "advantage_estimator=ppo"])
+    cfg = load_config(RLConfig, [*NEEDED, *small, "advantage_estimator=ppo", "dtype=bfloat16"])
     phases = estimate(MODEL, 100, cfg, ranks=2, logits=(16, 24), gpu_bytes=0)
     gathered = 2 * (8 * 4 + 2 * (100 - 8 * 4) / 2)  # bfloat16; vocabulary, two of two layers
     weights = (2 * 4 * 100 + 2 * 100) / 2 + gathered  # policy, critic, reference on two ranks

@@ -182,7 +182,7 @@ def test_muon_equals_one_matrix_at_a_time():
         torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_shipped_base_is_one_that_retraining_gives(tmp_path):
     """Accuracy of direct answers and agreement with the files; weights depend on the CPU."""
     tiny.main(tiny.TinyConfig(output_dir=str(tmp_path)))
