@@ -18,6 +18,7 @@ from rftt.run.cli import load_config
 from rftt.run.config import SearchConfig
 from rftt.run.data import load_rows
 from rftt.run.files import write_jsonl
+from rftt.run.precision import settle_dtype
 from rftt.run.rejection import curate_responses, step_texts
 from rftt.tokens import add_function_tokens
 from rftt.types import Problem, UserError
@@ -104,7 +105,8 @@ def score(tmp_path, cache, **changes):
         "output_dir": tmp_path / "out", "model_name_or_path": "no/such/model", "method": "score",
         "train_file": "no-such-file", "raw_file": cache, "max_repeats": 3,
     } | changes  # fmt: skip
-    search.main(load_config(SearchConfig, [f"{k}={v}" for k, v in given.items()]))
+    cfg = settle_dtype(load_config(SearchConfig, [f"{k}={v}" for k, v in given.items()]))
+    search.main(cfg)
     gc.collect()  # the log, and with it the lock on the folder
     return json.loads((tmp_path / "out" / "stats.json").read_text())
 
