@@ -184,7 +184,8 @@ def test_estimate_by_hand() -> None:
     assert phases["learn"]["params"] == weights
     assert phases["learn"]["activations"] == 5 * (2 * 2 * 4 + recomputed) + head
     assert phases["explore"]["KV"] == 0.4 * 1000 - 200
-    evaluation = load_config(EvalConfig, [*NEEDED[:2], "eval_file=e", *small[:2]])
+    arguments = [*NEEDED[:2], "eval_file=e", *small[:2], "dtype=bfloat16"]
+    evaluation = load_config(EvalConfig, arguments)
     phases = estimate(MODEL, 100, evaluation, ranks=1, logits=(16, 24), gpu_bytes=0)
     assert phases == {"explore": {"params": 200, "optimizer": 0, "activations": 0, "KV": 336}}
 
