@@ -6,7 +6,7 @@ the best one of each of `subtrees`, which share nothing but the root. Departures
 
 1. Only finished paths are valued, so a candidate is worth what a lookahead from it earns: `expand`
    finishes the path, by random acts in phase 1, and `value` (grader, PRM, agreement) judges it.
-   This is lookahead search (arXiv 2408.03314) with the whole rest looked at.
+   This is lookahead search (arXiv 2408.03314) up to the end of the response.
 2. Lookaheads stay in the tree: curation reads them like any other path, and their next node is a
    candidate of the next level that is already paid for.
 3. `simulations` bounds the lookaheads of all levels, so that every method has the same budget.
@@ -35,7 +35,7 @@ async def beam_search(
 ) -> None:
     """Run up to `simulations` lookaheads, `in_flight` at once. DVTS: many subtrees, width 1.
 
-    Each of `width` kept nodes gets `branching` candidates; where fewer are kept, they get more.
+    Each of `width` kept nodes gets `branching` candidates; fewer nodes get more of them each.
     Lookaheads land in the order in which they were claimed: the tree is a function of its seeds.
     """
     kept = [[tree.root] for _ in range(subtrees)]
@@ -56,7 +56,7 @@ async def beam_search(
 
 
 def explorer(method: str, cfg: Beam) -> Explore:
-    """How `method` grows a tree."""
+    """Return the function by which `method` grows a tree."""
     beam = partial(beam_search, branching=cfg.beam_branching)
     ways: dict[str, Explore] = {
         "mcts": grow,
@@ -67,6 +67,6 @@ def explorer(method: str, cfg: Beam) -> Explore:
 
 
 def best_nodes(tree: Tree, candidates: Sequence[Node], n: int) -> list[Node]:
-    """The `n` of highest mean value that can be extended; among equals those found first."""
+    """Return the `n` extendable nodes of highest mean value; ties go to those found first."""
     extendable = filter(tree.is_open, candidates)
     return sorted(extendable, key=lambda node: node.q, reverse=True)[:n]

@@ -1,8 +1,8 @@
 """A finished tree -> training rows: pair choice, cross verification, branch merging, leak checks.
 
 From each tree come at most one merged row, shared prefix + wrong suffix + <verify> + <refine> +
-correct suffix + <output>, and a few plain correct rows that share no step (arXiv 2502.13389); if
-asked for, also a pair for DPO. Every row says where it comes from, and all that is left out is
+correct suffix + <output>, and a few plain correct rows that share no step (arXiv 2502.13389).
+`tree_pairs` adds a preference pair for DPO. Every row records its origin, and every omission is
 counted under a reason.
 """
 
@@ -29,7 +29,7 @@ Ask = Callable[[Messages, str, str], Awaitable[str | None]]
 
 
 def traces(tree: Tree, problem: Problem) -> list[Trace]:
-    """Every root-to-leaf path with its answer, in the order in which they were found."""
+    """Return every root-to-leaf path with its answer, in the order of discovery."""
     paths = []
     for leaf in tree.leaves():
         path = [(node.id, node.step) for node in leaf.path() if node.step]
@@ -40,9 +40,9 @@ def traces(tree: Tree, problem: Problem) -> list[Trace]:
 
 
 async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
-    """A process score on every step of a prompted tree; returns how many paths `prm` refuses.
+    """Put a process score on every step of a prompted tree; return how many paths `prm` rejects.
 
-    Steps that paths share get one score: it tells of a step and what stands before it.
+    Steps that paths share get one score, which depends on the step and its prefix only.
     """
     paths = [[node for node in leaf.path() if node.step] for leaf in tree.leaves()]
     texts = [[node.step.text for node in path if node.step] for path in paths]
@@ -54,16 +54,16 @@ async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
 
 
 def repeats(texts: Iterable[str]) -> int:
-    """How often the most frequent sentence occurs in all `texts` together."""
+    """Return how often the most frequent sentence occurs in all `texts` together."""
     counts = Counter(s.strip().lower() for text in texts for s in sentences(text))
     return max(counts.values(), default=0)
 
 
 def follows_grammar(acts: Sequence[str]) -> bool:
-    """Whether the policy of phase 2 may speak these acts in this order.
+    """Return whether the policy of phase 2 may write these acts in this order.
 
-    Phase 1 may begin with a direct answer, phase 2 may not: such paths would teach what the tree
-    over functional tokens then never explores.
+    Phase 1 may begin with a direct answer, phase 2 may not. Such paths would teach what the tree
+    over functional tokens never explores.
     """
     return all(
         act in successors(before, "learned")
@@ -76,12 +76,12 @@ def quality(cfg: SearchConfig, trace: Trace) -> tuple[float, int, int, int]:
     scores = [step.score for step in trace.steps if step.score is not None]
     score = reduce(scores, cfg.prm_reduce) if scores else 0.0
     n_repeats = repeats(step.text for step in trace.steps)
-    # Who answers at once is often right by luck: rows of such paths teach to guess (docs/log.md).
+    # An immediate answer is often right by luck, and its row teaches guessing (docs/log.md).
     return score, -n_repeats, len(trace.steps), -len(visible(trace.steps))
 
 
 def shared(one: Trace, other: Trace) -> int:
-    """How many steps both paths have in common from the root."""
+    """Return how many steps both paths share from the root."""
     n = 0
     for a, b in zip(one.nodes, other.nodes, strict=False):
         if a != b:
@@ -91,7 +91,7 @@ def shared(one: Trace, other: Trace) -> int:
 
 
 def choose_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trace] | str:
-    """(τ_c⁺, τ_w⁻): the best correct path, and the worst wrong one that shares a prefix with it."""
+    """Return (τ_c⁺, τ_w⁻): the best correct path and the worst wrong one with a shared prefix."""
     by = partial(quality, cfg)
     correct = sorted((t for t in usable if t.correct), key=by, reverse=True)
     wrong = sorted((t for t in usable if not t.correct and t.answer is not None), key=by)
@@ -110,7 +110,7 @@ def choose_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trac
 
 
 def widest_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trace] | None:
-    """(best right, worst wrong) path among those that share the longest prefix: a pair for DPO."""
+    """Return the pair with the longest shared prefix for DPO: it differs in the failing step."""
     pairs = [(a, b) for a in usable for b in usable if a.correct and not b.correct and b.answer]
 
     def preference(pair: tuple[Trace, Trace]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
@@ -121,7 +121,7 @@ def widest_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trac
 
 
 def disjoint_correct(usable: Sequence[Trace], cfg: SearchConfig) -> list[Trace]:
-    """Up to `max_plain_paths` correct paths, best first, of which no two share a step."""
+    """Return up to `max_plain_paths` correct paths, best first, of which no two share a step."""
     chosen: list[Trace] = []
     by = partial(quality, cfg)
     for trace in sorted((t for t in usable if t.correct), key=by, reverse=True):
@@ -131,18 +131,18 @@ def disjoint_correct(usable: Sequence[Trace], cfg: SearchConfig) -> list[Trace]:
 
 
 def mentions(text: str, answer: str) -> bool:
-    """Whether `answer` stands in `text` by itself: 7 is not mentioned by 17 or 7.5."""
+    """Return whether `answer` stands alone in `text`, as text: 17 or 7.5 do not mention 7."""
     pattern = rf"(?<![\w.]){re.escape(answer.strip())}(?![\w]|\.\d)"
     return re.search(pattern, text) is not None
 
 
 def leaks(check: str, answer: str, known: str) -> bool:
-    """Whether a check gives the gold answer away, which `known` (what precedes it) does not."""
+    """Return whether a check states a gold answer that `known` (what precedes it) does not."""
     return mentions(check, answer) and not mentions(known, answer)
 
 
 async def merge(ask: Ask, good: Trace, bad: Trace) -> Row | str:
-    """Cross verification and branch merging; a reason instead of a row where it is unfit."""
+    """Cross-verify and merge two branches; return a reason instead of an unfit row."""
     problem, n = good.problem, shared(good, bad)
     prefix, before = visible(good.steps[:n]), visible(bad.steps)
     wrong, right = visible(bad.steps[n:]), visible(good.steps[n:])
@@ -151,7 +151,7 @@ async def merge(ask: Ask, good: Trace, bad: Trace) -> Row | str:
     if not check:
         return "verify_empty"
     if leaks(check, str(problem.answer), f"{problem.question}\n{before}"):
-        return "verify_leaks_answer"
+        return "verify_leaks_answer"  # it would teach recall instead of checking
     turn = await ask(ask_refine(problem.question, before, check), "refine", problem.id)
     if not turn:
         return "refine_empty"
@@ -174,7 +174,7 @@ def plain(trace: Trace) -> Row:
 async def curate(
     tree: Tree, problem: Problem, ask: Ask, cfg: SearchConfig
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows of one tree, and how often each reason kept something out."""
+    """Return the rows of one tree, and how often each reason excluded something."""
     counts: Counter[str] = Counter()
     usable: list[Trace] = []
     for trace in traces(tree, problem):
@@ -199,7 +199,7 @@ async def curate(
 
 
 def _sound(row: Row, problem: Problem, counts: Counter[str]) -> bool:
-    """Whether the written row, read as a response, ends in the right answer."""
+    """Return whether the row is graded right as a response: the search graded paths only."""
     steps = row.get("steps") or row["chosen"]
     response = "".join(f"<{s['act']}>{s['text']}</{s['act']}>" for s in steps)
     sound = grade(response, str(problem.answer), problem.question).correct

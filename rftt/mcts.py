@@ -1,4 +1,4 @@
-"""Monte Carlo tree search over reasoning acts. Knows no model, no text and no reward.
+"""Monte Carlo tree search over reasoning acts, independent of any model, text or reward.
 
 One simulation is select -> expand -> evaluate -> backup; `expand` and `value` are awaited, so many
 simulations of many trees run at once and the engine batches them. Both phases share this file
@@ -90,7 +90,7 @@ class Tree:
     def select(self) -> Choice | None:
         """Walk down by UCT to a node with an unexplored act and claim that act.
 
-        None: nothing is left to try, at least until a simulation in flight lands.
+        Return None if nothing is left to try, at least until a simulation in flight lands.
         """
         if not self.is_open(self.root):
             return None
@@ -110,11 +110,11 @@ class Tree:
         return choice
 
     def priors(self, node: Node) -> dict[str, float]:
-        """log π(act | node), empty where nobody knows it."""
+        """Return log π(act | node); empty in phase 1, which has no policy over acts."""
         return node.step.act_logprobs if node.step else self.act_logprobs
 
     def uct(self, node: Node) -> float:
-        """Q/N + c sqrt(ln N_parent / N), where a simulation in flight is a visit worth 0."""
+        """Return W/N + c sqrt(ln N_parent / N); a simulation in flight is a visit worth 0."""
         assert node.parent is not None, "the root is never compared"
         visits = node.visits + node.in_flight
         parent_visits = node.parent.visits + node.parent.in_flight
@@ -122,7 +122,7 @@ class Tree:
         return node.value_sum / visits + self.exploration_weight * explore
 
     def land(self, choice: Choice, steps: Sequence[Step], value: float) -> Node:
-        """Graft the explored steps below the choice and back their value up; returns the leaf."""
+        """Graft the explored steps below the choice and back their value up; return the leaf."""
         for passed in (self.root, *choice.node.path()):
             passed.in_flight -= 1
         leaf = self.graft(choice, steps)
@@ -134,7 +134,7 @@ class Tree:
         node = self._add(choice.node, steps[0], choice.key)
         for step in steps[1:]:
             key = self._child_key(node, step.act)
-            if step.act in node.untried:  # explored now, although nobody chose it
+            if step.act in node.untried:  # explored now, although not chosen
                 node.untried.remove(step.act)
             node = self._add(node, step, key)
         node.terminal = True
@@ -147,7 +147,7 @@ class Tree:
             node.value_sum += value
 
     def is_open(self, node: Node) -> bool:
-        """Whether anything below is left to try."""
+        """Return whether anything below is left to try."""
         return not node.terminal and (bool(node.untried) or any(map(self.is_open, node.children)))
 
     def leaves(self) -> list[Node]:
@@ -157,7 +157,7 @@ class Tree:
         node = Node(len(self.nodes), parent, step, len(key), key)
         if node.depth < self.max_depth:
             node.untried = list(self.successors(node.act))
-            self._random.shuffle(node.untried)
+            self._random.shuffle(node.untried)  # else small trees would follow the table's order
         if parent is not None:
             parent.children.append(node)
         self.nodes.append(node)
@@ -179,7 +179,7 @@ async def grow(
 ) -> None:
     """Run up to `simulations` simulations, `in_flight` at once.
 
-    Ends early when nothing is left to try. `value` is awaited in landing order.
+    End early when nothing is left to try. `value` is awaited in landing order.
     """
     flying: deque[tuple[Choice, asyncio.Task[list[Step]]]] = deque()
     started = 0
@@ -196,7 +196,7 @@ async def grow(
             await settle(tree, choice, steps, value)
     finally:
         for _, task in flying:
-            task.cancel()
+            task.cancel()  # a failed call stops the search: it never becomes a value
 
 
 async def settle(tree: Tree, choice: Choice, steps: Sequence[Step], value: Value) -> None:

@@ -33,26 +33,26 @@ class Prompted:
     max_direct_sentences: int
     seed: int
     spent: Counters = field(default_factory=Counters)
-    """Replies and their tokens, of the problem that a copy of this works on."""
+    """Replies and their tokens; each problem gets a copy of its own."""
 
 
 def visible(steps: Sequence[Step]) -> str:
-    """The solution so far as the instruct model reads it."""
+    """Return the solution so far, as the instruct model reads it."""
     return "\n".join(step.text for step in steps)
 
 
 async def reply(ctx: Prompted, messages: Messages, act: str | None, *key: object) -> Reply:
-    """One answer of the model, kept to the act's limits where it is one act's (None: it is not)."""
+    """Return one reply of the model, clipped to the limits of `act` unless that is None."""
     limit = min(FUNCTIONS[act].max_tokens, ctx.max_tokens) if act else ctx.max_tokens
     sampling = Sampling(limit, ctx.temperature, seed=seed_for(ctx.seed, *key))
     said = await ctx.chat(messages, sampling)
-    ctx.spent.requests += said.n_prompt > 0  # else the messages left no room for a reply
+    ctx.spent.requests += said.n_prompt > 0  # 0: no room was left for a reply
     ctx.spent.generated_tokens += said.n_generated
     return replace(said, text=clip_reply(act, said.text)) if act else said
 
 
 async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> list[Step]:
-    """The chosen act, then random acts of the grammar until a step states the final answer.
+    """Take the chosen act, then random allowed acts until a step states the final answer.
 
     A reply that is empty or cut off ends the path without an answer.
     """
@@ -73,7 +73,7 @@ async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> li
 async def _child(
     ctx: Prompted, problem: Problem, steps: list[Step], acts: list[str], key: tuple[str, ...]
 ) -> tuple[Step, bool]:
-    """A reply to the first of `acts` that will do: direct answers that run long are passed over."""
+    """Ask for the first of `acts` whose reply fits: long direct answers are skipped."""
     said, act = Reply("", whole=False), acts[0]
     for act in acts:
         messages = ask(act, problem.question, visible(steps))
@@ -93,7 +93,7 @@ async def prompted_tree(
     in_flight: int,
     explore: Explore = grow,
 ) -> Tree:
-    """Functional tree search with prompts; leaf value = the grader's verdict (arXiv 2502.13389)."""
+    """Search with prompts; a leaf's value is the grader's verdict (arXiv 2502.13389)."""
     acts_after, seed = partial(successors, phase="prompted"), seed_for(ctx.seed, problem.id)
     tree = Tree(acts_after, ctx.max_depth, exploration_weight, seed)
     expand = partial(expand_prompted, ctx, problem)

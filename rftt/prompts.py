@@ -31,13 +31,13 @@ INSTRUCTIONS: dict[str, str] = {
 
 
 def question_messages(question: str, system_prompt: str | None = None) -> Messages:
-    """The conversation that SFT, RL and evaluation share: a system prompt if set, the question."""
+    """Return the conversation of SFT, RL and evaluation; phase 1 has no system prompt."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": question}]
 
 
 def ask(act: str, question: str, so_far: str) -> Messages:
-    """Messages that ask for one act as the continuation of the solution `so_far`.
+    """Return messages that ask for one act as the continuation of the solution `so_far`.
 
     The instruction comes last, so that all acts of one node share a cached prefix.
     """
@@ -45,7 +45,7 @@ def ask(act: str, question: str, so_far: str) -> Messages:
 
 
 def ask_verify(question: str, so_far: str, wrong: str, correct: str) -> Messages:
-    """Cross verification: both continuations of `so_far`, and where the wrong one errs."""
+    """Return messages for cross verification: where does the wrong continuation err?"""
     return _user(
         question,
         f"Solution so far:\n{so_far}",
@@ -56,7 +56,7 @@ def ask_verify(question: str, so_far: str, wrong: str, correct: str) -> Messages
 
 
 def ask_refine(question: str, so_far: str, check: str) -> Messages:
-    """The bridge from a found mistake back to the correct way."""
+    """Return messages that ask for the way back from a found mistake."""
     return _user(
         question, f"Solution so far:\n{so_far}", f"Check:\n{check}", INSTRUCTIONS["refine"]
     )
@@ -77,5 +77,5 @@ def clip_reply(act: str, text: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of `text`; a decimal point does not end one."""
+    """Return the sentences of `text`; a decimal point does not end one."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]

@@ -1,7 +1,8 @@
 """The mathematics of RL: pure functions of flat tensors, nothing distributed.
 
 Every (T,) tensor is packed as in batch.py. A loss is a SUM over action tokens: the caller divides
-by one count for all ranks and microbatches. Metrics are sums too, but those named `*_max`.
+by one count for all ranks and microbatches, because a mean of means would weigh a token by its
+microbatch. Metrics are sums as well, except those named `*_max`.
 Departures from the textbook: only action tokens form the time axis, so text that is not the
 policy's (forced openers, masked tokens) neither discounts nor bootstraps, and a reward on it
 belongs to the last action before it (arXiv 2502.13389; Schulman 2015 for GAE, 2020 for k1–k3).
@@ -25,9 +26,9 @@ WorldSum = Callable[[Tensor], Tensor]
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
-    """(T,) per-token estimate of KL(policy ‖ reference) from the policy's own samples.
+    """Return a (T,) estimate of KL(policy ‖ reference) from the policy's own samples.
 
-    k1 is unbiased, k2 has the right gradient as a loss, k3 is unbiased and never negative.
+    k1 is unbiased but useless as a loss, k2 has the right gradient, k3 is unbiased and ≥ 0.
     """
     log_ratio = logprobs - ref_logprobs
     match kind:
@@ -42,7 +43,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2"
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """Controller of Ziegler et al. (2019): holds the KL per token near `target`."""
+    """Controller of Ziegler et al. (2019) that keeps the KL per token near `target`."""
 
     coef: float
     target: float
@@ -59,7 +60,7 @@ class AdaptiveKL:
 def token_rewards(
     rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """(T,) rewards minus kl_coef · k1 on the action tokens."""
+    """Return (T,) rewards minus kl_coef · k1 on the action tokens."""
     if ref_logprobs is None or kl_coef == 0.0:
         return rewards
     return rewards - kl_coef * kl_estimate(logprobs, ref_logprobs, "k1") * mask
@@ -76,7 +77,7 @@ def gae(
     gamma: float,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """(T,) generalised advantages and returns, 0 outside the mask.
+    """Return (T,) generalised advantages and returns, 0 outside the mask.
 
     δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t, over action tokens.
     """
@@ -99,12 +100,12 @@ def gae(
 def discounted_returns(
     rewards: Tensor, mask: Tensor, lengths: Sequence[int], gamma: float
 ) -> Tensor:
-    """(T,) Σ_k γ^k r_{t+k} over action tokens: GAE without values."""
+    """Return (T,) Σ_k γ^k r_{t+k} over action tokens: GAE without values."""
     return gae(rewards, torch.zeros_like(rewards), mask, lengths, gamma, 1.0)[0]
 
 
 def _time_axis(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, int]:
-    """(T,) document, (T,) index of the last action at or before each token (or 0), most actions."""
+    """Return (T,) document, (T,) index of the last action up to each token (or 0), most actions."""
     counts = torch.tensor(lengths, dtype=torch.int64)  # also where a rank has no documents
     n = int(counts.sum())
     document = torch.arange(len(lengths)).repeat_interleave(counts, output_size=n).to(mask.device)
@@ -116,7 +117,7 @@ def _time_axis(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, in
 
 
 def whiten(x: Tensor, mask: Tensor, world_sum: WorldSum, shift_mean: bool = True) -> Tensor:
-    """(T,) x with mean 0 and variance 1 over the masked tokens of all ranks; 0 elsewhere.
+    """Return (T,) x with mean 0 and variance 1 over the masked tokens of all ranks; 0 elsewhere.
 
     The sums are float64, so that they hardly depend on how tokens are dealt out to the ranks.
     """
@@ -130,9 +131,9 @@ def whiten(x: Tensor, mask: Tensor, world_sum: WorldSum, shift_mean: bool = True
 
 
 def group_advantages(outcomes: list[float], groups: list[int], scale: bool) -> list[float]:
-    """GRPO: each rollout's outcome against the mean of its group, over its deviation if `scale`.
+    """Return GRPO's advantages: outcome minus group mean, over the deviation if `scale`.
 
-    A group whose outcomes are all equal teaches nothing: its advantages are 0.
+    A group of equal outcomes has no gradient: its advantages are 0.
     """
     members: dict[int, list[float]] = {}
     for outcome, group in zip(outcomes, groups, strict=True):
@@ -147,7 +148,7 @@ def group_advantages(outcomes: list[float], groups: list[int], scale: bool) -> l
 
 
 def informative(outcomes: list[float], groups: list[int]) -> list[bool]:
-    """Rollouts of groups whose outcomes differ: what dynamic sampling keeps (DAPO)."""
+    """Return which rollouts are in groups of differing outcomes: dynamic sampling keeps these."""
     seen: dict[int, set[float]] = {}
     for outcome, group in zip(outcomes, groups, strict=True):
         seen.setdefault(group, set()).add(outcome)
@@ -155,13 +156,13 @@ def informative(outcomes: list[float], groups: list[int]) -> list[bool]:
 
 
 def document_sums(x: Tensor, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(D,) sum of x over each document's action tokens."""
+    """Return the (D,) sums of x over each document's action tokens."""
     document = _time_axis(mask, lengths)[0]
     return x.new_zeros(len(lengths)).index_add(0, document, torch.where(mask, x, 0.0))
 
 
 def sequence_weights(mask: Tensor, lengths: Sequence[int], world_sum: WorldSum) -> Tensor:
-    """(T,) ∝ 1 / (actions in the token's document): GRPO's mean over tokens, then over rollouts.
+    """Return (T,) weights ∝ 1 / (actions in the document): the mean over tokens, then rollouts.
 
     Over all ranks they average 1 per action token, so that a mean over tokens becomes that mean.
     """
@@ -185,12 +186,12 @@ def policy_loss(
     dual_clip: float | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Clipped surrogate of PPO, summed over action tokens.
+    """Return PPO's clipped surrogate, summed over action tokens.
 
     `epsilon_high` widens the upper bound (clip-higher); `dual_clip` c > 1 bounds the loss of bad
     actions by c·|A|; `weights` (T,) multiply each token (importance weights, sequence means).
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # masked tokens may be infinite
     ratio = log_ratio.exp()
     high = 1.0 + (epsilon if epsilon_high is None else epsilon_high)
     unclipped = -advantages * ratio
@@ -213,7 +214,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
 ) -> tuple[Tensor, Metrics]:
-    """½ (V − R)², the worse of it and of V held within `clip` of its old value; summed."""
+    """Return Σ ½ (V − R)², or the larger error of V clipped to within `clip` of its old value."""
     error = 0.5 * (values - returns).square()
     held = old_values + (values - old_values).clamp(-clip, clip)
     held_error = 0.5 * (held - returns).square()
@@ -224,9 +225,9 @@ def value_loss(
 def importance_weights(
     old_logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, cap: float
 ) -> tuple[Tensor, Metrics]:
-    """(T,) min(π_trainer / π_engine, cap): truncated importance sampling of the engine's mismatch.
+    """Return (T,) min(π_trainer / π_engine, cap): in bfloat16 a token differed by up to 5 %.
 
-    Metrics are of the raw ratio: its sum, its largest, how many were capped, and Σ k3.
+    Truncated importance sampling; metrics are the raw ratio's sum, maximum, capped count and Σ k3.
     """
     log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0.0)
     ratio = log_ratio.exp()

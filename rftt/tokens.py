@@ -94,7 +94,7 @@ CLOSERS = tuple(f"</{act}>" for act in ACTS)
 
 
 def successors(act: str | None, phase: Phase) -> tuple[str, ...]:
-    """Acts that may follow `act` (None: the root; "": text outside any segment, a dead end)."""
+    """Return the acts that may follow `act` (None: the root; "": no segment, a dead end)."""
     if not act:
         return ROOT[phase] if act is None else ()
     return FUNCTIONS[act].prompted if phase == "prompted" else FUNCTIONS[act].learned
@@ -126,7 +126,7 @@ class FunctionIds:
 
 
 def add_function_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Give each delimiter one id of its own; returns the tokens that were new."""
+    """Give each delimiter one id of its own; return the tokens that were new."""
     from tokenizers import AddedToken
 
     known = tokenizer.get_vocab()
@@ -140,13 +140,13 @@ def has_function_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def description_of(token: str) -> str:
-    """What a delimiter's embedding is initialised from; openers and closers must differ."""
+    """Return the text that initialises a delimiter's embedding; no two may be equal."""
     act = token.strip("</>")
     return f"end: {FUNCTIONS[act].description}" if token in CLOSERS else FUNCTIONS[act].description
 
 
 def function_ids(tokenizer: PreTrainedTokenizerBase) -> FunctionIds:
-    """Ids of the delimiters. Raises UserError where one is not a single id of this tokenizer."""
+    """Return the ids of the delimiters. Raise UserError if one is not a single id."""
     ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in OPENERS + CLOSERS}
     for token, encoded in ids.items():
         if len(encoded) != 1:
@@ -174,7 +174,7 @@ class Span:
 def render(
     steps: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, ids: FunctionIds
 ) -> list[int]:
-    """(act, text) pairs -> response ids, with nothing between the segments."""
+    """Return the response ids of (act, text) pairs, with nothing between the segments."""
     rendered: list[int] = []
     for act, text in steps:
         rendered += [
@@ -188,8 +188,8 @@ def render(
 def parse_response(token_ids: Sequence[int], ids: FunctionIds) -> tuple[list[Span], int]:
     """Cut a response into segments, by id.
 
-    Returns the well-formed segments from the start, and how many ids they cover: fewer than
-    len(token_ids) means that text follows which no segment holds, or that a segment never closes.
+    Return the well-formed segments from the start, and how many ids they cover. Fewer ids than
+    len(token_ids) mean text outside any segment, or a segment that is never closed.
     """
     act_of = {token: act for act, token in ids.open.items()}
     delimiters = {*ids.openers, *ids.closers}
