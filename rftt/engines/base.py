@@ -1,7 +1,7 @@
-"""What the rest of the code may ask of a sampling engine: ids in, ids out, awaited.
+"""The interface of a sampling engine: token ids in, token ids out, awaited.
 
-An engine knows nothing of text, problems or trees. Thousands of coroutines may await `generate` at
-once; batching happens inside the engine and nowhere else.
+Text, problems and trees are unknown to an engine. Thousands of coroutines may await `generate` at
+once. Batching happens inside the engine and nowhere else.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     """Generation ends with the first of these; it stays in `token_ids`."""
     banned_ids: tuple[int, ...] = ()
-    """Never sampled; log-probs are those of what is left."""
+    """Never sampled; log-probs are normalised over the other ids."""
     watch_ids: tuple[int, ...] = ()
-    """Ids (the openers) whose log-probs are wanted wherever a segment may begin."""
+    """Ids (the openers) whose log-probs are returned wherever a segment may begin."""
     watch_after: tuple[int, ...] = ()
     """A segment may begin at position 0 and after each of these ids (the closers)."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an instruct model says in phase 1: text, from an engine or from an API."""
+    """A reply of the instruct model in phase 1: text, from an engine or from an API."""
 
     text: str
     whole: bool
-    """False: cut off by max_tokens."""
+    """False if cut off by max_tokens."""
     n_prompt: int = 0
     n_generated: int = 0
     cost: float = 0.0
-    """In the currency of the API's prices."""
+    """Cost in the currency of the API's prices."""
     logprob: float | None = None
     """log π of the whole text as it was sampled; None from an API."""
 
@@ -83,25 +83,25 @@ class Engine(Protocol):
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """Sample one continuation. Cancelling the awaiting task frees its place in the batch.
 
-        Raises UserError when prompt and max_tokens do not fit `max_model_len`: shortening a budget
-        is the caller's decision.
+        Raise UserError if prompt and max_tokens do not fit `max_model_len`: shortening a budget is
+        the caller's decision.
         """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> float:
         """Replace every weight by the learner's, streamed as (Hugging Face name, full tensor).
 
-        Drops cached prefixes, verifies a checksum of the whole and returns it; must not be called
+        Drop cached prefixes, verify a checksum of all weights and return it. Must not be called
         while requests run.
         """
         ...
 
     def sleep(self) -> None:
-        """Give the device's memory back to the learner, where the platform can."""
+        """Give the device's memory back to the learner, if the platform supports it."""
         ...
 
     def wake(self) -> None:
-        """Take it again before `load_weights`."""
+        """Take the memory again, before `load_weights`."""
         ...
 
     def close(self) -> None: ...
@@ -110,7 +110,7 @@ class Engine(Protocol):
 def check_request(
     prompt_ids: Sequence[int], sampling: Sampling, max_model_len: int, n_tokens: int
 ) -> None:
-    """Raise UserError for a request that no engine could run as asked."""
+    """Raise UserError for a request that no engine can run."""
     ids = (*prompt_ids, *sampling.stop_ids, *sampling.watch_ids, *sampling.watch_after)
     ids += sampling.banned_ids
     if not prompt_ids or sampling.max_tokens < 1:
@@ -125,8 +125,8 @@ def check_request(
 
 
 def checksum(tensor: Tensor) -> float:
-    """Sum of magnitudes in float64: cheap, deterministic, and wrong after a lost or stale block."""
-    import torch  # the contract itself does without
+    """Return the sum of magnitudes in float64: cheap, deterministic, changed by a lost block."""
+    import torch  # the interface itself does not need it
 
     return torch.linalg.vector_norm(tensor.detach(), 1, dtype=torch.float64).item()
 
@@ -136,7 +136,8 @@ async def for_each(
 ) -> list[R]:
     """Await `work` on every item, at most `in_flight` at once; results keep the order of the items.
 
-    The first failure cancels the others and is raised as it is.
+    The first failure cancels the other tasks and is raised unchanged: a failed call never becomes
+    a value.
     """
     gate = asyncio.Semaphore(in_flight)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 16_384
 """Padded prompt tokens of one prefill forward; bounds its memory."""
 ADMIT_SHARE = 4
-"""Prefill when 1/4 as many requests wait as run: a small prefill costs about as much as a step."""
+"""Prefill once the waiting requests are 1/4 of the running ones: a prefill costs about a step."""
 
 
 @dataclass(eq=False)
@@ -146,11 +146,11 @@ class HFEngine:
         return sum(map(checksum, self.model.parameters()))
 
     def sleep(self) -> None:
-        """Drop the key/value slots; they come back with the next request."""
+        """Drop the key/value slots; the next request allocates them again."""
         self._slots.drop()
 
     def wake(self) -> None:
-        """Nothing to take back: the weights stayed."""
+        """Do nothing: the weights never left."""
 
     def close(self) -> None:
         self._slots.drop()

@@ -35,7 +35,7 @@ Watched = list[tuple[int, int, tuple[float, ...]]]
 
 
 def load_model(cfg: EngineConfig, path: str) -> PreTrainedModel:
-    """A frozen causal LM that attends with `grouped_attention`."""
+    """Load a frozen causal LM that uses `grouped_attention`."""
     AttentionInterface.register("grouped", grouped_attention)
     model = AutoModelForCausalLM.from_pretrained(
         path,
@@ -74,7 +74,7 @@ def grouped_attention(
 
 
 class Slots:
-    """Everything the rows need on the device; slots 0 … n-1 are running, later ones hold what was.
+    """State of all rows on the device; slots 0 … n-1 are running, later ones hold finished rows.
 
     Shapes: S slots, M = max_len, C columns, K kinds, V = n_tokens. It stands in for a transformers
     cache (`update`).
@@ -105,7 +105,7 @@ class Slots:
         self.generator = torch.Generator()
 
     def forget(self) -> None:
-        """No row runs, and what the slots hold is void."""
+        """Stop all rows and invalidate the contents of all slots."""
         self.n = 0
         self.length.zero_()
 
@@ -120,7 +120,7 @@ class Slots:
     # ---- Rows come ----
 
     def admit(self, prompts: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]) -> list[int]:
-        """Run `prompts` in the next slots. Returns how many tokens of each were there already."""
+        """Run `prompts` in the next slots; return how many tokens of each were cached."""
         new = slice(self.n, self.n + len(prompts))
         prefixes = [prompt[:-1] for prompt in prompts]
         shared = self._prefill(new.start, prefixes)
@@ -141,7 +141,7 @@ class Slots:
         return shared
 
     def _prefill(self, first: int, prefixes: Sequence[tuple[int, ...]]) -> list[int]:
-        """Fill slots `first` … with `prefixes`, each distinct one once. Returns what was known."""
+        """Fill slots `first` … with `prefixes`, each distinct one once; return cached lengths."""
         slot_of = {prefix: first + i for i, prefix in reversed(list(enumerate(prefixes)))}
         last, longest = first + len(prefixes), max(map(len, prefixes))
         self._reserve(last, longest)
@@ -161,7 +161,7 @@ class Slots:
         ]
 
     def _find(self, prefix: tuple[int, ...]) -> tuple[int, int]:
-        """(slot, columns) of the longest beginning of `prefix` that any slot holds."""
+        """Return (slot, columns) of the longest beginning of `prefix` that any slot holds."""
         known = self.kv.shape[0]
         wanted = torch.tensor(prefix, dtype=torch.long, device=self.tokens.device)
         same = (self.tokens[:known, : len(prefix)] == wanted).cumprod(1).sum(1)
@@ -169,9 +169,9 @@ class Slots:
         return int(slot), int(shared)
 
     def _extend(self, slots: list[int], starts: list[int], rest: list[tuple[int, ...]]) -> None:
-        """One forward over `rest`, right-padded, behind the `starts` columns that `slots` have.
+        """Run one forward over `rest`, right-padded, behind the `starts` columns of `slots`.
 
-        Padding lands behind a row's last token, where decoding overwrites it before it is seen.
+        Padding lands behind a row's last token, where decoding overwrites it before it is read.
         """
         width = max(map(len, rest))
         ids = [[*tokens, *[0] * (width - len(tokens))] for tokens in rest]
@@ -180,7 +180,7 @@ class Slots:
         self._forward(torch.tensor(ids, device=device), torch.tensor(slots, device=device), columns)
 
     def _forward(self, ids: Tensor, slots: Tensor | slice, columns: Tensor) -> Tensor:
-        """Put `ids` (B, T) into `columns` (B, T) of B slots; logits (B, V) behind the last.
+        """Put `ids` (B, T) into `columns` (B, T) of B slots; return logits (B, V) after the last.
 
         A slice of slots saves the attention a copy of their keys and values.
         """
@@ -198,19 +198,19 @@ class Slots:
         ).logits[:, -1, : self.n_tokens]
 
     def _reserve(self, slots: int, columns: int) -> None:
-        """Double the key/value slots or columns where `slots` or `columns` would not fit."""
+        """Double the key/value slots or columns if `slots` or `columns` do not fit."""
         old = self.kv
         shape = list(old.shape)
         if slots > shape[0]:
-            shape[0] = min(len(self.length), 2 * slots)  # room for what will have been
+            shape[0] = min(len(self.length), 2 * slots)  # room for finished rows
         if columns > shape[4]:
             shape[4] = max(columns, min(self.tokens.shape[1], 2 * shape[4]))
         if shape != list(old.shape):
-            self.kv = old.new_zeros(shape)  # zeros: what a mask hides must be finite
+            self.kv = old.new_zeros(shape)  # zeros: masked entries must be finite
             self.kv[: old.shape[0], :, :, :, : old.shape[4]] = old
 
     def _kind(self, sampling: Sampling) -> int:
-        """Row of `stops`, `closers`, `banned` for these ids; few requests differ in them."""
+        """Return the row of `stops`, `closers`, `banned` for these ids; few requests differ."""
         key = (sampling.stop_ids, sampling.watch_ids, sampling.watch_after, sampling.banned_ids)
         if key not in self.kinds:
             self.kinds[key] = len(self.kinds)
@@ -226,7 +226,7 @@ class Slots:
     # ---- One token for every row ----
 
     def decode(self) -> tuple[list[int], Watched]:
-        """Sample one token in every running slot. Returns who finished and what was watched."""
+        """Sample one token in every running slot; return the finished slots and watched values."""
         run = slice(self.n)
         slots = self.every[run]
         length, count = self.length[run], self.count[run]
@@ -247,7 +247,7 @@ class Slots:
         return done.nonzero()[:, 0].tolist(), watched
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Called by each attention layer: keep the new tokens, return all (B, H_kv, W, D)."""
+        """Store a layer's new keys and values; return all of them, each (B, H_kv, W, D)."""
         slots, columns, width = self.write
         kv, rows = self.kv[:, layer], self.every[slots][:, None]
         kv[rows, 0, :, columns] = key.transpose(1, 2)
@@ -255,7 +255,7 @@ class Slots:
         return kv[slots, 0, :, :width], kv[slots, 1, :, :width]
 
     def _watch(self, logprobs: Tensor) -> Watched:
-        """Log-probs of each row's watched ids, where a segment may begin with this token."""
+        """Return log-probs of each row's watched ids where a segment may begin with this token."""
         watched: Watched = []
         for (_, ids, *_), kind in self.kinds.items():
             slots = (self.begins[: self.n] & (self.kind[: self.n] == kind)).nonzero()[:, 0]
@@ -267,7 +267,7 @@ class Slots:
     # ---- Rows go ----
 
     def outputs(self, slots: list[int]) -> list[tuple[list[int], list[float]]]:
-        """(ids, log-probs) that each of `slots` has sampled."""
+        """Return the (ids, log-probs) that each of `slots` has sampled."""
         ends, counts = (self.length[slots] + 1).tolist(), self.count[slots].tolist()
         return [
             (self.tokens[slot, end - count : end].tolist(), self.logprobs[slot, :count].tolist())
@@ -275,7 +275,7 @@ class Slots:
         ]
 
     def retire(self, slots: list[int]) -> list[int]:
-        """Swap `slots` with the last running ones. Returns where each slot now comes from."""
+        """Swap `slots` with the last running ones; return where each slot now comes from."""
         gone, n = set(slots), self.n - len(set(slots))
         movers = [slot for slot in range(n, self.n) if slot not in gone]
         origin = [movers.pop() if slot in gone else slot for slot in range(n)] + slots
@@ -291,7 +291,7 @@ class Slots:
 
 
 def pick(logprobs: Tensor, uniform: Tensor, top_p: Tensor, greedy: Tensor) -> Tensor:
-    """One token per row by inverse CDF, or the likeliest where `greedy`.
+    """Pick one token per row by inverse CDF, or the most likely one where `greedy`.
 
     logprobs (n, V); uniform in [0, 1), top_p and greedy (n,) -> ids (n,).
     """

@@ -1,12 +1,13 @@
 # type: ignore  # where vLLM is not installed, a checker takes this file for it
 """Sampling with vLLM 0.32 inside this process: one engine per rank, the same code on CPU and GPU.
 
-What is particular here (each was tried, docs/details.md):
-1. No child process: the weights are loaded in place, so `load_weights` copies nothing twice.
-2. vLLM cuts its own padding off the logits; told the tokenizer's size, it also cuts the ids that
-   only the model has, at no cost.
-3. With top_p < 1 the log-probs are those of the nucleus; RL has top_p = 1.
-4. Start it after `torch.distributed`, on all ranks at once; `close` also ends the process group.
+Particularities, each found by trial. Nothing here has run on a GPU.
+1. There is no child process: weights are loaded in place, so `load_weights` copies nothing twice.
+2. vLLM cuts its own padding off the logits. With the tokenizer's size as `org_vocab_size` it also
+   cuts the ids that only the model has, at no cost.
+3. With top_p < 1 the log-probs are those of the nucleus. RL requires top_p = 1.
+4. Start it after `torch.distributed`, on all ranks at once. `close` also ends the process group.
+5. Building an engine reseeds and sets environment variables; `_undone_on_exit` restores both.
 """
 
 from __future__ import annotations
@@ -91,13 +92,14 @@ class VLLMEngine:
         if self._gpu:
             return {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True}
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it has no Triton
-        # The CPU build packs every Linear into a handle that new weights cannot be copied into.
+        # The CPU build packs every Linear into a handle that new weights cannot be copied into. Its
+        # own reload silently leaves a tied head stale. So packing is switched off.
         vllm_layers.dispatch_cpu_unquantized_gemm = _keep_linear
         current_platform.simple_compile_backend = "eager"  # 10 s of C++ for one comparison
         return {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_BYTES, "block_size": 32}
 
     def _check_heads(self, model_path: str) -> None:
-        """The CPU build takes some head sizes only, and would notice at the first request."""
+        """Check the head size now: the CPU build would fail only at the first request."""
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         sizes = CPUAttentionBackend.get_supported_head_sizes()
@@ -136,13 +138,13 @@ class VLLMEngine:
                 future.set_result(completion)
 
     def _abort_all(self) -> None:
-        """What a dead event loop has left behind."""
+        """Abort what a dead event loop has left behind."""
         if self._running:
             self._engine.abort_request(list(self._running))
             self._running.clear()
 
     def _apply(self, function: Callable[[Any], Any]) -> Any:
-        """`function` of vLLM's own model, in this process."""
+        """Return `function` of vLLM's own model, in this process."""
         return self._llm.apply_model(function)[0]
 
     @torch.no_grad()
@@ -181,13 +183,13 @@ class VLLMEngine:
         return stored
 
     def sleep(self) -> None:
-        """Free weights and cache on a GPU; the CPU build has nothing to free."""
+        """Free weights and cache on a GPU; the CPU build does not support sleep mode."""
         if self._gpu:
             self._engine.sleep(level=2)
             self._asleep = True
 
     def wake(self) -> None:
-        """Room for the weights; the cache comes back after `load_weights`, which must follow."""
+        """Make room for the weights; `load_weights` must follow and brings the cache back."""
         if self._asleep:
             self._engine.wake_up(["weights"])
 
@@ -214,7 +216,7 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
 
 
 def _completion(output: RequestOutput, sampling: Sampling) -> Completion:
-    """Keep the watched ids' log-probs, which vLLM reports everywhere, where a segment may begin."""
+    """Keep watched log-probs only where a segment may begin; vLLM reports all positions."""
     [sample] = output.outputs
     ids, table = tuple(sample.token_ids), sample.logprobs
     assert isinstance(table, FlatLogprobs), "_sampling_params asks for flat log-probs"
@@ -239,7 +241,7 @@ def _keep_linear(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001
 
 @contextmanager
 def _undone_on_exit() -> Iterator[None]:
-    """vLLM reseeds, replaces `set_num_threads`, sets variables that subprocesses would inherit."""
+    """Undo vLLM's reseeding, its `set_num_threads`, and variables subprocesses would inherit."""
     environment, set_threads, state = dict(os.environ), torch.set_num_threads, random.getstate()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -2,7 +2,7 @@
 
 There is always a process group and every model is always sharded, so world size 1 tests what a
 cluster runs. Gradients are SUMMED over ranks, not averaged: losses are divided by one global count
-before `backward`. Gloo lacks PREMUL_SUM, hence the forced plain SUM below.
+before `backward`. Gloo does not support PREMUL_SUM, hence the forced plain SUM below.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Number = TypeVar("Number", float, Tensor)
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. Every method is a collective: all ranks call it, in one order."""
+    """This process among all ranks. Every method is a collective that all ranks call in order."""
 
     rank: int
     size: int
@@ -60,7 +60,7 @@ class World:
         return self._reduce(x, dist.ReduceOp.MAX)
 
     def gather(self, obj: Any) -> list[Any]:
-        """Every rank's object, in rank order, on every rank."""
+        """Return every rank's object, in rank order, on every rank."""
         gathered = [None] * self.size
         dist.all_gather_object(gathered, obj)
         return gathered
@@ -80,7 +80,7 @@ class World:
 
 
 def open_world(device: str = "auto") -> World:
-    """Join the process group: torchrun's when its environment is there, else one of our own."""
+    """Join torchrun's process group if its environment is set, else open a group of one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -102,8 +102,8 @@ def close_world(world: World, *, wait: bool = True) -> None:
     """Leave the process group. Call it after the function that owned the models has returned.
 
     A gloo thread that outlives the interpreter can abort the process at exit. Destroying the group
-    joins its threads, but only once nobody holds it: sharded models do, in reference cycles, and
-    the mesh does, which torch's own caches never let go.
+    joins its threads, but only after the last reference to it is gone. Sharded models hold one in
+    reference cycles. The mesh holds another, and torch's own caches never release the mesh.
     """
     if wait and dist.is_initialized():  # an in-process vLLM that closed took the group with it
         world.barrier()
@@ -115,10 +115,10 @@ def close_world(world: World, *, wait: bool = True) -> None:
 
 @contextmanager
 def joined(device: str, *, wait: bool = False) -> Iterator[World]:
-    """Open the process group, and leave it also where the work fails.
+    """Open the process group, and leave it even if the work fails.
 
-    With `wait` a rank that is done waits for the others, as ranks that share a model must. One that
-    fails never waits.
+    With `wait` a finished rank waits for the others, as ranks that share a model must. A failed
+    rank never waits.
     """
     world = open_world(device)
     try:
@@ -138,12 +138,12 @@ def shard(
 ) -> nn.Module:
     """Shard in place, one FSDP unit per decoder layer plus the root, and move to the device.
 
-    The model is one of model.py's: it is entered through its `packed_forward`.
-    `param_dtype` is what forward and backward compute in; weights and reductions keep their own
-    dtype and float32.
+    The model must come from model.py, because it is entered through its `packed_forward`.
+    `param_dtype` is the dtype of forward and backward. Weights keep their own dtype and reductions
+    are float32: at a learning rate of 5e-7 a bfloat16 weight would not move.
     """
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-    on_gpu = world.device.type == "cuda"  # elsewhere the weights are on the CPU anyway
+    on_gpu = world.device.type == "cuda"  # otherwise the weights are on the CPU already
     offload = CPUOffloadPolicy() if cpu_offload and on_gpu else OffloadPolicy()
     for unit in [*decoder_layers(model), model]:
         sharded = fully_shard(
@@ -160,13 +160,13 @@ def shard(
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks: the elements of its one long ModuleList."""
+    """Return the model's blocks: the elements of its longest ModuleList."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len))
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, this rank's shard or whole tensor); a tied head comes once."""
+    """Yield (Hugging Face name, this rank's shard or whole tensor); a tied head comes once."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
@@ -175,13 +175,13 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole tensor), one at a time; a tied head comes once. Collective."""
+    """Yield (Hugging Face name, whole tensor); a tied head comes once. Collective."""
     for name, tensor in own_tensors(model):
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients to at most `max_norm`; returns their norm before, over all ranks."""
+    """Scale the gradients to at most `max_norm`; return their norm before, over all ranks."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
@@ -196,10 +196,11 @@ def deal(
     world: World,
     groups: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """This rank's share of each minibatch of a shuffled batch, long and short ones evenly.
+    """Return this rank's share of each minibatch of a shuffled batch, with lengths spread evenly.
 
-    With `groups` (tree packing) those of one group stay on one rank, but for one cut per rank. The
-    minibatches themselves depend on neither, nor on the number of ranks: they are what is learnt.
+    With `groups` (tree packing) a group stays on one rank, except for one cut per rank. The
+    minibatches depend neither on `groups` nor on the number of ranks, so learning does not either.
+    Groups need not stay together otherwise, because advantages are computed before the cut.
     """
     order = list(range(len(sizes)))
     Random(seed).shuffle(order)
@@ -213,7 +214,7 @@ def deal(
 
 
 def _run(order: list[int], sizes: Sequence[int], world: World) -> list[int]:
-    """This rank's run of `order`: neighbours stay together, and sizes add up to about as much."""
+    """Return this rank's run of `order`: neighbours stay together, sizes are balanced."""
     ends = list(accumulate(sizes[i] for i in order))
     middles = [(end - sizes[i] / 2) / ends[-1] for i, end in zip(order, ends, strict=True)]
     share = [int(middle * world.size) for middle in middles]
@@ -233,7 +234,7 @@ class Totals:
             self._values[key] = max(old, value) if key.endswith("_max") else old + value
 
     def reduce(self, world: World, per: float) -> dict[str, float]:
-        """Over all ranks; sums are divided by `per`, the global count of action tokens (or 1)."""
+        """Reduce over all ranks; divide sums by `per`, the global count of action tokens (or 1)."""
         return {
             key: float(world.max(float(value)))
             if key.endswith("_max")
@@ -243,7 +244,10 @@ class Totals:
 
 
 def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
-    """Microbatches as document indices; [] stands for an empty one, or FSDP's collectives hang."""
+    """Return microbatches as document indices, equally many on all ranks, else FSDP would hang.
+
+    [] stands for an empty microbatch.
+    """
     groups = (tree_microbatches if batch.tree else Batch.microbatches)(batch, max_tokens)
     return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
 
@@ -251,7 +255,7 @@ def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
 def per_token(
     function: Callable[[Batch], Tensor], batch: Batch, max_tokens: int, world: World
 ) -> Tensor:
-    """(T,) `function` of every microbatch, without gradients, put back in the batch's order."""
+    """Return (T,) `function` of every microbatch, without gradients, in the batch's order."""
     result = torch.zeros_like(batch.rewards)
     with torch.no_grad():
         for group in equal_count(batch, max_tokens, world):
@@ -263,7 +267,7 @@ def per_token(
 
 
 def agreed(checksums: list[float]) -> float:
-    """Checksum of the weights in every rank's engine, which must be one."""
-    if not max(checksums) - min(checksums) <= 1e-9 * max(checksums):  # NaN differs, too
+    """Return the checksum of the engines' weights, which must agree on all ranks."""
+    if not max(checksums) - min(checksums) <= 1e-9 * max(checksums):  # NaN differs as well
         raise UserError(f"the ranks' engines hold different weights: checksums {checksums}.")
     return checksums[0]

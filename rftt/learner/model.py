@@ -36,16 +36,16 @@ def load_policy(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model from a Hugging Face folder or hub id, on the CPU.
+    """Load a causal language model from a Hugging Face folder or hub id, on the CPU.
 
-    Raises UserError when there is none, or when its attention cannot be packed.
+    Raise UserError if there is none, or if its attention cannot be packed.
     """
     model = _pretrained(AutoModelForCausalLM, path, dtype, trust_remote_code)
     return prepare(model, gradient_checkpointing=gradient_checkpointing)
 
 
 def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """Make a causal language model read packed batches (in place): see `token_logprobs`."""
+    """Make a causal language model accept packed batches, in place: see `token_logprobs`."""
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) or getattr(
         config, "final_logit_softcapping", None
@@ -64,8 +64,8 @@ GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 def _spare_memory(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
     """Keep less for the backward: each layer's input, or all but what gated MLPs multiply.
 
-    The latter is a quarter of a layer's activations at the price of one elementwise pass. An MLP is
-    known by its formula: any other is left alone.
+    The latter saves a quarter of a layer's activations for one elementwise pass. A gated MLP is
+    recognised by its formula; any other MLP stays unchanged.
     """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -101,7 +101,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def packed_forward(self, inputs: dict[str, Any], states: Tensor) -> Tensor:
-        """(A, 1) values at the A positions `states`."""
+        """Return (A, 1) values at the A positions `states`."""
         return self.head(hidden_states(self.backbone, inputs)[states]).float()
 
 
@@ -112,7 +112,7 @@ def load_critic(
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
 ) -> Critic:
-    """A critic whose backbone starts from a causal language model's."""
+    """Load a critic whose backbone starts from that of a causal language model."""
     backbone = _pretrained(AutoModel, path, dtype, trust_remote_code)
     backbone.set_attn_implementation(ATTENTION)
     _spare_memory(backbone, gradient_checkpointing)
@@ -122,7 +122,7 @@ def load_critic(
 def critic_metrics(
     values: Tensor | None, returns: Tensor | None, mask: Tensor, world_sum: WorldSum
 ) -> dict[str, float]:
-    """1 − Var(R − V) / Var(R) over all ranks; 0 where returns do not vary, {} without critic."""
+    """Return 1 − Var(R − V) / Var(R) over all ranks; 0 for constant returns, {} without critic."""
     if values is None or returns is None:
         return {}
     target, error = returns[mask].double(), (returns - values)[mask].double()
@@ -139,7 +139,7 @@ def _pretrained(
 ) -> PreTrainedModel:
     try:
         return auto.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:  # nothing there, or nothing that is a model
+    except (OSError, ValueError) as error:  # no such path, or not a model
         raise UserError(f"no model at {path!r}: {str(error).splitlines()[0]}") from error
 
 
@@ -152,10 +152,10 @@ def add_function_rows(
     tokenizer: PreTrainedTokenizerBase,
     new: Sequence[str] = OPENERS + CLOSERS,
 ) -> None:
-    """Give each delimiter of `new` an input row (and untied output row): its description's mean.
+    """Set the input row (and untied output row) of each `new` delimiter to its description's mean.
 
-    `new` is what tokens.add_function_tokens returned: rows already learnt are left alone. Must
-    run before sharding. Raises UserError when the model lacks rows for other tokens.
+    `new` is what tokens.add_function_tokens returned, so rows that are already learnt stay. Call it
+    before sharding. Raise UserError if the model lacks rows for other tokens.
     """
     n_rows = len(weight_of(model.get_input_embeddings()))
     if n_rows < len(tokenizer) - len(new):

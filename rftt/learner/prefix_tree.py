@@ -2,8 +2,10 @@
 
 Documents in lexicographic order share most with their predecessor, so that each one adds a suffix
 of new tokens to those seen before: the nodes of a prefix tree. The log-prob of a token depends on
-its path only, so the loss still counts every document; only the work is shared (rollouts
-of one search share their prompt and the beginnings of their paths).
+its path only, so the loss still counts every document and only the work is shared. Rollouts of one
+search share their prompt and the beginnings of their paths. Minibatches are those of flat packing,
+because packing must not change what an update learns from. Flat is the default, because minibatches
+with few rollouts per problem share little (docs/log.md).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Forest:
 
 
 def prefix_order(input_ids: Tensor, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Documents in lexicographic order, and how many tokens each shares with the one before it."""
+    """Sort documents lexicographically; also return how many tokens each shares with the last."""
     documents = [ids.numpy() for ids in input_ids.cpu().split(list(lengths))]
     keys = [ids.astype(">u4").tobytes() for ids in documents]
     order = sorted(range(len(documents)), key=keys.__getitem__)
@@ -48,7 +50,7 @@ def prefix_order(input_ids: Tensor, lengths: Sequence[int]) -> tuple[list[int], 
 
 
 def forest_of(input_ids: Tensor, lengths: Sequence[int], starts: Tensor) -> Forest:
-    """The prefix tree of the documents; `starts` (D + 1,) is where they begin."""
+    """Return the prefix tree of the documents; `starts` (D + 1,) is where they begin."""
     order, prefixes = prefix_order(input_ids, lengths)
     node = torch.empty(len(input_ids), dtype=torch.int64)
     tokens: list[Tensor] = []
@@ -78,7 +80,7 @@ def forest_of(input_ids: Tensor, lengths: Sequence[int], starts: Tensor) -> Fore
 
 
 def tree_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
-    """Neighbours in prefix order together, a problem cut in two only where it must be.
+    """Keep neighbours in prefix order together; split a problem only if it does not fit.
 
     A shared token counts once.
     """
@@ -100,5 +102,5 @@ def tree_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
 
 
 def n_saved(batch: Batch) -> int:
-    """Tokens that tree packing does not compute again."""
+    """Return how many tokens tree packing does not compute again."""
     return sum(prefix_order(batch.input_ids, batch.lengths)[1]) if batch.tree else 0
