@@ -103,7 +103,7 @@ def _divided(x: Tensor, temperature: float) -> Tensor:
 
 
 def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return (A, 1) columns of the targets in the ids start … start + width, and which are there."""
+    """Return (A, 1) columns of the targets in the `width` ids from `start`, and which are there."""
     column = targets - start
     return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
