@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Generate -> score -> filter -> train -> evaluate, again and again: bash runs/self_improve.sh [CONFIG] [key=value …]
-# The demo world's own config trains the base model first, if there is none; then CPU, minutes.
-# Started again after an interruption, finished work is not repeated.
+# Repeats generate -> score -> filter -> train -> evaluate:
+#   bash runs/self_improve.sh [CONFIG] [key=value …]
+# With the demo world's config a missing base model is trained first. The loop then takes minutes on
+# a CPU. After an interruption, run it again: finished work is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 CONFIG=${1:-configs/tiny/self_improve.yaml}
