@@ -1,11 +1,11 @@
-"""Our GRPO and DPO losses against TRL's own, on the same log-probs: value and gradient.
+"""Compare our GRPO and DPO losses with TRL's on the same log-probs: value and gradient.
 
     PYTHONPATH=. .venv-bench/bin/python bench/compare_losses.py    (after make bench-env)
 
-TRL's trainers are not built: their `_compute_loss` is called on a stand-in that holds what it
-reads, and hands it our log-probs. Prints one JSON object of largest differences, and each of them
-on stderr as soon as it is known. The exit code is 1 where one exceeds 1e-5. TRL 1.16 has no PPO,
-so GAE and the value loss are not compared here.
+TRL's trainers are not built. Their `_compute_loss` is called on a stand-in that has the attributes
+it reads and returns our log-probs. Prints one JSON object of largest differences, and each of them
+on stderr as soon as it is computed. The exit code is 1 if one exceeds 1e-5. TRL 1.16 has no PPO, so
+GAE and the value loss are not compared here.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def lengths_mask(seed: int) -> Tensor:
 
 
 def difference(ours: Tensor, theirs: Tensor, leaf: Tensor) -> float:
-    """The larger of the losses' and the gradients' largest difference."""
+    """Return the larger of the losses' and the gradients' largest difference."""
     (mine,) = torch.autograd.grad(ours, leaf, retain_graph=True)
     (other,) = torch.autograd.grad(theirs, leaf)
     return max(abs(float(ours.detach() - theirs.detach())), float((mine - other).abs().max()))
 
 
 def stand_in(**values: object) -> MagicMock:
-    """What the trainer reads: `values`; all else is for its logging, which is dropped."""
+    """Stand-in with the attributes `values` that the trainer reads; its logging is dropped."""
     fake = MagicMock()
     for name, value in values.items():
         setattr(fake, name, value)

@@ -1,10 +1,10 @@
-"""Pairs per CPU second on the real gold answers, and hostile responses; beside Math-Verify.
+"""Measure the grader on real gold answers and hostile responses, beside Math-Verify.
 
     python bench/grader.py [--compare] [--data ../shared/data] [--seconds 20]
 
-`--compare` needs math-verify in the same environment, else it is skipped. Both graders take turns
-on the same pairs (a gold answer against a respelling of itself and against the next gold answer),
-so that a busy machine slows both alike; CPU seconds are counted, not wall seconds.
+`--compare` needs math-verify in the same environment, otherwise it is skipped. Both graders take
+turns on the same pairs, so that a busy machine slows both alike. A pair is a gold answer against a
+respelling of itself, or against the next gold answer. The unit is pairs per CPU second.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def gold_pairs(data: Path) -> list[tuple[str, str]]:
-    """(response, gold): right ones respelt, wrong ones the neighbour's."""
+    """Return (response, gold) pairs: respelt right answers, and the neighbour's wrong answers."""
     golds: list[str] = []
     for name, field in FIELDS.items():
         for line in (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():

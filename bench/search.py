@@ -1,4 +1,4 @@
-"""Tree search beside flat sampling: the same engine, the same model, in turns.
+"""Measure tree search beside flat sampling: the same engine and model, in turns.
 
     python bench/search.py --engine vllm --problems 16 --simulations 8 [--in-flight 4] [--rounds 3]
     python bench/search.py --engine vllm --model PATH --dtype bfloat16        (on a GPU)
@@ -10,10 +10,11 @@ mcts_stepwise  the same with one request per act, as in the paper
 mcts_prompted  phase 1: one prompt per act
 beam, dvts     functional beam search and its diverse form: width and subtrees 2, branching 2
 
-Every measurement starts from an empty prefix cache. Without --model, a Qwen2 of 2.4M parameters is
-made whose layers work but add nothing: its tokens follow a Markov chain that speaks the grammar of
-functional tokens in segments of about ten tokens. Every measurement is printed on stderr at once.
-The last line is one JSON object. Where a CPU emulates bfloat16, `--dtype bfloat16` is skipped.
+Every measurement starts from an empty prefix cache. Without --model the script makes a Qwen2 of
+2.4M parameters whose layers compute but add nothing. Its tokens follow a Markov chain that obeys
+the allowed transitions of functional tokens, in segments of about ten tokens. Every measurement is
+printed on stderr at once. The last line is one JSON object. `--dtype bfloat16` is skipped if the
+CPU emulates bfloat16.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ Work = Callable[[list[Problem], int], Awaitable[int]]
 
 
 def make_model(folder: Path) -> Weights:
-    """Write the Markov model and its tokenizer; returns its weights, which differ in the head."""
+    """Write the Markov model and its tokenizer; return its weights, which differ in the head."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -139,7 +140,7 @@ def markov_chain(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[st
 
 
 def _plain(text: str) -> bool:
-    """Whether it survives decoding and encoding on its own, and ends no sentence or line."""
+    """Return whether a token survives decoding and encoding, and ends no sentence or line."""
     return len(text) == 1 and text.isascii() and text.isalpha()
 
 
@@ -217,7 +218,7 @@ def measure(engine: Engine, work: Work, problems: list[Problem], seed: int) -> d
 
 
 def summarise(totals: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Rates, and what each is of flat and of serial."""
+    """Return rates, and each rate relative to flat and to serial."""
     summary = {}
     for name, t in totals.items():
         fresh = t["prompt_tokens"] - t["cached_tokens"]
@@ -282,9 +283,9 @@ def main() -> None:
         Problem(str(i), make_tale(random, seen).question, answer="7") for i in range(args.problems)
     ]
     works = samplers(engine, tokenizer, args.simulations, args.in_flight)
-    few = problems[: max(1, args.problems // 8)]  # serial search is slow, and as slow for any
+    few = problems[: max(1, args.problems // 8)]  # serial search is slow for any number
     totals: dict[str, dict[str, float]] = {}
-    for round_ in range(args.rounds + 1):  # the first warms up
+    for round_ in range(args.rounds + 1):  # the first round warms up
         for name, (phase, work) in works.items():
             engine.load_weights(weights(phase))
             got = measure(engine, work, few if name == "serial" else problems, round_)
@@ -301,7 +302,7 @@ def main() -> None:
 
 
 def stored_weights(folder: str) -> Weights:
-    """Of a given model, the same in both phases: it is asked for both kinds of text."""
+    """Return the weights of a given model for both phases: it writes both kinds of text."""
     import torch
     from transformers import AutoModelForCausalLM
 

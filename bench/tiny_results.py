@@ -1,10 +1,12 @@
-"""Tables of docs/results.md: python bench/tiny_results.py [chain|forgetting|controls|curves] RUN…
+"""Print tables of docs/results.md.
+
+    python bench/tiny_results.py [chain|forgetting|controls|curves] RUN…
 
 Each RUN is the output folder of one seed, written by runs/results_tiny.sh (chain),
 runs/forgetting_tiny.sh or runs/controls_tiny.sh (controls; curves writes process_rewards.png beside
-the runs). Prints tables, then one JSON object. Intervals are
-95 % bootstraps over the problems of all seeds together, paired where two models are compared: they
-say how well these models were measured, not how another seed would have come out.
+the runs). Prints tables, then one JSON object. Intervals are 95 % bootstraps over the problems of
+all seeds together, paired where two models are compared. They describe the measurement of these
+models and do not predict another seed.
 """
 
 from __future__ import annotations
@@ -39,17 +41,17 @@ def summary(run: Path, model: str) -> dict | None:
 
 
 def steps(run: Path) -> list[Row]:
-    """The metrics of a training run, a row per step."""
+    """Return the metrics of a training run, one row per step."""
     return [row for _, row in read_jsonl(run / "metrics.jsonl")]
 
 
 def total(run: Path, key: str) -> float | None:
-    """Sum of a key over the steps of a training run; None where there is no such run."""
+    """Return the sum of a key over the steps of a training run; None if the run is missing."""
     return sum(row[key] for row in steps(run)) if (run / "metrics.jsonl").exists() else None
 
 
 def scores(folder: Path) -> dict[str, list[float]] | None:
-    """Per problem, in the order of ids: greedy right or wrong, and the share of samples right."""
+    """Return per problem, in order of ids: greedy right or wrong, share of right samples."""
     files = [
         file for file in folder.glob("eval/*.jsonl") if (folder / "eval/summary.json").exists()
     ]
@@ -71,7 +73,7 @@ def cells(values: list[float]) -> str:
 def measured(
     runs: list[Path], name: str, against: str | None = None
 ) -> dict[str, tuple[str, str, int]]:
-    """metric -> (mean and each seed, interval or paired change against another, seeds)."""
+    """Return metric -> (mean and each seed, interval or paired change, seeds)."""
     found: dict[str, tuple[str, str, int]] = {}
     pairs = [(scores(run / name), scores(run / (against or name))) for run in runs]
     whole = [(a, b) for a, b in pairs if a and b]
@@ -175,12 +177,12 @@ FORBIDDEN = ("clarify", "analysis", "next_step", "subquestion", "direct_answer",
 
 
 def last_rounds(run: Path, key: str) -> float:
-    """Mean of a metric over the last three steps of a training run."""
+    """Return the mean of a metric over the last three steps of a training run."""
     return fmean(row[key] for row in steps(run)[-3:])
 
 
 def compared(found: dict[str, tuple[str, str, int]]) -> list[str]:
-    """Of what was `measured`: greedy, its change, sampled, its change, seeds: five cells."""
+    """Return five cells of `measured`: greedy, its change, sampled, its change, seeds."""
     row = [x for figures in found.values() for x in figures[:2]]
     return [*row, str(found["greedy"][2])] if found else ["not run", "", "", "", ""]
 
@@ -221,7 +223,7 @@ PANELS = {
 
 
 def curves(runs: list[Path]) -> dict:
-    """Every way to pay for process scores in a colour of its own, a line per seed."""
+    """Draw one colour per way to pay for process scores, and one line per seed."""
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for i, (label, name) in enumerate(CELLS["advantages | process scores"].items()):

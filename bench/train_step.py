@@ -1,15 +1,15 @@
-"""One optimizer step, measured: ours packed, padded by hand, TRL's; same weights, same batch.
+"""Measure one optimizer step: ours packed, padded by hand, TRL's; same weights and batch.
 
     python bench/train_step.py [--compare trl] [--trl-python .venv-bench/bin/python] [--rounds 3]
     python bench/train_step.py --size 1.5b --length 4096            (on a GPU)
 
-Each variant is a process of its own; they take turns, one step each per round, so that a busy
-machine slows all alike. On a CPU: one compute thread, CPU seconds, peak memory over what the loaded
-model holds (gradients and optimizer state included). Every step is printed on stderr as soon as it
-is measured. The last line is one JSON object. Variants in bfloat16 are skipped where the device
-emulates it (`skipped` names them), and no round starts that would not end within --minutes
-(`rounds` is what is left). TRL's chunked head is a Triton kernel that falls back on a CPU: never
-quote a CPU ratio bare.
+Each variant is a process of its own. They take turns, one step each per round, so that a busy
+machine slows all alike. On a CPU the figures are CPU seconds of one compute thread, and peak memory
+above that of the loaded model (gradients and optimizer state included). Every step is printed on
+stderr as soon as it is measured. The last line is one JSON object. `skipped` names variants in
+bfloat16 if the device emulates it. A round that would not end within --minutes does not start, so
+`rounds` may be smaller. TRL's chunked head is a Triton kernel that falls back on a CPU, so a CPU
+ratio needs this remark.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LENGTHS = (500, 460, 400, 330, 260, 205, 160, 120)
 """Tokens of the eight documents: 2,435 real ones of 4,000 padded."""
 PROMPT = 60
 ADVANTAGES = (1.0, -1.0, 0.5, -0.5, 1.5, -0.7, 0.3, -0.6)
-"""Their sum is not 0: losses are compared by their ratio, also where all lengths are equal."""
+"""Their sum must not be 0, because losses are compared by their ratio."""
 LEARNING_RATE = 1e-5
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "vocab_size")  # fmt: skip
@@ -53,7 +53,7 @@ Step = Callable[[], tuple[float, float]]
 def documents(
     lengths: tuple[int, ...], vocabulary: int, branching: bool = False
 ) -> list[list[int]]:
-    """Random ids; branching ones begin as the longest does, and share half of all tokens."""
+    """Return random ids; branching documents share half of all tokens with the longest."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def documents(
 def packed(
     folder: str, dtype: str, loss: str, lengths: tuple[int, ...], *, on_tree: bool = False
 ) -> Step:
-    """The trainer's own path: FSDP, packed, chunked log-probs."""
+    """Build the trainer's own path: FSDP, packed, chunked log-probs."""
     import torch
 
     from rftt import rl
@@ -111,7 +111,7 @@ def packed(
 
 
 def padded(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
-    """What one writes by hand: right padding, all logits, log-softmax."""
+    """Build what one writes by hand: right padding, all logits, log-softmax."""
     import torch
     from torch.nn.functional import log_softmax, pad
     from transformers import AutoModelForCausalLM
@@ -142,7 +142,7 @@ def padded(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step
 
 
 def trl(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
-    """TRL's GRPOTrainer or SFTTrainer, its training_step fed with the batch."""
+    """Build TRL's GRPOTrainer or SFTTrainer, with the batch passed to its training_step."""
     import torch
     from datasets import Dataset
     from torch.nn.functional import pad
@@ -213,7 +213,7 @@ RIVAL = {"packed": "trl", "padded": "trl", "packed_bf16": "trl_bf16", "packed_sf
 
 
 def memory_mib(key: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process."""
+    """Return VmRSS (now) or VmHWM (peak) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) / 1024
@@ -221,7 +221,7 @@ def memory_mib(key: str) -> float:
 
 
 def work(variant: str, folder: str, lengths: tuple[int, ...]) -> None:
-    """Build the variant; then one step for every line on stdin, its figures on stdout."""
+    """Build the variant, then run one step per line on stdin and print its figures."""
     import torch
 
     out, sys.stdout = sys.stdout, sys.stderr  # libraries may print
@@ -238,7 +238,7 @@ def work(variant: str, folder: str, lengths: tuple[int, ...]) -> None:
         seconds = (time.perf_counter() if on_gpu else time.process_time()) - begin
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mib("VmHWM")
         figures = {"seconds": seconds, "loss": value, "grad_norm": norm, "extra_mib": peak - start}
-        ctypes.CDLL(None).malloc_trim(0)  # waiting workers must not hold what a step has freed
+        ctypes.CDLL(None).malloc_trim(0)  # waiting workers must not keep freed memory
         out.write(json.dumps(figures) + "\n")
         out.flush()
 
@@ -268,7 +268,7 @@ def ask(worker: subprocess.Popen) -> dict[str, float]:
 
 
 def write_model(folder: str, size: dict[str, int]) -> None:
-    """Random weights, and a tokenizer of one word per id that TRL's constructors want to see."""
+    """Write random weights, and a tokenizer of one word per id for TRL's constructors."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -295,7 +295,7 @@ def emulates_bfloat16() -> bool:
 
 
 def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
-    """FLOPs per second of one large matrix product: what the device can do.
+    """Return FLOPs per second of one large matrix product: what the device can do.
 
     An emulated dtype gets one small product, which takes about as long as the large ones do.
     """
@@ -319,7 +319,7 @@ def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
 
 
 def model_flops(size: dict[str, int], lengths: tuple[int, ...]) -> float:
-    """Forward and backward over real tokens, the head over response tokens, causal attention.
+    """Return FLOPs of forward and backward over real tokens, the head over response tokens.
 
     Work that a variant repeats or saves does not count: packing on a tree may exceed 1.
     """
@@ -337,7 +337,7 @@ def summary(
     flops: float,
     n_tokens: int,
 ) -> dict[str, dict[str, float]]:
-    """The figures of every variant, and ratios to TRL's where it ran: medians over the rounds.
+    """Return each variant's figures, and ratios to TRL's if it ran: medians over the rounds.
 
     The first round is warm-up. It counts only where there was time for no other.
     """
@@ -370,7 +370,7 @@ def summary(
 def take_turns(
     workers: dict[str, subprocess.Popen], rounds: int, limit: float, emulated: bool
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, list[float]]]:
-    """The figures of each variant's steps, and of each dtype's matrix products, one per round.
+    """Return the figures of each variant's steps and each dtype's matrix products, per round.
 
     The first round is warm-up and gives the memory figures. No round starts that would end after
     `limit`, and no variant starts after it.

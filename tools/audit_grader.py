@@ -1,9 +1,10 @@
-"""How far can the grader be trusted on a data set? Its gold answers, respelled and nearly missed.
+"""Audit the grader on a data set: its gold answers, respelled answers and near misses.
 
     python tools/audit_grader.py configs/tiny/evaluate.yaml eval_file=mine.jsonl [key=value …]
 
-Which gold answers of eval_file does the grader read, are respelled answers paid and near misses
-refused? No model is opened. Writes eval/audit.json below output_dir.
+The audit counts gold answers of eval_file that the grader cannot read, respelled answers that it
+rejects, and near misses that it accepts. No model is opened. Writes eval/audit.json below
+output_dir.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rftt.run.log import say
 
 
 def main(cfg: EvalConfig) -> None:
-    """How far the rewards of a data set can be trusted, before a run is spent on it."""
+    """Print and save how far the rewards of a data set can be trusted, before a run."""
     problems = load_problems(
         cfg.eval_file, limit=cfg.max_problems, graded=False, keys=(cfg.prompt_key, cfg.answer_key)
     )

@@ -1,8 +1,8 @@
 """Self-contained HTML: report.html of one or more runs, and a page per search tree. No network.
 
-Data goes into the templates report.html and tree.html as JSON that cannot end its script element,
-and their scripts put every text on the page as text, never as markup: a model's output is only
-ever shown. A Content-Security-Policy in the pages forbids them to load anything.
+Data goes into the templates report.html and tree.html as JSON that cannot end its script element.
+Their scripts put every text on the page as text, so that a model's output can never become markup.
+A Content-Security-Policy forbids the pages to load anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ N_TREES = 40
 
 
 def filled(template: str, data: Row) -> str:
-    """The template with `data` in its place."""
+    """Return the template with `data` filled in."""
     page = (TEMPLATES / template).read_text(encoding="utf-8")
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     return page.replace("{{data}}", text)
@@ -52,7 +52,7 @@ def write_page(
 
 
 def about(env: Row) -> str:
-    """Where a run was made; its env.json knows the rest."""
+    """Return where a run was made; env.json has more."""
     if not env:
         return "no env.json"
     commit = (env["commit"] or "no commit")[:10] + (" with changes" if env["modified"] else "")
@@ -60,7 +60,7 @@ def about(env: Row) -> str:
 
 
 def charts(runs: Sequence[Run]) -> list[Row]:
-    """The same panels as the plots: lines with their colour, and a band where there is one."""
+    """Return the panels of the plots: lines with their colour, and a band if they have one."""
 
     def over_steps(run: Run, key: str, label: str, colour: int, dashed: bool = False) -> Row:
         steps, values = run.series(key)
@@ -119,7 +119,7 @@ def charts(runs: Sequence[Run]) -> list[Row]:
 
 
 def write_tree_pages(run: Run) -> list[Path]:
-    """A page beside every tree of a run, with the training rows that came from it."""
+    """Write a page beside every tree of a run, with the training rows that came from it."""
     by_tree: dict[str, list[Row]] = {}
     for row in run.rows:
         if "steps" in row:
@@ -135,7 +135,7 @@ def write_tree_pages(run: Run) -> list[Path]:
 
 
 def tree_links(pages: list[Path], run_dir: Path, out: Path) -> list[Row]:
-    """Links from a page in `out` to the last tree pages of a run."""
+    """Return links from a page in `out` to the last tree pages of a run."""
     return [
         {
             "label": page.relative_to(run_dir / "trees").with_suffix("").as_posix(),

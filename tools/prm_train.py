@@ -1,13 +1,14 @@
-"""A process reward model out of our own search trees, Math-Shepherd's way (arXiv 2312.08935).
+"""Train a process reward model on our own search trees, like Math-Shepherd (arXiv 2312.08935).
 
     python tools/prm_train.py search_dir=outputs/tiny/search \\
         model_name_or_path=outputs/tiny/base output_dir=outputs/tiny/prm
 
-Nobody labels steps: a node is as good as the share of right answers below it. Rows are the paths of
-the trees, each node counted once, and the merged rows of data/sft.jsonl, the only ones with checks
-in them. The model is the instruct model with a head of two classes at `<extra_0>`, saved in the
-layout of Qwen2.5-Math-PRM. Departures: soft labels; a path's answer is repeated as an output
-step, which prompted trees lack. One process, float32: for models that fit it.
+Labels need no annotator: a node's label is the share of right answers below it. Rows are the paths
+of the trees, where each node counts once, and the merged rows of data/sft.jsonl, because only these
+contain checks. The model is the instruct model with a two-class head at `<extra_0>`, saved in the
+layout of Qwen2.5-Math-PRM. It departs from Math-Shepherd in two points: labels are soft, and a
+path's answer is repeated as an output step, which prompted trees lack. Training is one process in
+float32.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from rftt.run.files import read_jsonl, write_json
 from rftt.types import UserError
 
 Labelled = tuple[str, list[str], list[float | None]]
-"""Question, steps, and of each step the share of right answers below; None: counted elsewhere."""
+"""Question, steps, and per step the share of right answers below; None: counted elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PRMTrainConfig:
-    """tools/prm_train.py: a process reward model from the trees of search.py."""
+    """tools/prm_train.py: train a process reward model on the trees of search.py."""
 
     search_dir: str
     """Run directory of search.py."""
@@ -47,7 +48,7 @@ class PRMTrainConfig:
     num_train_epochs: int = 3
     """Passes over the rows."""
     learning_rate: float = 1e-3
-    """Peak; it falls to 0 like a cosine."""
+    """Peak learning rate; it falls to 0 along a cosine."""
     train_batch_size: int = 32
     """Paths per optimizer step."""
     eval_ratio: float = 0.1
@@ -55,7 +56,7 @@ class PRMTrainConfig:
 
 
 def label_trees(search_dir: Path) -> list[list[Labelled]]:
-    """The rows of each problem, in the order of the trees' names."""
+    """Return the rows of each problem, in the order of the trees' names."""
     files = sorted((search_dir / "trees").glob("*.json"))
     if not files:
         raise UserError(f"search_dir {search_dir} has no trees; run search.py with a tree method.")
@@ -91,7 +92,7 @@ def _paths(tree: dict[str, Any]) -> Iterator[Labelled]:
 
 
 def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
-    """Chance that a right step outscores a wrong one; a tie is half a chance."""
+    """Return the AUC: how often a right step outscores a wrong one; a tie counts half."""
     ranked = sorted(zip(scores, right, strict=True))
     place, total = 0, 0.0
     while place < len(ranked):
@@ -143,7 +144,7 @@ def main(cfg: PRMTrainConfig) -> None:
 
 
 def _train(cfg: PRMTrainConfig, model: Any, head: Any, examples: list[Any]) -> None:
-    """Cross-entropy against the share of right answers, at the marks that have one."""
+    """Return the cross-entropy against the share of right answers, at labelled marks."""
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits
     from torch.nn.utils.rnn import pad_sequence
@@ -180,7 +181,7 @@ def _train(cfg: PRMTrainConfig, model: Any, head: Any, examples: list[Any]) -> N
 
 
 def _judge(folder: Path, rows: list[Labelled]) -> dict[str, float]:
-    """AUC of the steps of held-out problems, asked as everyone asks."""
+    """Return the AUC of the steps of held-out problems, scored through the public interface."""
     from rftt.graders.prm import score_paths
     from rftt.graders.prm_local import LocalPRM
     from rftt.run.fields import ServeConfig

@@ -1,11 +1,11 @@
-"""report.html, report.md and plots/*.png of one run, or of several side by side.
+"""Write report.html, report.md and plots/*.png of one run, or of several side by side.
 
     python tools/report.py <run> [<run> …] [--out folder]
 
-Reads what the scripts left in their run directories (metrics.jsonl, eval/summary.json, stats.json,
-samples/, trees/) and changes none of it; every tree gets a page beside its JSON. The curves are the
-paper's four panels, then the health of the learner, the acts, and accuracy over search simulations.
-What a run lacks is left out and named.
+The input is what the scripts wrote to their run directories (metrics.jsonl, eval/summary.json,
+stats.json, samples/, trees/). Nothing is changed, except that every tree gets a page beside its
+JSON. The curves are the paper's four panels, then the health of the learner, the acts, and accuracy
+over search simulations. The report names what a run lacks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ N_SAMPLES = 4
 
 
 def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
-    """Write `out`/report.html, report.md and plots/*.png; returns the path of report.md."""
+    """Write `out`/report.html, report.md and plots/*.png; return the path of report.md."""
     runs = [read_run(name, path) for name, path in run_dirs.items()]
     (out / "plots").mkdir(parents=True, exist_ok=True)
     lines = [f"# {', '.join(run_dirs)}", ""]
@@ -84,7 +84,7 @@ def stats_cells(run: Run) -> dict[str, str]:
 
 
 def interval(value: Mapping[str, float]) -> str:
-    """Mean or accuracy with its interval, and the tokens it cost where they were counted."""
+    """Format a mean or accuracy with its interval, and its tokens if they were counted."""
     mean = value["mean"] if "mean" in value else value["accuracy"]
     cost = f", {value['tokens']:,.0f} tokens" if "tokens" in value else ""
     return f"{mean:.3f} [{value['low']:.3f}, {value['high']:.3f}]{cost}"
@@ -105,21 +105,21 @@ TABLES: dict[str, Callable[[Run], dict[str, str]]] = {
 
 
 def table_rows(cells: Mapping[str, dict[str, str]]) -> list[list[str]]:
-    """The head, then a row per run; empty where no run has a cell."""
+    """Return the head, then a row per run; a cell that a run lacks is empty."""
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     rows = [[name, *(row.get(c, "") for c in columns)] for name, row in cells.items() if row]
     return [["run", *columns], *rows] if columns else []
 
 
 def markdown_table(title: str, rows: list[list[str]]) -> list[str]:
-    """Markdown lines; none where there are no rows."""
+    """Return Markdown lines; an empty table has none."""
     ruled = [*rows[:1], ["---"] * len(rows[0]), *rows[1:]] if rows else []
     lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in ruled]
     return [f"## {title}", "", *lines, ""] if lines else []
 
 
 def sample_lines(row: Row) -> list[str]:
-    """One rollout: figures in a line, texts fenced so that no model output becomes markup."""
+    """Format a rollout: figures in a line, texts fenced so that model output is never markup."""
     figures = [f"{key} {number(x)}" for key, x in row.items() if isinstance(x, int | float)]
     lists = {key: ", ".join(map(str, x)) for key, x in row.items() if isinstance(x, list)}
     texts = [f"{key}: {x}" for key, x in (row | lists).items() if isinstance(x, str)]
@@ -132,7 +132,7 @@ def sample_lines(row: Row) -> list[str]:
 
 
 def new_figure(n_panels: int) -> tuple[Figure, list[Axes]]:
-    """A grid two panels wide."""
+    """Return a grid of panels, two panels wide."""
     from matplotlib.figure import Figure
 
     n_rows, n_columns = (n_panels + 1) // 2, min(n_panels, 2)
@@ -140,7 +140,7 @@ def new_figure(n_panels: int) -> tuple[Figure, list[Axes]]:
     axes: list[Axes] = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
     for ax in axes:
         ax.grid(alpha=0.25)
-        ax.locator_params(axis="x", integer=True)  # there is no half step
+        ax.locator_params(axis="x", integer=True)  # steps are whole numbers
         ax.spines[["top", "right"]].set_visible(False)
     for spare in axes[n_panels:]:
         spare.set_axis_off()
@@ -148,7 +148,7 @@ def new_figure(n_panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def draw_curves(runs: Sequence[Run], panels: Sequence[Panel]) -> Figure | None:
-    """Metrics over steps, a colour per run; the second key of a panel is dashed with dots."""
+    """Draw metrics over steps, one colour per run; a panel's second key is dashed with dots."""
     drawn = [p for p in panels if any(run.series(key)[0] for run in runs for key in p[2])]
     if not drawn:
         return None
@@ -166,7 +166,7 @@ def draw_curves(runs: Sequence[Run], panels: Sequence[Panel]) -> Figure | None:
 
 
 def draw_acts(runs: Sequence[Run]) -> Figure | None:
-    """Share of each act among the steps of the rollouts, stacked; white is outside any segment."""
+    """Draw the share of each act among the rollouts' steps, stacked; white is outside segments."""
     keys = [f"acts/{act}" for act in ACTS]
     rows_of = {run.name: [r for r in run.metrics if not r.keys().isdisjoint(keys)] for run in runs}
     drawn = [(name, rows) for name, rows in rows_of.items() if rows]
@@ -183,7 +183,7 @@ def draw_acts(runs: Sequence[Run]) -> Figure | None:
 
 
 def draw_search(runs: Sequence[Run]) -> Figure | None:
-    """Accuracy of search over simulations and, beside maj@k, over tokens, with intervals.
+    """Draw the accuracy of search over simulations and, beside maj@k, over tokens.
 
     The dotted line is greedy.
     """

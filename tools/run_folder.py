@@ -1,4 +1,4 @@
-"""What a run directory holds, read for the report, and the panels that are drawn of it."""
+"""Read a run directory for the report, and list the panels that are drawn from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CURVES: dict[str, tuple[Panel, ...]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What one run directory holds; empty where it holds nothing."""
+    """Contents of one run directory; missing parts are empty."""
 
     name: str
     path: Path
@@ -44,13 +44,13 @@ class Run:
     """Training rows that a search wrote."""
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, where it has one."""
+        """Return the steps that have a value of a metric, and the values."""
         rows = [row for row in self.metrics if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
 
 def read_run(name: str, path: Path) -> Run:
-    """Raises UserError where there is no such directory."""
+    """Read a run directory. Raise UserError if it does not exist."""
     if not path.is_dir():
         raise UserError(f"run directory {path} does not exist.")
     samples = max(path.glob("samples/step_*.jsonl"), default=path / "none")
@@ -67,7 +67,7 @@ def read_run(name: str, path: Path) -> Run:
 
 
 def whole_rows(path: Path) -> list[Row]:
-    """Rows of a file that may still be written to: its last line counts once it is whole."""
+    """Return the rows of a file that may be in use: an unfinished last line is ignored."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
 

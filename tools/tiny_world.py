@@ -3,12 +3,12 @@
     python tools/tiny_world.py output_dir=outputs/tiny [seed=0] [train_steps=2500]
 
 writes `base/` (an ordinary Hugging Face folder), `train.jsonl`, `test.jsonl` and `guard.jsonl`. The
-model learns to reply to the prompts of rftt/prompts.py until it is an imperfect instruct model:
-it follows every instruction and errs by itself. Nothing else in rftt/ knows that it is tiny.
+model learns to reply to the prompts of rftt/prompts.py until it is an imperfect instruct model: it
+follows every instruction and makes mistakes of its own. No code in rftt/ depends on this world.
 
-Acts differ in how far they can be trusted, so that choosing among them matters: `analysis` and
-`subquestion` spell sums out ("19*3=57"), `next_step` and `direct_answer` only name results, which
-`verify` spells out. No answer equals an earlier value: checks seldom leak it. arXiv 2502.13389.
+Acts differ in reliability, so that choosing among them matters (arXiv 2502.13389). `analysis` and
+`subquestion` spell sums out ("19*3=57"). `next_step` and `direct_answer` only name results, which
+`verify` spells out. No answer equals an earlier value, so checks seldom leak it.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class TinyConfig:
     """tools/tiny_world.py: write the demo world (base model and problem files)."""
 
     output_dir: str
-    """Folder that receives the four."""
+    """Folder that receives the model and the three files."""
     seed: int = 0
-    """Decides the problems, the initial weights and the order of the examples."""
+    """Seed of the problems, the initial weights and the order of the examples."""
     train_steps: int = 2500
     """Optimizer steps of the base model: about 0.07 CPU seconds each."""
     n_train: int = 2000
     """Problems for search and RL."""
     n_test: int = 500
-    """Held-out problems; none occurs in train.jsonl or in the base model's examples."""
+    """Held-out problems, which occur neither in train.jsonl nor in the base model's examples."""
     n_guard: int = 300
-    """Problems of another family, to see what training on the first one makes it forget."""
+    """Problems of another family, to measure what the model forgets."""
 
 
 # ---- Problems ----
@@ -91,7 +91,7 @@ class Tale:
 
     @property
     def values(self) -> list[int]:
-        """The quantity before the first change, after it, …, at the end."""
+        """Return the quantity before the first change, after it, …, at the end."""
         values = [self.start]
         for change in self.changes:
             values.append(change.apply(values[-1]))
@@ -115,7 +115,7 @@ def make_tale(rng: Random, seen: set[str]) -> Tale:
 
 
 def make_guard(rng: Random, seen: set[str]) -> tuple[str, str]:
-    """Question and answer of the other family."""
+    """Return a question and its answer from the other family."""
     while True:
         pair = rng.sample(range(1, MAX_VALUE + 1), 2)
         word, choose = rng.choice([("larger", max), ("smaller", min)])
@@ -127,8 +127,8 @@ def make_guard(rng: Random, seen: set[str]) -> tuple[str, str]:
 
 Point = tuple[int, int]  # how many changes are done, and the value then
 SHARES = {"clarify": 1, "analysis": 3, "subquestion": 4, "next_step": 1, "direct_answer": 0.5}
-"""How often the model sees each act; terse ones seldom, so that it does them badly."""
-Slip = tuple[int, int]  # the change that is got wrong, and by how much
+"""How often the model sees each act; terse acts are rare, so that it performs them badly."""
+Slip = tuple[int, int]  # index of the wrong change, and its error
 Lines = list["Line"]
 
 
@@ -142,7 +142,7 @@ class Line(NamedTuple):
 
 
 def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> Line:
-    """What a good solver replies to `act` at `begin`; `slip` makes one of its results wrong."""
+    """Write a good solver's reply to `act` at `begin`; `slip` makes one of its results wrong."""
     (done, value), left = begin, len(tale.changes) - begin[0]
     reach = {"analysis": min(2, left - 1), "direct_answer": left}
     reach |= dict.fromkeys(("subquestion", "next_step"), min(1, left))
@@ -172,7 +172,7 @@ def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> 
 
 
 def write_path(tale: Tale, at: Point, act: str | None, rng: Random, slip: Slip | None) -> Lines:
-    """A random walk through phase 1's grammar from `at`, where `act` is done, to a boxed answer."""
+    """Walk at random through phase 1's allowed acts from `at`, after `act`, to a boxed answer."""
     lines: Lines = []
     while not (lines and "\\boxed" in lines[-1].text):
         (act,) = rng.choices(acts := successors(act, "prompted"), [SHARES[a] for a in acts])
@@ -186,7 +186,7 @@ def text_of(lines: Lines) -> str:
 
 
 def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
-    """Spell the changes out from `begin` to the wrong one. The last result is not given."""
+    """Spell the changes out from `begin` to the wrong one, without the last result."""
     value, sums = begin[1], []
     for change in tale.changes[begin[0] : slip[0] + 1]:
         sums.append(f"{value}{change.sum}={(value := change.apply(value))}")
@@ -209,11 +209,11 @@ class Pair(NamedTuple):
     messages: Messages
     reply: str
     sound: bool = False
-    """The solution so far holds no mistake: it is learnt as well as the reply."""
+    """The solution so far is right, so it is learnt as well as the reply."""
 
 
 def make_pair(rng: Random, seen: set[str]) -> Pair:
-    """One training example of the base model; questions in `seen` are not used."""
+    """Make one training example of the base model; questions in `seen` are not used."""
     tale = make_tale(rng, seen)
     question, root = tale.question, (0, tale.start)
     (kind,) = rng.choices(list(PAIRS), list(PAIRS.values()))
@@ -252,7 +252,7 @@ PAD, END = "<|pad|>", "<|end|>"
 
 
 def build_tokenizer() -> PreTrainedTokenizerBase:
-    """Qwen2's tokenizer over bytes, plus one entry for every phrase of this world.
+    """Build Qwen2's tokenizer over bytes, plus one entry for every phrase of this world.
 
     Phrases keep sequences short; digits are never merged; any other text falls back to bytes. It is
     Qwen2's own class because AutoTokenizer opens no other for a Qwen2 folder.
@@ -285,7 +285,7 @@ PHRASES = (
 
 
 def _phrases() -> set[str]:
-    """The fixed parts of prompts, replies and questions."""
+    """Return the fixed parts of prompts, replies and questions."""
     hole = "\0"
     prompts = [ask(act, hole, hole) for act in ACTS]
     prompts += [ask_verify(hole, hole, hole, hole), ask_refine(hole, hole, hole)]
@@ -301,7 +301,7 @@ def _phrases() -> set[str]:
 def train_model(
     config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
 ) -> Qwen2ForCausalLM:
-    """A Qwen2 model trained from scratch on the replies."""
+    """Train a Qwen2 model from scratch on the replies."""
     from torch.nn.functional import cross_entropy
     from transformers import Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
@@ -386,7 +386,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 def _batches(
     config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids, labels), both (BATCH, T), padded on the right; pairs of like length together."""
+    """Yield (ids, labels), both (BATCH, T), right-padded; pairs of like length together."""
     from torch.nn.utils.rnn import pad_sequence
 
     rng, pad = Random(config.seed), tokenizer.get_vocab()[PAD]
@@ -416,14 +416,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], 
 
 def main(config: TinyConfig) -> None:
     folder, rng, seen = Path(config.output_dir), Random(config.seed), set[str]()
-    if (folder / "base").exists():  # its problem files go with it
+    if (folder / "base").exists():  # its problem files belong to it
         raise UserError(f"{folder}/base exists; remove it or use another output_dir.")
     for name, n in (("test", config.n_test), ("train", config.n_train)):
         rows = []
         for i in range(n):
             tale = make_tale(rng, seen)
             seen.add(tale.question)
-            own = Random(f"{config.seed}-{name}-{i}")  # solutions do not move the problems
+            own = Random(f"{config.seed}-{name}-{i}")  # solutions do not change the problems
             lines = write_path(tale, (0, tale.start), None, own, None)
             row = {"id": f"{name}-{i}", "problem": tale.question, "solution": text_of(lines)}
             rows.append(row | {"answer": str(tale.values[-1]), "level": len(tale.changes)})
@@ -436,7 +436,7 @@ def main(config: TinyConfig) -> None:
     model = train_model(config, tokenizer, iter(lambda: make_pair(rng, seen), None))
     for part in (model.bfloat16(), tokenizer):  # half the size on disk
         part.save_pretrained(folder / "base.tmp")
-    (folder / "base.tmp").rename(folder / "base")  # a base that is there is whole
+    (folder / "base.tmp").rename(folder / "base")  # so an existing base is complete
 
 
 if __name__ == "__main__":
