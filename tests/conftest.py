@@ -1,4 +1,4 @@
-"""What every test may use: commands, waiting, and one small demo run for the whole session."""
+"""Shared helpers: commands, waiting, and one small demo run for the whole session."""
 
 import fcntl
 import json

@@ -1,4 +1,4 @@
-"""A world small enough to run both training scripts in seconds, as real processes.
+"""Build a world that runs both training scripts in seconds, as real processes.
 
 A random two-layer model, problems of one change, and rows that solve them in two steps. Everything
 follows from fixed seeds: the golden losses and the kill-and-resume tests run on it.

@@ -1,4 +1,4 @@
-"""Tiny random models of three families, batches and rollouts, for the tests of rftt/learner."""
+"""Build tiny random models of three families, batches and rollouts for rftt/learner."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Random models, a few problems, and small runs on them: for tests that need nothing learnt."""
+"""Build random models, a few problems and small runs, for tests that need no learning."""
 
 from __future__ import annotations
 

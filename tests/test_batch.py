@@ -1,4 +1,4 @@
-"""batch.py: where every token of a rollout lands, and that splitting loses none."""
+"""Test batch.py: where each token of a rollout lands, and that splitting loses none."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Beam search and DVTS on trees whose values are known, and over a scripted engine."""
+"""Test beam search and DVTS on trees with known values, and over a scripted engine."""
 
 import asyncio
 from functools import partial

@@ -1,4 +1,4 @@
-"""checkpoint.py: resume is exact, to the bit, through kill −9 and on another number of ranks."""
+"""Test checkpoint.py: resume is exact to the bit, after kill −9 and on other ranks."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""Strict reading of configs, and what a mistake on the command line prints."""
+"""Test strict reading of configs, and what a mistake on the command line prints."""
 
 import os
 import subprocess

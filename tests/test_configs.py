@@ -1,4 +1,4 @@
-"""Every shipped YAML loads, every field is documented and read, bad input is one clear line."""
+"""Test that every shipped YAML loads, that every field is documented and read, and errors."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""Pair choice, cross verification and branch merging, on trees built by hand."""
+"""Test pair choice, cross verification and branch merging on trees built by hand."""
 
 import asyncio
 from dataclasses import replace

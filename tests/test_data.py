@@ -1,4 +1,4 @@
-"""Reading and writing rows: the benchmark files as they are, and errors that name the line."""
+"""Test reading and writing rows: unchanged benchmark files, errors that name the line."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""End to end: the demo learns something, leaves what it promises, and survives being killed."""
+"""Test the demo end to end: it learns, writes what it promises, and survives being killed."""
 
 import hashlib
 import json

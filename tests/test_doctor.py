@@ -1,4 +1,4 @@
-"""doctor.py finds what is wrong before the run does; memory.py against a count of the bytes."""
+"""Test that doctor.py finds faults before a run, and memory.py against a count of bytes."""
 
 from __future__ import annotations
 

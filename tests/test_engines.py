@@ -1,4 +1,4 @@
-"""One contract, every local engine: the vLLM rows run where it is installed (`-m vllm`)."""
+"""Test every local engine against one interface; vLLM runs where installed (`-m vllm`)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Every mistake a user is likely to make, made for real through the scripts: one line that says
-what, where, and how to mend it; exit code 2; under torchrun from every rank, at once.
+"""Make a user's likely mistakes through the real scripts.
+
+Each one must print one line that names what is wrong, where, and what to do, with exit code 2.
+Under torchrun every rank prints it at once.
 """
 
 from __future__ import annotations

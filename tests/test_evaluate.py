@@ -1,4 +1,4 @@
-"""evaluate.py's figures on made-up responses whose choices can be read off."""
+"""Test evaluate.py's figures on made-up responses with known choices."""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,13 +1,13 @@
-"""Nothing is lost: every script, killed, stopped or out of disk, ends as if nothing had happened.
+"""Test that no work is lost: a killed, stopped or disk-full script ends like an unbroken one.
 
     RFTT_KILLS=20 python -m pytest -q -s tests/test_faults.py
 
-injects each fault 20 times instead of 3. Real processes (tests/zygote.py forks them) on random
-models. After the last fault a run must end as an unbroken one does, and what was finished before a
-fault is not done again: a lost unit is a problem of the journal, or a step of a checkpoint, that is
-gone. The table at the end says how often what was injected, and what it cost. Damaged checkpoints,
-and servers that hang, drop or talk nonsense: `-m faults` finds their tests in test_checkpoint.py,
-test_prm.py and test_openai.py.
+injects each fault 20 times instead of 3, into real processes (tests/zygote.py forks them) on random
+models. After the last fault a run must end as an unbroken one does. What was finished before a
+fault must not be repeated: a lost unit is a problem missing in the journal, or a step missing in a
+checkpoint. The table at the end counts the injected faults and what they cost. `-m faults` also
+selects the tests of damaged checkpoints and of servers that hang, drop or reply nonsense
+(test_checkpoint.py, test_prm.py, test_openai.py).
 """
 
 from __future__ import annotations

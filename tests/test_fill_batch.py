@@ -1,4 +1,4 @@
-"""train_rl.py's exploration: problems whose rollouts all earned the same give way to new ones."""
+"""Test exploration in train_rl.py: problems with equal rewards are replaced by new ones."""
 
 import asyncio
 

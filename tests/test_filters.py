@@ -1,4 +1,4 @@
-"""Each filter on texts made for it, and the counts of `select` against what came in."""
+"""Test each filter on texts made for it, and the counts of `select` against its input."""
 
 import pytest
 from hypothesis import given

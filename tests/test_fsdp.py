@@ -1,4 +1,4 @@
-"""distributed.py: one rank and two do the same arithmetic, and leave without a trace."""
+"""Test fsdp.py: one rank and two compute the same, and release all resources."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""guard.py: an update that is not finite names its sample, is skipped and dumped, stops the run."""
+"""Test guard.py: an update that is not finite is named, skipped, dumped, and stops the run."""
 
 import json
 import math

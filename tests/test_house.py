@@ -1,6 +1,6 @@
-"""The house rules, held by walking the ASTs: who imports whom, the method's size, bans.
+"""Enforce the house rules on the ASTs: imports, the method's size, bans.
 
-Each rule can fail.
+Every rule is also tested on an example that breaks it.
 """
 
 import ast

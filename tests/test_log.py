@@ -1,4 +1,4 @@
-"""watch/log.py: what is written and printed, and that a resumed file equals an unbroken one."""
+"""Test run/log.py: what is written and printed, and that resumed files equal unbroken ones."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The grader against labelled pairs, hostile responses, all gold answers and its own symmetries."""
+"""Test the grader on labelled pairs, hostile responses, gold answers and its own symmetries."""
 
 import ast
 import doctest

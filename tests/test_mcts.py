@@ -1,4 +1,4 @@
-"""The search against hand-worked trees, a textbook implementation, and its own invariants."""
+"""Test the search against hand-worked trees, a textbook implementation and its invariants."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""model.py on tiny Qwen2-, Llama- and Gemma-style models: packing, chunks, new rows are exact."""
+"""Test tiny Qwen2-, Llama- and Gemma-style models: packing, chunks and new rows are exact."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""DPO through train_sft.py: rows, packing, the cached reference, the loss and its formula."""
+"""Test DPO through train_sft.py: rows, packing, cached reference, loss and formula."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The chat client against a local server that misbehaves on purpose."""
+"""Test the chat client against a local server that misbehaves on purpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""optim.py: schedules by hand, decay on matrices only."""
+"""Test optim.py: schedules computed by hand, decay on matrices only."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The HTML pages as a browser shows them: headless Chromium runs their scripts and takes pictures.
+"""Test the HTML pages in headless Chromium, which runs their scripts and takes pictures.
 
 Pictures go to outputs/screenshots (a CI artefact).
 """

@@ -1,4 +1,4 @@
-"""`dtype: auto` is bfloat16 only where the device computes in it."""
+"""Test that `dtype: auto` is bfloat16 only if the device computes in it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Process reward models of every family, behind one interface, in process and behind a URL."""
+"""Test process reward models of every family, in process and behind a URL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prompted.py with a scripted model: where a path of prompted acts ends."""
+"""Test prompted.py with a scripted model: where a path of prompted acts ends."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Sample once, score and filter as often as one likes: search.py's methods sample and score."""
+"""Test search.py's methods sample and score: sample once, score and filter repeatedly."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""tools/report.py on made-up run directories: what is shown, left out, and safe."""
+"""Test tools/report.py on made-up run directories: what it shows, omits, and escapes."""
 
 import json
 import math

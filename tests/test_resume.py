@@ -1,4 +1,4 @@
-"""Both training scripts as real processes: golden losses, kill −9 at any moment, other ranks.
+"""Test both training scripts as processes: golden losses, kill −9 at any moment, other ranks.
 
 Run with -s to see the hashes. Every launch trains warm-up and RL one after the other.
 """

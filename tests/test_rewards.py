@@ -1,4 +1,4 @@
-"""Rewards: the paper's amounts, the blend, and what counts as an answer at all."""
+"""Test rewards: the paper's amounts, the blend, and what counts as an answer."""
 
 import asyncio
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""rl.py against slow oracles: loops over one document at a time, written from the formulas."""
+"""Test rl.py against slow oracles: loops over one document, written from the formulas."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Functional tokens against a scripted engine: what is asked of it, and what comes back."""
+"""Test functional tokens on a scripted engine: its requests and its replies."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""The self-improvement loop: expressions, what is kept, and real runs of it that are killed."""
+"""Test the self-improvement loop: expressions, the kept model, and real runs that are killed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""search.py and evaluate.py under torchrun: ranks share the problems, and nothing else changes."""
+"""Test search.py and evaluate.py under torchrun: ranks share problems, results are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""watch/metrics.py against brute force and hand-worked cases."""
+"""Test run/stats.py against brute force and hand-worked cases."""
 
 import json
 import random

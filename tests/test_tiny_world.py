@@ -1,4 +1,4 @@
-"""The demo world: its gold answers, replies, tokenizer and files."""
+"""Test the demo world: its gold answers, replies, tokenizer and files."""
 
 from __future__ import annotations
 

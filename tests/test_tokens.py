@@ -1,4 +1,4 @@
-"""tokens.py and prompts.py on small tokenizers of three families: one id each, round trips."""
+"""Test tokens.py and prompts.py on small tokenizers of three families: ids, round trips."""
 
 import json
 import re

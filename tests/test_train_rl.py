@@ -1,4 +1,4 @@
-"""train_rl.py's own functions on a tiny model: what is learnt does not depend on the packing."""
+"""Test train_rl.py on a tiny model: what is learnt does not depend on the packing."""
 
 from random import Random
 from typing import Literal

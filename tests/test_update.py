@@ -1,4 +1,4 @@
-"""Dealing a batch out to ranks and microbatches, and summing metrics back up."""
+"""Test how a batch is dealt to ranks and microbatches, and how metrics are summed."""
 
 from dataclasses import dataclass
 

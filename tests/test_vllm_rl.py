@@ -1,4 +1,4 @@
-"""train_rl.py with vLLM inside: the engine follows the learner, on one rank and on two."""
+"""Test train_rl.py with vLLM: the engine follows the learner, on one rank and on two."""
 
 from __future__ import annotations
 

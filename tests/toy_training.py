@@ -1,4 +1,4 @@
-"""A toy PPO loop over the learner's whole API, with checkpoints: what the dist tests run.
+"""Run a toy PPO loop over the learner's API with checkpoints, for the dist tests.
 
 python tests/toy_training.py RUN_DIR STEPS, or under torchrun. It continues where RUN_DIR stopped.
 """

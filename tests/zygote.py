@@ -1,4 +1,4 @@
-"""Runs the real scripts many times, quickly: it imports the slow packages once and forks.
+"""Run the real scripts many times quickly: import the slow packages once, then fork.
 
 Reads JSON lines {"script", "arguments", "began", "after", "signal", "max_bytes"} and answers each
 with {"code"}: the script's exit code, or minus the signal that ended it. The signal is sent `after`
