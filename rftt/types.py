@@ -1,7 +1,7 @@
-"""What flows between the rooms: problems in; steps, traces and rollouts out. No torch here.
+"""Records that flow between the modules: problems in; steps, traces and rollouts out. No torch.
 
-Token ids are the truth and text is derived from them. Everything is frozen except the tree's `Node`
-(mcts.py): a record is extended with `dataclasses.replace`, never edited.
+Token ids are the truth and text is derived from them. Every record is frozen except the tree's
+`Node` (mcts.py): it is extended with `dataclasses.replace` and never edited.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ class Rollout:
     """(S,) act of each step, "" for text outside any segment."""
     finish: Finish
     group: int
-    """Rollouts of one problem in one batch share it."""
+    """Number of the problem in this batch; its rollouts share it."""
     n_generated: int
-    """Tokens this rollout cost; a prefix it shares with an earlier rollout is free."""
+    """Tokens sampled for this rollout; a prefix shared with an earlier rollout does not count."""
     forced: tuple[bool, ...] = ()
-    """(R,) openers that the tree chose; empty where nobody forced any."""
+    """(R,) openers that the tree chose; empty if there are none."""
     answer: str | None = None
     outcome: float = 0.0
     """1 if the grader accepts the answer, else 0."""
@@ -107,13 +107,13 @@ class Rollout:
     """Ids of the tree nodes on its path; empty without a tree."""
 
     def step_ids(self) -> list[tuple[int, ...]]:
-        """S token ids each: the response cut into its steps."""
+        """Return the response cut into its S steps."""
         starts = (0, *(end + 1 for end in self.step_ends))
         spans = zip(starts, self.step_ends, strict=False)
         return [self.response_ids[start : end + 1] for start, end in spans]
 
 
 def seed_for(*keys: object) -> int:
-    """63-bit seed from (run seed, problem id, path, …): the same in every process, in any order."""
+    """Return a 63-bit seed from (run seed, problem id, path, …), equal in every process."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
