@@ -118,7 +118,7 @@ def unbroken(
 
 
 def left_by(script: str, out: Path) -> dict[str, Any]:
-    """Everything that a run is for, but for the seconds and the order in which problems ended."""
+    """Return all results of a run, except seconds and the order in which problems ended."""
     if script == "search":
         trees = sorted(str(path.relative_to(out)) for path in out.glob("trees/*.json"))
         names = ["data/sft.jsonl", "stats.json", *trees]

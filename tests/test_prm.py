@@ -433,7 +433,7 @@ def test_serve_without_a_model_is_one_line() -> None:
 class Script:
     """A PRM server that answers request i with script[i], then the last entry for ever.
 
-    It answers nobody before `meet` requests have been under way at once.
+    It does not answer before `meet` requests have been in flight at once.
     """
 
     delay_s = 0.0

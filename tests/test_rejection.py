@@ -70,7 +70,7 @@ def reply(request, status, data):
 
 @pytest.fixture
 def prm():
-    """(url, inputs seen) of a server that speaks the official protocol and obeys the texts."""
+    """(url, inputs seen) of a server with the official protocol that obeys the texts."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -187,7 +187,7 @@ def test_gains_add_up_to_the_outcome_however_long_the_response(spoken):
 
 
 def test_a_response_without_answer_ends_with_its_own_score(spoken):
-    """arXiv 2502.13389: σ while there is no answer."""
+    """arXiv 2502.13389: the reward is σ without an answer."""
     _, _, made = spoken
     (scored,) = rewarded(spoken, Marks(), [replace(made, answer=None, finish="length")])
     assert scored.step_rewards == scored.step_scores

@@ -93,7 +93,7 @@ def interval(value: Mapping[str, float]) -> str:
 TABLES: dict[str, Callable[[Run], dict[str, str]]] = {
     "Training: mean of the first → the last tenth of the steps": training_cells,
     "Evaluation, with 95 % intervals over problems": evaluation_cells,
-    "Accuracy after so many search simulations": lambda run: {
+    "Accuracy over search simulations": lambda run: {
         n: interval(value) for n, value in run.summary.get("search", {}).items()
     },
     "Greedy accuracy by level": lambda run: {
