@@ -32,9 +32,8 @@ from rftt.graders.prm import ProcessModel
 from rftt.prompted import Prompted, prompted_tree, reply
 from rftt.prompts import Messages
 from rftt.run.cli import check_same_run, cli, load_function
-from rftt.run.config import SearchConfig
+from rftt.run.config import Filters, SearchConfig
 from rftt.run.data import load_problems, write_data
-from rftt.run.fields import Filters
 from rftt.run.files import Journal, Row, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
 from rftt.run.rejection import (

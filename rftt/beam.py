@@ -19,7 +19,7 @@ from functools import partial
 
 from rftt.engines.base import for_each
 from rftt.mcts import Choice, Expand, Explore, Node, Tree, Value, grow, settle
-from rftt.run.fields import Beam
+from rftt.run.config import Beam
 
 
 async def beam_search(

@@ -16,8 +16,7 @@ from random import Random
 import train_rl
 import train_sft
 from rftt.learner.fsdp import close_world, open_world
-from rftt.run.cli import load_config
-from rftt.run.config import RLConfig, SFTConfig
+from rftt.run.config import RLConfig, SFTConfig, load_config
 from rftt.run.files import write_json, write_jsonl
 from tests.learners import random_qwen2
 from tools.tiny_world import END, PAD, build_tokenizer, make_tale, write_line

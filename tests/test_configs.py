@@ -1,4 +1,4 @@
-"""Test that every shipped YAML loads, that every field is documented and read, and errors."""
+"""Test that every shipped YAML loads, and that every field is documented and read."""
 
 import ast
 import subprocess
@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rftt.run.cli import describe, field_docs, load_config
-from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
-from rftt.types import UserError
+from rftt.run.config import (
+    EvalConfig,
+    RLConfig,
+    SearchConfig,
+    SFTConfig,
+    describe,
+    field_docs,
+    load_config,
+)
 from tools.self_improve import LoopConfig
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +31,7 @@ SCRIPTS = {
 """How a config file's name begins -> its class and script."""
 YAMLS = sorted(ROOT.glob("configs/**/*.yaml"))
 REFUSED = {"top_p"}
-"""Fields that exist to be refused with a reason (RLConfig.__post_init__): nothing reads them."""
+"""Fields that exist to be refused with a reason (a validator of RLConfig): nothing reads them."""
 by_script = pytest.mark.parametrize("kind", SCRIPTS)
 
 
@@ -51,7 +57,7 @@ def test_each_model_has_a_config_for_every_script(folder: str) -> None:
 @by_script
 def test_every_field_has_a_docstring_and_is_in_the_help(kind: str) -> None:
     schema = SCRIPTS[kind][0]
-    docs = {name: doc for base in schema.__mro__[:-1] for name, doc in field_docs(base).items()}
+    docs = field_docs(schema)
     assert sorted(docs) == sorted(field.name for field in fields(schema))
     assert [name for name, doc in docs.items() if not doc.strip()] == []
     assert [name for name in docs if f"\n{name}: " not in describe(schema)] == []
@@ -111,61 +117,3 @@ def test_the_published_recipe_is_the_papers() -> None:
     assert (rl.num_ppo_epochs, rl.search_depth, rl.exploration_weight) == (1, 18, 2.0)
     assert (rl.correct_reward, rl.wrong_reward, rl.no_answer_reward) == (1.0, 0.1, 0.0)
     assert (rl.advantage_estimator, rl.sampling_method) == ("reinforce++", "mcts")
-
-
-# ---- Reading ----
-
-NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate=1e-6"]
-
-
-def test_overrides_come_after_the_file_and_keep_their_types(tmp_path: Path) -> None:
-    (tmp_path / "rl.yaml").write_text(
-        "output_dir: o\nmodel_name_or_path: m\ntrain_file: t\nlearning_rate: 5e-7\nreport_to: []\n"
-    )
-    config = load_config(
-        RLConfig,
-        [str(tmp_path / "rl.yaml"), "kl_target=0.1", "report_to=[wandb]", "output_dir=7", "lam=1"],
-    )
-    assert config.learning_rate == 5e-7  # YAML itself reads 5e-7 as text
-    assert (config.kl_target, config.report_to, config.output_dir) == (0.1, ["wandb"], "7")
-    assert isinstance(config.lam, float)
-    assert load_config(RLConfig, [*NEEDED, "kl_target=null"]).kl_target is None
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("learning_rat=1", r"unknown key 'learning_rat' .* Did you mean 'learning_rate'\?"),
-        ("advantage_estimator=ppo2", r"'ppo2' is not one of ppo, reinforce\+\+, grpo"),
-        ("max_steps=many", r"max_steps='many' is not a int"),
-        ("max_steps=1.5", r"max_steps=1.5 is not a int"),
-        ("gradient_checkpointing=1", r"gradient_checkpointing=1 is not a bool"),
-        ("learning_rate=fast", r"learning_rate='fast' is not a float"),
-        ("seed=true", r"seed=True is not a int"),
-        ("report_to=wandb", r"report_to='wandb' is not a list"),
-        ("train_batch_size=48", r"256 is not divisible by train_batch_size 48; nearest: 32, 64\."),
-        ("top_p=0.9", r"top_p=0.9 .* set top_p: 1.0"),
-        ("nowhere.yaml", r"nowhere.yaml does not exist"),
-    ],
-)
-def test_bad_input_is_one_line_that_names_the_cure(argument: str, message: str) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        load_config(RLConfig, [*NEEDED, argument])
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("- a list", "does not hold `key: value` lines"),
-        ("", "does not hold `key: value` lines"),
-        ("a: [1", "is not YAML"),
-        ("seed: 1\n\nsede: 2", r"unknown key 'sede' \(.*rl.yaml line 3\)"),
-        ("seed: 1", r"learning_rate is not set; add it to the file"),
-    ],
-)
-def test_a_bad_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "rl.yaml").write_text(text)
-    with pytest.raises(UserError, match=message) as caught:
-        load_config(RLConfig, [str(tmp_path / "rl.yaml")])
-    assert "\n" not in str(caught.value)

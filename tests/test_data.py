@@ -121,8 +121,7 @@ def test_seeds_are_stable_across_processes():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="benchmark files are not here")
 def test_the_grader_is_audited_on_a_data_set(tmp_path, capsys):
-    from rftt.run.cli import load_config
-    from rftt.run.config import EvalConfig
+    from rftt.run.config import EvalConfig, load_config
     from tools import audit_grader
 
     arguments = ["model_name_or_path=none", f"eval_file={SHARED / 'amc23.jsonl'}"]

@@ -22,8 +22,7 @@ from rftt.learner.logprobs import CHUNK_LOGITS, KEPT_LOGITS, token_logprobs
 from rftt.learner.model import load_policy
 from rftt.learner.offline import sft_loss
 from rftt.learner.setup import build_models
-from rftt.run.cli import load_config
-from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.types import UserError
 from tests.conftest import run
 from tests.small_world import damage, make_world, settings

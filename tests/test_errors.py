@@ -20,8 +20,7 @@ from torch import distributed as dist
 from transformers.utils import logging
 
 from rftt.learner import fsdp as distributed
-from rftt.run.cli import load_config
-from rftt.run.config import RLConfig
+from rftt.run.config import RLConfig, load_config
 from tests.conftest import ROOT, TORCHRUN, run
 from tests.small_world import damage, make_world, settings
 
@@ -69,8 +68,8 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "unknown key": ("train_rl", ["{bad}/rl.yaml"],
         ["unknown key 'learing_rate'", "rl.yaml line 2", "Did you mean 'learning_rate'?"]),
     "wrong choice": ("train_rl", ["advantage_estimator=ppo2"],
-        ["advantage_estimator='ppo2'", "is not one of ppo, reinforce++, grpo", "command line"]),
-    "wrong type": ("train_rl", ["max_steps=many"], ["max_steps='many' is not a int"]),
+        ["`advantage_estimator` must be one of ppo,", "grpo, got 'ppo2' (on the command line)"]),
+    "wrong type": ("train_rl", ["max_steps=many"], ["must be an integer", "got 'many'"]),
     "incompatible": ("train_rl", ["num_generations=1", "train_batch_size=2"],
         ["num_generations=1", "zero advantages with grpo", "use at least 2"]),
     "no use": ("train_rl", ["advantage_estimator=grpo", "whiten_rewards=true"],

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rftt.curate import follows_grammar, leaks, mentions, repeats
-from rftt.run.cli import load_config, load_function
-from rftt.run.config import SearchConfig
+from rftt.run.cli import load_function
+from rftt.run.config import SearchConfig, load_config
 from rftt.run.filters import FILTERS, ngrams, script_ratio, select, similarity
 from rftt.types import UserError
 
@@ -159,5 +159,5 @@ def test_counts_add_up_to_what_came_in(rows, some, others):
 
 
 def test_an_unknown_script_is_one_clear_line():
-    with pytest.raises(UserError, match="scripts='lattin' is not one of latin, cyrillic"):
+    with pytest.raises(UserError, match=r"`scripts\[0\]` must be one of latin, cyrillic.*'lattin'"):
         config(scripts="[lattin]")

@@ -18,8 +18,7 @@ import search
 from rftt.engines import openai as api_module
 from rftt.engines.base import Reply, Sampling, for_each
 from rftt.engines.openai import Spending, open_api
-from rftt.run.config import EvalConfig, RLConfig, SearchConfig
-from rftt.run.fields import Api
+from rftt.run.config import Api, EvalConfig, RLConfig, SearchConfig
 from rftt.run.files import read_jsonl, write_jsonl
 from rftt.types import UserError
 from tests.conftest import HANG_LIMIT

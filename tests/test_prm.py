@@ -43,9 +43,7 @@ from rftt.graders.prm import (
     to_wire,
 )
 from rftt.graders.prm_local import LocalPRM, label_ids
-from rftt.run.cli import load_config
-from rftt.run.config import EvalConfig, RLConfig, SearchConfig
-from rftt.run.fields import ServeConfig
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig, ServeConfig, load_config
 from rftt.run.files import write_json, write_jsonl
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import UserError

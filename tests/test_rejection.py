@@ -14,8 +14,7 @@ import search
 from rftt.engines.base import Reply
 from rftt.engines.chat import load_tokenizer
 from rftt.prompted import Prompted
-from rftt.run.cli import load_config
-from rftt.run.config import SearchConfig
+from rftt.run.config import SearchConfig, load_config
 from rftt.run.data import load_rows
 from rftt.run.files import write_jsonl
 from rftt.run.precision import settle_dtype

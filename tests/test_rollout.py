@@ -12,8 +12,7 @@ from rftt.engines.chat import engine_chat
 from rftt.mcts import Tree
 from rftt.prompted import Prompted
 from rftt.rollout import Learned, cut, expand_learned, learned_tree, sample, tree_rollouts
-from rftt.run.cli import load_config
-from rftt.run.fields import Acts
+from rftt.run.config import Acts, load_config
 from rftt.tokens import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
 from rftt.types import Completion, Problem, Step, UserError
 
@@ -212,7 +211,9 @@ def test_an_act_may_have_several_texts_and_the_likeliest_comes_first():
     assert acts == ["clarify", "clarify", "analysis", "analysis"]  # by prior, each twice
     assert len({node.key for node in tree.nodes}) == len(tree.nodes)
     assert len({sampling.seed for _, sampling in ctx.engine.asked}) == len(ctx.engine.asked)
-    with pytest.raises(UserError, match="children_per_act=0 is too small"):
+    with pytest.raises(
+        UserError, match="`children_per_act` must be an integer of at least 1, got 0"
+    ):
         load_config(Acts, ["children_per_act=0"])
 
 

@@ -12,12 +12,19 @@ from conftest import ENV, ROOT, run, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.run.cli import load_config
-from rftt.run.config import SFTConfig
+from rftt.run.config import SFTConfig, load_config
 from rftt.run.files import read_jsonl, write_jsonl
-from rftt.run.schedule import MAX_VALUE, value_at
 from rftt.types import UserError
-from tools.self_improve import LoopConfig, arguments, best_of, check_steps, iterate, rounds_table
+from tools.self_improve import (
+    MAX_VALUE,
+    LoopConfig,
+    arguments,
+    best_of,
+    check_steps,
+    iterate,
+    rounds_table,
+    value_at,
+)
 
 # ---- Expressions ----
 
@@ -43,31 +50,31 @@ def test_loop_expressions(text: str, values: list[float]) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("__import__('os').system('true')", "is not allowed"),
-        ("().__class__", "is not allowed"),
-        ("iter.real", "is not allowed"),
-        ("abs(iter)", "is not allowed"),
-        ("min()", "is not allowed"),
-        ("max(1, key=iter)", "is not allowed"),
-        ("max(*(1, 2))", "is not allowed"),
-        ("[x for x in iter]", "is not allowed"),
-        ("1 if iter else 2", "is not allowed"),
-        ("lambda: 1", "is not allowed"),
-        ("True", "is not allowed"),
-        ("1j", "is not allowed"),
-        ("'a' * 9", "is not allowed"),
-        ("~iter", "is not allowed"),
-        ("1 << 9", "is not allowed"),
-        ("iteration", "is not allowed"),
+        ("__import__('os').system('true')", "is not supported"),
+        ("().__class__", "is not supported"),
+        ("iter.real", "is not supported"),
+        ("abs(iter)", "is not supported"),
+        ("min()", "is not supported"),
+        ("max(1, key=iter)", "is not supported"),
+        ("max(*(1, 2))", "is not supported"),
+        ("[x for x in iter]", "is not supported"),
+        ("1 if iter else 2", "is not supported"),
+        ("lambda: 1", "is not supported"),
+        ("True", "is not supported"),
+        ("1j", "is not supported"),
+        ("'a' * 9", "is not supported"),
+        ("~iter", "is not supported"),
+        ("1 << 9", "is not supported"),
+        ("iteration", "is not supported"),
         ("x := 1", "does not parse"),
         ("1 +", "does not parse"),
         ("", "does not parse"),
         ("(" * 90 + ")" * 90, "longer than 100 characters"),
         ("9**9**9", "9 ** 387420489 is out of bounds"),
         ("(0 - 8)**0.5", "out of bounds"),
-        ("10**60", "too large"),
-        ("1e999", "too large"),
-        ("1e999 - 1e999", "too large"),
+        ("10**60", "out of bounds"),
+        ("1e999", "out of bounds"),
+        ("1e999 - 1e999", "out of bounds"),
         ("1 / iter", "division by zero"),
         ("0 ** (iter - 1)", "negative power"),
     ],
@@ -118,8 +125,8 @@ def test_loop_settings_follow_the_iteration_and_keep_the_rest() -> None:
         assert f"temperature={0.5 * (n - 1)}" in given
         assert f"max_problems={10 * n}" in given
         assert f"seed={7 + n}" in given
-        assert 'method="sample"' in given
-        assert 'output_dir="a b: c"' in given
+        assert "method=sample" in given
+        assert "output_dir=a b: c" in given
     assert "seed=7" in arguments(cfg, "evaluate", 3, {})  # the same draws for every model
     assert "seed=5" in arguments(config("search.seed=5"), "search", 2, {})
 
@@ -131,13 +138,19 @@ def test_loop_settings_follow_the_iteration_and_keep_the_rest() -> None:
             "search.temperatur3=1",
             r"search, iteration 1: .*'temperatur3'.* Did you mean 'temperature'",
         ),
-        ("search.simulations=8/3", r"simulations=2.66.* is not a int"),
-        ("search.simulations=2 - iter", r"search, iteration 3: config: simulations=0 is too small"),
-        ("train.learning_rate=fast", r"train\.learning_rate: 'fast' is no number or expression"),
+        ("search.simulations=8/3", r"`simulations` must be an integer.*, got '2.66"),
+        (
+            "search.simulations=2 - iter",
+            r"search, iteration 3: `simulations` must .* 1, got 0",
+        ),
+        (
+            "train.learning_rate=fast",
+            r"train\.learning_rate: 'fast' must be a number or an",
+        ),
         ("train.loss_of=1", r"train, iteration 1: .*unknown key 'loss_of'"),
-        ("seed.x=1", r"seed=.* is not a int"),
-        ("iterate_from=best", r"not one of base, last, last_full_state"),
-        ("search=8", r"search=8 is not a dict"),
+        ("seed.x=1", r"`seed` must be an integer"),
+        ("iterate_from=best", r"must be one of base, last, last_full_state, got 'best'"),
+        ("search=8", r"`search` must be a mapping, got '8'"),
         ("guard_files=[a/test.jsonl]", r"need distinct names"),
         ("search.output_dir=mine", r"search\.output_dir: the loop itself sets it"),
         ("train.initial_state=mine", r"train\.initial_state: the loop itself sets it"),

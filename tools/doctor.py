@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,8 +26,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.engines.chat import encode_chat, eos_id, load_tokenizer
 from rftt.graders.math import grade
 from rftt.prompts import question_messages
-from rftt.run.cli import cli, given, is_required
-from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
+from rftt.run.cli import cli
+from rftt.run.config import (
+    EvalConfig,
+    RLConfig,
+    SearchConfig,
+    SFTConfig,
+    given,
+    required_keys,
+    specs,
+)
 from rftt.run.data import load_problems
 from rftt.run.files import read_jsonl, write_json
 from rftt.run.log import say
@@ -269,11 +277,14 @@ def main(cfg: Config) -> None:
 
 def schema_of(argv: Sequence[str]) -> type:
     """Whose config this is: the class that knows most of its keys and misses fewest."""
-    keys = set(given(argv))
+    try:
+        keys = set(given(argv))
+    except UserError:
+        keys = set()  # `cli` reads it again and reports the mistake
 
     def strangeness(schema: type) -> int:
-        missing = [f for f in fields(schema) if is_required(f) and f.name not in keys]
-        return len(keys - {f.name for f in fields(schema)}) + len(missing)
+        missing = set(required_keys(schema)) - keys
+        return len(keys - specs(schema).keys()) + len(missing)
 
     return min(SCRIPTS, key=strangeness)
 

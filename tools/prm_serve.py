@@ -24,7 +24,7 @@ from threading import Thread
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.graders.prm import TAG, ProcessModel, Unscored, ranking_warning
 from rftt.run.cli import cli
-from rftt.run.fields import ServeConfig
+from rftt.run.config import ServeConfig
 from rftt.run.log import say
 from rftt.types import UserError
 

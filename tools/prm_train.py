@@ -17,15 +17,17 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.run.cli import cli
+from rftt.run.config import Count, LocalPath, Positive, Seed, ServeConfig, config_class
 from rftt.run.files import read_jsonl, write_json
 from rftt.types import UserError
 
@@ -33,25 +35,25 @@ Labelled = tuple[str, list[str], list[float | None]]
 """Question, steps, and per step the share of right answers below; None: counted elsewhere."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class PRMTrainConfig:
     """tools/prm_train.py: train a process reward model on the trees of search.py."""
 
-    search_dir: str
+    search_dir: LocalPath
     """Run directory of search.py."""
-    model_name_or_path: str
+    model_name_or_path: LocalPath
     """Hugging Face folder to start from: the model that searched."""
-    output_dir: str
+    output_dir: LocalPath
     """Folder that receives the model."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the head's first weights and the order of the rows."""
-    num_train_epochs: int = 3
+    num_train_epochs: Count = 3
     """Passes over the rows."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Peak learning rate; it falls to 0 along a cosine."""
-    train_batch_size: int = 32
+    train_batch_size: Count = 32
     """Paths per optimizer step."""
-    eval_ratio: float = 0.1
+    eval_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the problems that is held out for the AUC."""
 
 
@@ -184,7 +186,6 @@ def _judge(folder: Path, rows: list[Labelled]) -> dict[str, float]:
     """Return the AUC of the steps of held-out problems, scored through the public interface."""
     from rftt.graders.prm import score_paths
     from rftt.graders.prm_local import LocalPRM
-    from rftt.run.fields import ServeConfig
 
     cfg = ServeConfig(prm_model_name_or_path=str(folder), dtype="float32", device="cpu")
     found = asyncio.run(score_paths(LocalPRM(cfg), [(q, steps) for q, steps, _ in rows]))

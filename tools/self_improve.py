@@ -12,8 +12,10 @@ is a function of the evaluations. Models are named, never deleted.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import json
+import operator
 import subprocess
 import sys
 import typing
@@ -21,56 +23,70 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.run.cli import check_same_run, cli, load_config
-from rftt.run.config import EvalConfig, SearchConfig, SFTConfig
+from rftt.run.cli import check_same_run, cli
+from rftt.run.config import (
+    Count,
+    EvalConfig,
+    LocalPath,
+    Runtime,
+    SearchConfig,
+    Seed,
+    SFTConfig,
+    Share,
+    config_class,
+    load_config,
+)
 from rftt.run.files import Journal, read_jsonl, write_json
-from rftt.run.schedule import value_at
 from rftt.run.stats import mean_ci, paired_bootstrap
 from rftt.types import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class LoopConfig:
     """tools/self_improve.py: generate, score, filter, train, evaluate, N times (ms-swift's RFT)."""
 
-    output_dir: str
+    output_dir: Runtime[LocalPath]
     """Run directory; every step has a folder of its own below it."""
-    model_name_or_path: str
+    model_name_or_path: LocalPath
     """The base model: where the first iteration begins."""
-    seed: int = 0
+    seed: Seed = 0
     """Iteration n samples and trains with seed + n, unless a step sets its own."""
-    iterations: int = 3
+    iterations: Runtime[Count] = 3
     """Rounds of generating and training; a finished loop may be continued with more."""
     iterate_from: Literal["base", "last", "last_full_state"] = "base"
     """What is trained: the base anew, the last model, or that with its optimizer's moments. What
     generates is always the last model (ms-swift's RFT)."""
     search: dict[str, Any]
     """Keys of search.py, with `config` naming its file. In every step any number may be an
-    expression of iter, the iterations done before: `temperature: 0.7 + 0.1*iter`."""
+    expression of iter, the number of finished iterations: `temperature: 0.7 + 0.1*iter`."""
     train: dict[str, Any]
     """Keys of train_sft.py."""
     evaluate: dict[str, Any]
     """Keys of evaluate.py."""
-    target_file: str
+    target_file: LocalPath
     """Problems whose accuracy decides which model is best."""
-    guard_files: list[str] = field(default_factory=list)
+    guard_files: list[LocalPath] = field(default_factory=list)
     """Problems of other kinds, on which training should cost nothing."""
     metric: Literal["greedy", "sampled"] = "greedy"
     """Accuracy of the likeliest response, or the mean over num_samples samples."""
-    guard_max_drop: float = 0.02
+    guard_max_drop: Share = 0.02
     """A model more than this share below the base on any guard set is not kept as the best."""
     on_guard_drop: Literal["warn", "stop", "roll_back"] = "warn"
     """And then: go on from it, end the loop, or go on from the best model so far."""
     launch: list[str] = field(default_factory=list)
     """What starts each script instead of python, such as [torchrun, --nproc_per_node, "8"]."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Self:
         names = [Path(file).stem for file in (self.target_file, *self.guard_files)]
         if len(names) > len(set(names)):
             raise UserError(f"target_file and guard_files need distinct names, not {names}.")
+        return self
 
 
 STEPS: dict[str, tuple[str, type, tuple[str, ...]]] = {
@@ -182,8 +198,8 @@ def own_keys(cfg: LoopConfig, step: str) -> dict[str, Any]:
 
 
 def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> list[str]:
-    """The command line of a step in iteration n: its file, its keys with expressions worked out,
-    and what the loop itself sets. Values are written as JSON, which YAML reads as it is."""
+    """Return the command line of a step in iteration n: its file, its keys with expressions
+    evaluated, and what the loop itself sets."""
     hints = typing.get_type_hints(STEPS[step][1])
     keys: dict[str, Any] = {"seed": cfg.seed + (n if step != "evaluate" else 0)}
     keys |= own_keys(cfg, step) | chosen
@@ -191,14 +207,15 @@ def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> lis
     for key, value in keys.items():
         if isinstance(value, str) and hints.get(key) in NUMBERS:
             value = value_at(f"{step}.{key}", value, max(0, n - 1))
-        line.append(f"{key}={json.dumps(value)}")
+        # Text is taken literally by the script; everything else is written as JSON.
+        line.append(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
     return line
 
 
 def settings(cfg: LoopConfig, step: str, n: int) -> Any:
     """A step of iteration n as its script will read it, but for what only the loop can know."""
     _, schema, files = STEPS[step]
-    ours = dict.fromkeys(("output_dir", "model_name_or_path", *files), "")
+    ours = dict.fromkeys(("output_dir", "model_name_or_path", *files), "-")
     if both := ours.keys() & own_keys(cfg, step).keys():
         raise UserError(f"{step}.{min(both)}: the loop itself sets it; leave it out.")
     try:
@@ -213,6 +230,65 @@ def check_steps(cfg: LoopConfig) -> None:
         found = {step: settings(cfg, step, n) for step in STEPS}
         if cfg.metric == "sampled" and found["evaluate"].num_samples == 0:
             raise UserError("metric=sampled needs evaluate.num_samples of at least 1.")
+
+
+# ---- Numbers that change from one iteration to the next ----
+
+MAX_LENGTH, MAX_VALUE, MAX_EXPONENT = 100, 1e15, 64
+"""Characters of an expression, size of every intermediate value, exponent of **."""
+OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+FUNCTIONS: dict[str, Callable[[list[Any]], Any]] = {"min": min, "max": max}
+
+
+def value_at(key: str, text: str, iteration: int) -> float:
+    """Return the value of the expression `text`, set for `key`, when `iter` is `iteration`.
+
+    Nothing is executed: the parsed text is walked, and all bounds above hold on the way.
+    """
+    try:
+        if len(text) > MAX_LENGTH:
+            raise ValueError(f"it is longer than {MAX_LENGTH} characters")
+        return _value(ast.parse(text.strip(), mode="eval").body, iteration)
+    except SyntaxError:
+        reason = "it does not parse"
+    except (ValueError, ArithmeticError) as error:
+        reason = str(error)
+    raise UserError(
+        f"{key}: {text!r} must be a number or an expression of iter ({reason}); write numbers, "
+        "+ - * / // % **, min(…), max(…) and iter, as in min(0.7 + 0.1*iter, 0.9)."
+    )
+
+
+def _value(node: ast.expr, iteration: int) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            result = value
+        case ast.Name(id="iter"):
+            result = iteration
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            result = -_value(operand, iteration)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            a, b = _value(left, iteration), _value(right, iteration)
+            if isinstance(op, ast.Pow) and abs(b) > MAX_EXPONENT:
+                raise ValueError(f"{a} ** {b} is out of bounds")
+            result = OPERATORS[type(op)](a, b)
+        case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]) if (
+            name in FUNCTIONS
+        ):
+            result = FUNCTIONS[name]([_value(arg, iteration) for arg in args])
+        case _:
+            raise ValueError(f"{ast.unparse(node)!r} is not supported")
+    if isinstance(result, complex) or not abs(result) <= MAX_VALUE:  # NaN compares as False
+        raise ValueError(f"{ast.unparse(node)!r} is out of bounds")
+    return result
 
 
 # ---- What is kept, and what is shown ----

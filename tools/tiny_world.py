@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.engines.chat import encode_chat
 from rftt.prompts import Messages, ask, ask_refine, ask_verify, question_messages
 from rftt.run.cli import cli
+from rftt.run.config import Count, LocalPath, Seed, Whole, config_class
 from rftt.run.files import write_jsonl
 from rftt.tokens import ACTS, description_of, successors
 from rftt.types import UserError
@@ -36,21 +37,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class TinyConfig:
     """tools/tiny_world.py: write the demo world (base model and problem files)."""
 
-    output_dir: str
+    output_dir: LocalPath
     """Folder that receives the model and the three files."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the problems, the initial weights and the order of the examples."""
-    train_steps: int = 2500
+    train_steps: Count = 2500
     """Optimizer steps of the base model: about 0.07 CPU seconds each."""
-    n_train: int = 2000
+    n_train: Count = 2000
     """Problems for search and RL."""
-    n_test: int = 500
+    n_test: Count = 500
     """Held-out problems, which occur neither in train.jsonl nor in the base model's examples."""
-    n_guard: int = 300
+    n_guard: Whole = 300
     """Problems of another family, to measure what the model forgets."""
 
 

@@ -29,7 +29,7 @@ from rftt.run.files import Journal
 from rftt.types import UserError
 
 if TYPE_CHECKING:
-    from rftt.run.fields import Api
+    from rftt.run.config import Api
 
 MESSAGE_OVERHEAD = 64
 """Tokens that a chat template may add to one message; generous, for the worst case."""

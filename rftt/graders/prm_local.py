@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rftt.graders.prm import ProcessConfig
-    from rftt.run.fields import ServeConfig
+    from rftt.run.config import ServeConfig
 
 Readout = Callable[[Tensor], Tensor]
 """(S, hidden) states at the marks -> (S,) scores."""

@@ -1,244 +1,462 @@
-"""What can be set: one dataclass per script, a docstring with unit and source per field.
+"""What can be set, and how it is read: `script.py config.yaml key=value …` -> a checked dataclass.
 
-Sources are the paper (arXiv 2502.13389), or the library that set the name; cli.py reads the files.
-Field groups are dataclass bases, the one use of inheritance beside nn.Module: no field is written
-twice.
+One dataclass per script; the docstring under each field gives its meaning, unit and source (the
+paper, arXiv 2502.13389, or the library that set the name). pydantic checks types and ranges, and a
+mistake becomes one line that names the key, the allowed values, what was found and where. Field
+groups are base classes, the one use of inheritance beside nn.Module: no field is written twice.
 """
 
-from __future__ import annotations
+import difflib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
 
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+import pydantic.dataclasses
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-from rftt.run.fields import Acts, Api, Beam, Filters, Process
 from rftt.types import UserError
 
+C = TypeVar("C")
+T = TypeVar("T")
 
-@dataclass(frozen=True, kw_only=True)
+# ---- Types of fields: what a number may be stands here, not in the code that uses it ----
+
+Runtime = Annotated[T, Field(json_schema_extra={"runtime": True})]
+"""A key that a continued run may change: place, budget, speed and display, but no result."""
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Temperature = Annotated[float, Field(ge=0, le=10)]
+Reward = Annotated[float, Field(ge=-100, le=100)]
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path whose `~` is the home folder; names on the Hugging Face hub pass through unchanged."""
+Script = Literal[
+    "latin", "cyrillic", "greek", "cjk", "hiragana", "katakana", "hangul", "arabic", "thai"
+]
+"""First word of the Unicode names of a script's letters."""
+Act = Literal[
+    "clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine"
+]
+"""Functional tokens that a response may lack."""
+
+RUNTIME_KEYS: set[str] = set()
+"""Names of all fields marked `Runtime`; `config_class` adds them."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+def config_class(cls: type[C]) -> type[C]:
+    """Make `cls` a frozen dataclass whose fields pydantic checks; unknown keys are errors."""
+    settings = ConfigDict(
+        extra="forbid",
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        defer_build=True,
+    )
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=settings)(cls)
+    for name, info in made.__pydantic_fields__.items():
+        if info.json_schema_extra == {"runtime": True}:
+            RUNTIME_KEYS.add(name)
+    return made
+
+
+# ---- The settings ----
+
+
+@config_class
 class Common:
-    output_dir: str
+    output_dir: Runtime[LocalPath]
     """Run directory; everything the script writes is below it."""
-    model_name_or_path: str
+    model_name_or_path: LocalPath
     """Hugging Face folder or hub name of the model to start from."""
-    seed: int = 0
-    """Every random choice derives from it, the problem's id and the step."""
+    seed: Seed = 0
+    """Seed; every random choice derives from it, the problem's id and the step."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of weights in engines and of compute in training (arXiv 2502.13389: bf16). auto is
     bfloat16 where the device computes in it (GPUs, CPUs with AMX or AVX512-BF16), else float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU when there is one."""
+    device: Runtime[Literal["auto", "cpu", "cuda"]] = "auto"
+    """Device of the models; auto is a GPU if one is available."""
     system_prompt: str | None = None
-    """Goes before every question in SFT, RL, evaluation and plain sampling, and before those of a
-    qwen PRM in this process; phase 1's tree search asks with instructions of its own."""
+    """System turn before every question in SFT, RL, evaluation and plain sampling, and of a qwen
+    PRM in this process. Phase 1's tree search uses its own instructions."""
     trust_remote_code: bool = False
-    """Run Python code that comes with a model folder."""
+    """Permission to run Python code that comes with a model folder."""
     prompt_key: str | None = None
     """Field of the data that holds the question, where it has none of the usual names."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Graded:
     answer_key: str | None = None
     """Field of the data that holds the gold answer, where it has none of the usual names."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class EngineKeys:
     engine: Literal["hf", "vllm", "api"] = "hf"
-    """What samples: transformers, always there; vLLM, the fast one; api, another model's URL, for
-    search.py only."""
-    max_model_len: int = 8192
+    """Sampler: hf is transformers, vllm is faster, api is another model's URL (search.py only)."""
+    max_model_len: Count = 8192
     """Prompt plus response, in tokens (arXiv 2502.13389: cutoff 8192)."""
-    max_num_seqs: int = 256
-    """Sequences decoded together at most."""
-    gpu_memory_utilization: float = 0.4
+    max_num_seqs: Runtime[Count] = 256
+    """Maximum number of sequences decoded together."""
+    gpu_memory_utilization: Runtime[Annotated[float, Field(gt=0, le=1)]] = 0.4
     """Share of a GPU that vLLM may take beside the learner."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class Training:
-    learning_rate: float
+    learning_rate: Positive
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape after the warm-up."""
-    warmup_ratio: float = 0.0
+    """Shape of the learning rate after the warm-up."""
+    warmup_ratio: Share = 0.0
     """Share of all steps (SFT: optimizer steps, RL: rounds) over which the rate rises from 0."""
-    min_lr_ratio: float = 0.0
-    """The schedule ends at this share of the peak."""
-    adam_beta1: float = 0.9
-    """arXiv 2502.13389."""
-    adam_beta2: float = 0.95
-    """arXiv 2502.13389."""
-    weight_decay: float = 0.0
+    min_lr_ratio: Share = 0.0
+    """Share of the peak at which the schedule ends."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment (arXiv 2502.13389)."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment (arXiv 2502.13389)."""
+    weight_decay: NotNegative = 0.0
     """AdamW, decoupled."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit needs bitsandbytes and a GPU; we have not run it, under FSDP2 or without."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm (arXiv 2502.13389)."""
-    max_tokens_per_microbatch: int = 16384
+    """Optimizer; adamw_8bit needs bitsandbytes and a GPU, and we have not run it."""
+    max_grad_norm: Positive = 1.0
+    """Global norm to which gradients are clipped (arXiv 2502.13389)."""
+    max_tokens_per_microbatch: Runtime[Count] = 16384
     """Packed tokens of one forward pass on one rank: the knob for memory."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about 30 % more compute."""
-    fsdp_cpu_offload: bool = False
-    """Keep sharded weights and optimizer state in host memory between uses."""
-    save_steps: int = 50
-    """A checkpoint every so many steps, and at the end; 0 keeps only the end."""
-    save_total_limit: int = 2
-    """Newest checkpoints kept, beside the best one."""
-    overwrite_output_dir: bool = False
+    gradient_checkpointing: Runtime[bool] = False
+    """Recomputation of activations in the backward pass: less memory, about 30 % more compute."""
+    fsdp_cpu_offload: Runtime[bool] = False
+    """Storage of sharded weights and optimizer state in host memory between uses."""
+    save_steps: Runtime[Whole] = 50
+    """Steps between two checkpoints; 0 saves only at the end."""
+    save_total_limit: Runtime[Whole] = 2
+    """Number of newest checkpoints kept beside the best one."""
+    overwrite_output_dir: Runtime[bool] = False
     """Forget the checkpoints in output_dir and start over, each time the script is started."""
-    report_to: list[str] = field(default_factory=list)
+    report_to: Runtime[list[str]] = field(default_factory=list)
     """Any of tensorboard, wandb; metrics.jsonl is always written."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
+class StepModel:
+    """A process reward model that runs in this process."""
+
+    prm_model_name_or_path: LocalPath | None = None
+    """Hugging Face folder or hub name of the process reward model."""
+    prm_family: Literal["auto", "math_shepherd", "qwen", "value"] = "auto"
+    """How the model reads a solution: a good/bad token after a step tag (math_shepherd), a head at
+    <extra_0> (qwen) or at line ends (value). auto looks at its weights."""
+    prm_step_tag: str | None = None
+    """Mark of the end of a step; None is the family's own: ки, <extra_0>, a line break."""
+    prm_good_token: str = "+"
+    """math_shepherd: its share of good + bad is the score (Math-Shepherd). A model over byte-level
+    BPE may have learnt " +" and " -", spaces included."""
+    prm_bad_token: str = "-"
+    """math_shepherd: the token of a bad step."""
+    prm_max_tokens_per_batch: Runtime[Count] = 16384
+    """Padded tokens of one forward pass of the process reward model: its knob for memory."""
+    prm_check_file: LocalPath | None = None
+    """JSON {question, good, bad} of a right and a wrong list of steps that it must rank before it
+    is trusted; None takes a built-in example."""
+
+
+@config_class
+class ServeConfig(StepModel):
+    """tools/prm_serve.py: a process reward model behind a URL."""
+
+    host: str = "127.0.0.1"
+    """Address to bind; anything but loopback lets others in."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8008
+    """Port to bind (the official server's); 0 takes a free one."""
+    max_body_bytes: Count = 1 << 20
+    """Size limit of a request body, in bytes."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the weights; auto is bfloat16 where the device computes in it, else float32."""
+    device: Runtime[Literal["auto", "cpu", "cuda"]] = "auto"
+    """Device of the models; auto is a GPU if one is available."""
+    system_prompt: str | None = None
+    """qwen: instead of the chat template's own."""
+    trust_remote_code: bool = False
+    """Permission to run Python code that comes with a model folder."""
+
+
+@config_class
+class Process(StepModel):
+    """Process rewards (arXiv 2502.13389), from a model in this process or behind a URL."""
+
+    use_prm: bool = False
+    """Score every step with a process reward model."""
+    prm_url: Runtime[str | None] = None
+    """Server to ask instead (official: remote_rm_url): POST {"input": …} -> {"score": […]}."""
+    prm_reduce: Literal["min", "mean", "last", "prod"] = "mean"
+    """Reduction of step scores to a path's score (arXiv 2502.13389: the mean chooses pairs)."""
+    prm_timeout_s: Runtime[Positive] = 60.0
+    """Timeout per request, in seconds."""
+    prm_tries: Runtime[Count] = 3
+    """Attempts, with growing pauses, before the server counts as not reachable."""
+    prm_max_concurrency: Runtime[Count] = 64
+    """Concurrent requests to the server."""
+
+    @model_validator(mode="after")
+    def _one_source_of_scores(self) -> Self:
+        named = [name for name in (self.prm_model_name_or_path, self.prm_url) if name is not None]
+        if self.use_prm and not named:
+            raise UserError("use_prm: true needs prm_model_name_or_path or prm_url.")
+        if len(named) == 2:
+            raise UserError("prm_model_name_or_path and prm_url are both set; choose one.")
+        return self
+
+
+@config_class
+class Api:
+    api_url: str | None = None
+    """engine=api: base URL of an OpenAI-compatible server, up to and including /v1."""
+    api_model: str | None = None
+    """Name of the model there."""
+    api_key_env: Runtime[str | None] = None
+    """Environment variable that holds the key; none for a server without one."""
+    api_max_tokens: Runtime[Count | None] = None
+    """Hard budget in tokens, prompts included, over all runs of this output_dir."""
+    api_max_cost: Runtime[Positive | None] = None
+    """Hard budget in the currency of the prices; at least one of the two budgets must be set."""
+    api_prompt_price: Runtime[NotNegative] = 0.0
+    """Price of a million prompt tokens."""
+    api_completion_price: Runtime[NotNegative] = 0.0
+    """Price of a million generated tokens."""
+    api_max_concurrent: Runtime[Count] = 64
+    """Concurrent requests."""
+    api_timeout_s: Runtime[Positive] = 600.0
+    """Timeout per request, in seconds."""
+    api_attempts: Runtime[Count] = 8
+    """Attempts per request before its failure stops the run."""
+
+
+@config_class
+class Filters:
+    """What becomes of sampled responses (run/filters.py); may change without sampling again."""
+
+    easy_query_threshold: Share = 1.0
+    """Largest share of right responses with which a problem is kept (ms-swift's name)."""
+    hard_query_threshold: Share = 0.0
+    """Smallest share of right responses with which a problem is kept."""
+    prm_threshold: Share = 0.0
+    """Lowest process score of a response that is kept (ms-swift's name and default)."""
+    scripts: list[Script] = field(default_factory=list)
+    """Scripts that the prose of a response may be written in; an empty list allows any."""
+    min_script_ratio: Share = 0.9
+    """Share of its letters, outside formulas, that must be in these scripts."""
+    min_row_tokens: Whole = 0
+    """Rows whose response has fewer tokens than this are left out."""
+    max_row_tokens: Count = 8192
+    """Rows whose response has more tokens than this are left out (arXiv 2502.13389: cutoff)."""
+    custom_filter: str | None = None
+    """module:function, called with a scored response as a dict; those it returns False on go."""
+    max_similarity: Share = 1.0
+    """Of two responses whose word trigrams have a Jaccard index as high as this only the better one
+    stays; 1 drops those made of the same phrases."""
+    n_best_to_keep: Count = 5
+    """Responses kept per problem (ms-swift's name and default)."""
+    max_pairs: Count = 1
+    """Preference pairs for DPO per problem: best kept response and worst wrong one, and so on."""
+
+    @model_validator(mode="after")
+    def _intervals_are_not_empty(self) -> Self:
+        for low, high in (
+            ("hard_query_threshold", "easy_query_threshold"),
+            ("min_row_tokens", "max_row_tokens"),
+        ):
+            least, most = getattr(self, low), getattr(self, high)
+            if least > most:
+                raise UserError(f"{low}={least} above {high}={most} keeps no row; lower it.")
+        return self
+
+
+@config_class
+class Acts:
+    forbidden_acts: list[Act] = field(default_factory=list)
+    """Functional tokens that neither policy nor search may open, to measure what an act is worth
+    (arXiv 2502.13389: one act masked)."""
+    children_per_act: Count = 1
+    """Times that a tree over functional tokens may try each act below a node (arXiv 2502.13389:
+    once)."""
+
+
+@config_class
+class Beam:
+    beam_width: Count = 2
+    """Nodes that beam keeps per level; dvts: independent subtrees (search-and-learn: N / M)."""
+    beam_branching: Count = 2
+    """Acts explored below each of them (search-and-learn: M, its beam_width)."""
+
+
+@config_class
 class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
-    train_file: str
+    train_file: LocalPath
     """JSONL of problems with gold answers."""
-    max_problems: int | None = None
-    """Only the first so many."""
+    max_problems: Count | None = None
+    """Number of problems read, from the start of the file; None reads all."""
     method: Literal["mcts", "beam", "dvts", "sample", "score"] = "mcts"
     """mcts, beam, dvts: search over prompted acts. sample: answers to the bare question, cached,
     then scored and filtered. score: only that, with the cache in raw_file; no model is opened."""
-    raw_file: str | None = None
+    raw_file: LocalPath | None = None
     """method=score: data/raw.jsonl of another run; train_file is not read then."""
-    simulations: int = 16
+    simulations: Count = 16
     """Passes of a tree search (arXiv 2502.13389); beam, dvts: lookaheads; sample: answers."""
-    search_depth: int = 15
-    """Steps on a path at most (arXiv 2502.13389)."""
-    exploration_weight: float = 2.0
+    search_depth: Count = 15
+    """Maximum number of steps on a path (arXiv 2502.13389)."""
+    exploration_weight: NotNegative = 2.0
     """c of UCT (arXiv 2502.13389)."""
-    leaves_in_flight: int = 4
+    leaves_in_flight: Count = 4
     """Simulations of one tree that run at once, kept apart by virtual loss; 1 is textbook MCTS."""
-    problems_in_flight: int = 64
+    problems_in_flight: Runtime[Count] = 64
     """Trees grown at once; with leaves_in_flight it fills the engine's batch."""
-    temperature: float = 0.95
-    """Of every prompted reply (arXiv 2502.13389)."""
-    max_direct_sentences: int = 4
-    """A simulation does not choose direct answers longer than this (arXiv 2502.13389)."""
-    max_completion_length: int = 4096
-    """Tokens of one reply at most; an act's own limit may be lower."""
-    max_plain_paths: int = 2
+    temperature: Temperature = 0.95
+    """Sampling temperature of every prompted reply (arXiv 2502.13389)."""
+    max_direct_sentences: Whole = 4
+    """Longest direct answer that a simulation chooses, in sentences (arXiv 2502.13389)."""
+    max_completion_length: Count = 4096
+    """Maximum tokens of one reply; an act's own limit may be lower."""
+    max_plain_paths: Whole = 2
     """Disjoint correct paths kept per problem beside the merged one (arXiv 2502.13389)."""
-    min_shared_steps: int = 0
+    min_shared_steps: Whole = 0
     """Steps that the right and the wrong path of a pair must share."""
     tree_pairs: bool = False
     """Also write a pair for DPO per tree: best right and worst wrong path, widest shared prefix."""
-    max_repeats: int = 2
-    """A path or response with a sentence occurring more often than this is left out."""
+    max_repeats: Count = 2
+    """Occurrences of one sentence above which a path or response is left out."""
 
-    def __post_init__(self) -> None:
-        Process.__post_init__(self)
-        scores, responses = self.method == "score", self.method in ("sample", "score")
-        if scores and not self.raw_file:
+    @model_validator(mode="after")
+    def _method_and_its_keys(self) -> Self:
+        if self.method == "score" and not self.raw_file:
             raise UserError("method=score needs a raw_file.")
-        if self.raw_file is not None and not scores:
+        if self.method != "score" and self.raw_file is not None:
             raise UserError("raw_file is for method=score only.")
-        if (threshold := self.prm_threshold) and not self.use_prm:
-            raise UserError(f"prm_threshold={threshold} needs process scores; set use_prm: true.")
+        if self.prm_threshold and not self.use_prm:
+            raise UserError(
+                f"prm_threshold={self.prm_threshold} needs process scores; set use_prm: true."
+            )
         default, own = asdict(Filters()), asdict(self)
         idle = [key for key in default if own[key] != default[key] and key != "max_row_tokens"]
-        if idle and not responses:
+        if idle and self.method not in ("sample", "score"):
             raise UserError(
                 f"{', '.join(idle)}: only method=sample and score filter by it; {self.method} "
                 "curates trees."
             )
-        if self.engine == "api":
-            if not (self.api_url and self.api_model):
-                raise UserError("engine=api needs api_url, api_model.")
-            prices, cost = self.api_prompt_price + self.api_completion_price, self.api_max_cost
-            if not (prices > 0 if cost is not None else self.api_max_tokens is not None):
-                raise UserError(
-                    "engine=api needs a budget: api_max_tokens, or api_max_cost with prices."
-                )
+        return self
+
+    @model_validator(mode="after")
+    def _api_has_a_budget(self) -> Self:
+        if self.engine != "api":
+            return self
+        if not (self.api_url and self.api_model):
+            raise UserError("engine=api needs api_url, api_model.")
+        prices = self.api_prompt_price + self.api_completion_price
+        bounded = prices > 0 if self.api_max_cost is not None else self.api_max_tokens is not None
+        if not bounded:
+            raise UserError(
+                "engine=api needs a budget: api_max_tokens, or api_max_cost with prices."
+            )
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class SFTConfig(Common, Training):
     """train_sft.py: offline training on curated rows (warm-up) or on pairs of them (DPO)."""
 
-    train_file: str
+    train_file: LocalPath
     """JSONL of rows: question with steps or response (sft), or with chosen and rejected (dpo)."""
     loss: Literal["sft", "dpo"] = "sft"
     """sft: cross-entropy; dpo: the chosen response against the rejected one (Rafailov 2023)."""
-    dpo_beta: float = 0.3
+    dpo_beta: Positive = 0.3
     """Scale of a response's gain on the reference, the model that training started from."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """dpo: the share of pairs that may be the wrong way round (cDPO)."""
-    mix_file: str | None = None
+    mix_file: LocalPath | None = None
     """More rows of the same kind, such as the original data, mixed in against forgetting."""
-    mix_ratio: float = 0.5
+    mix_ratio: NotNegative = 0.5
     """Rows of mix_file per row of train_file; those of a small file come more than once."""
-    eval_file: str | None = None
+    eval_file: LocalPath | None = None
     """Rows for the evaluation loss; otherwise eval_ratio of the training rows."""
-    eval_ratio: float = 0.05
+    eval_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the training rows held out for the evaluation loss."""
-    num_train_epochs: float = 10
-    """arXiv 2502.13389: up to 10."""
-    train_batch_size: int = 128
+    num_train_epochs: Positive = 10
+    """Passes over the rows (arXiv 2502.13389: up to 10)."""
+    train_batch_size: Count = 128
     """Rows per optimizer step over all ranks (arXiv 2502.13389)."""
-    max_length: int = 8192
-    """Longer rows are left out and counted (arXiv 2502.13389: cutoff)."""
+    max_length: Count = 8192
+    """Maximum tokens of a row; longer ones are left out and counted (arXiv 2502.13389: cutoff)."""
     functional_tokens: bool = True
     """Add the functional tokens to the vocabulary; false for plain chain of thought."""
     mask_wrong: bool = True
     """Keep the wrong branch of a merged row out of the loss."""
-    eval_steps: int = 50
+    eval_steps: Runtime[Whole] = 50
     """Optimizer steps between two evaluation losses; every checkpoint has one."""
-    initial_state: str | None = None
+    initial_state: LocalPath | None = None
     """Checkpoint folder of another run: start with its weights and its optimizer's moments."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= (smoothing := self.label_smoothing) < 0.5:
-            raise UserError(f"label_smoothing={smoothing} is not from 0 to below 0.5.")
 
-
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """train_rl.py: online RL whose explorer is a tree search over functional tokens (phase 2)."""
 
-    train_file: str
+    train_file: LocalPath
     """JSONL of problems with gold answers."""
-    eval_file: str | None = None
+    eval_file: LocalPath | None = None
     """Problems for the greedy accuracy logged every eval_steps."""
-    max_eval_problems: int = 500
-    """Only the first so many."""
-    eval_steps: int = 0
+    max_eval_problems: Runtime[Count] = 500
+    """Number of problems read, from the start of eval_file."""
+    eval_steps: Runtime[Whole] = 0
     """Steps between two greedy evaluations, and one for each checkpoint; 0 never."""
-    max_steps: int = 250
+    max_steps: Count = 250
     """Exploration-and-learning rounds (arXiv 2502.13389)."""
-    max_generated_tokens: int | None = None
-    """End after the round in which so many tokens have been sampled: equal budgets to compare."""
+    max_generated_tokens: Runtime[Count | None] = None
+    """Sampled tokens after which the run ends with its round, to compare at equal budgets."""
     # -- explore
     sampling_method: Literal["mcts", "normal"] = "mcts"
     """mcts: tree over functional tokens; normal: independent responses (the official name)."""
-    rollout_batch_size: int = 16
+    rollout_batch_size: Count = 16
     """Problems per step over all ranks (arXiv 2502.13389)."""
-    num_generations: int = 16
+    num_generations: Count = 16
     """Rollouts per problem (arXiv 2502.13389)."""
-    search_depth: int = 18
+    search_depth: Count = 18
     """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
-    exploration_weight: float = 2.0
+    exploration_weight: NotNegative = 2.0
     """c of UCT (arXiv 2502.13389)."""
-    leaves_in_flight: int = 4
+    leaves_in_flight: Count = 4
     """Simulations of one tree that run at once; 1 is textbook MCTS."""
     rollout_mode: Literal["free", "stepwise"] = "free"
     """free: one request per rollout; stepwise: greedy acts, one request per act (the paper's)."""
-    temperature: float = 0.95
-    """arXiv 2502.13389."""
-    top_p: float = 1.0
-    """Must be 1: anything less makes sampling and training log-probs differ."""
-    max_completion_length: int = 4096
-    """Response tokens at most."""
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.95
+    """Sampling temperature of the rollouts (arXiv 2502.13389)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus of sampling. Must be 1: otherwise sampling and training log-probs differ."""
+    max_completion_length: Count = 4096
+    """Maximum tokens of a response."""
     # -- score
-    correct_reward: float = 1.0
-    """A finished path with the right answer (arXiv 2502.13389)."""
-    wrong_reward: float = 0.1
-    """An answer that is wrong (arXiv 2502.13389)."""
-    no_answer_reward: float = 0.0
-    """No answer at all (arXiv 2502.13389); with a PRM the last step earns its own score instead."""
+    correct_reward: Reward = 1.0
+    """Reward of a finished path with the right answer (arXiv 2502.13389)."""
+    wrong_reward: Reward = 0.1
+    """Reward of a wrong answer (arXiv 2502.13389)."""
+    no_answer_reward: Reward = 0.0
+    """Reward without an answer (arXiv 2502.13389); with a PRM the last step earns its own score."""
     reward_function: str | None = None
     """module:function called with the Problem and the decoded response: what the last step earns,
     instead of the three above."""
@@ -248,63 +466,63 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     much it raises the score, and the sum is that of the outcome alone (Ng 1999): length is not paid
     for."""
     mask_truncated_completions: bool = False
-    """Leave responses that ran out of tokens out of the loss (TRL's name)."""
+    """Exclusion of truncated responses from the loss (TRL's name)."""
     # -- learn
     advantage_estimator: Literal["ppo", "reinforce++", "grpo"] = "reinforce++"
     """ppo: critic, GAE; reinforce++: whitened returns (the paper's runs); grpo: group-relative."""
-    kl_coef: float = 0.01
+    kl_coef: NotNegative = 0.01
     """Weight of the KL to the warm-up model (arXiv 2502.13389: β)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of the KL in the loss (grpo); in the token reward it is always k1 (arXiv 2502.13389)."""
-    kl_target: float | None = None
-    """Adapt kl_coef towards this KL per token; None keeps it fixed."""
-    kl_horizon: int = 10000
+    """Estimator of the KL in the loss (grpo); the token reward uses k1 (arXiv 2502.13389)."""
+    kl_target: Positive | None = None
+    """KL per token towards which kl_coef adapts; None keeps it fixed."""
+    kl_horizon: Count = 10000
     """Rollouts over which a KL 20 % off its target moves the coefficient by 20 %."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount (arXiv 2502.13389)."""
-    lam: float = 0.95
+    lam: Share = 0.95
     """GAE's λ (arXiv 2502.13389)."""
-    epsilon: float = 0.2
+    epsilon: Positive = 0.2
     """Clip range of the ratio (arXiv 2502.13389)."""
-    epsilon_high: float | None = None
+    epsilon_high: Positive | None = None
     """Upper clip range when it differs (clip-higher)."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on the loss of negative advantages, as a multiple; None is off."""
-    value_clip: float = 0.2
+    value_clip: Positive = 0.2
     """Clip range of the critic's step."""
-    critic_learning_rate: float = 9e-6
+    critic_learning_rate: Positive = 9e-6
     """Peak rate of the critic (OpenRLHF)."""
     whiten_rewards: bool = False
     """ppo, reinforce++: divide token rewards by their standard deviation over the batch (TRL)."""
-    resample_rounds: int = 0
+    resample_rounds: Whole = 0
     """Times that problems whose rollouts all earned the same give way to new ones in a step (DAPO's
     dynamic sampling); what differs by then is learned from. 0 is off."""
     loss_normalization: Literal["token", "sequence"] = "token"
     """token: every action token counts the same (DAPO); sequence: every rollout does (GRPO)."""
     scale_rewards: bool = True
     """grpo: divide by the group's standard deviation."""
-    entropy_coef: float = 0.0
+    entropy_coef: NotNegative = 0.0
     """Weight of the entropy bonus."""
-    importance_cap: float | None = 2.0
-    """Truncate π_trainer/π_engine here and weight the loss with it; None is off."""
+    importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
+    """Upper bound on π_trainer/π_engine, which weights the loss; None is off."""
     forced_actions: Literal["keep", "weigh", "mask"] = "keep"
     """Openers that the tree chose: the policy's actions, weighted by π(opener), or no actions."""
     malformed_responses: Literal["grade", "reject"] = "grade"
     """Text outside whole segments: graded like any other, or as no answer at all."""
-    num_ppo_epochs: int = 1
+    num_ppo_epochs: Count = 1
     """Passes over the rollouts (arXiv 2502.13389)."""
-    train_batch_size: int = 16
+    train_batch_size: Count = 16
     """Rollouts per optimizer step over all ranks (arXiv 2502.13389: 16 steps of 16)."""
     packing: Literal["flat", "tree"] = "flat"
     """tree: tokens that a problem's rollouts share go through the models once; what is learnt is
     the same. Pays where they share much and a minibatch holds several of a problem."""
-    resume_from_checkpoint: Literal["auto", "never"] = "auto"
+    resume_from_checkpoint: Runtime[Literal["auto", "never"]] = "auto"
     """auto continues from the newest whole checkpoint in output_dir."""
     allow_cold_start: bool = False
     """mcts: start although the model does not open its responses with functional tokens."""
 
-    def __post_init__(self) -> None:
-        Process.__post_init__(self)
+    @model_validator(mode="after")
+    def _learnable(self) -> Self:
         size, grpo = self.train_batch_size, self.advantage_estimator == "grpo"
         rollouts = self.rollout_batch_size * self.num_generations
         if rollouts % size:
@@ -328,50 +546,273 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
             raise UserError("kl_target needs a kl_coef above 0 to adapt.")
         if self.top_p != 1:
             raise UserError(f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
-        if self.temperature <= 0:
-            raise UserError("temperature=0 explores nothing; use a positive one.")
         _require_ids(self)
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@config_class
 class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
 
-    eval_file: str
+    eval_file: LocalPath
     """JSONL of problems with gold answers."""
-    max_problems: int | None = None
-    """Only the first so many."""
-    num_samples: int = 8
+    max_problems: Count | None = None
+    """Number of problems read, from the start of the file; None reads all."""
+    num_samples: Whole = 8
     """Sampled responses per problem for avg@k, pass@k and maj@k; 0 is greedy only."""
-    temperature: float = 1.0
-    """Of the samples and of the search."""
-    max_completion_length: int = 4096
-    """Response tokens at most."""
-    simulations: list[int] = field(default_factory=list)
+    temperature: Temperature = 1.0
+    """Sampling temperature of the samples and of the search."""
+    max_completion_length: Count = 4096
+    """Maximum tokens of a response."""
+    simulations: list[Count] = field(default_factory=list)
     """Accuracy of search at inference after each of these numbers of simulations."""
     search_method: Literal["mcts", "beam", "dvts"] = "mcts"
     """How that search explores; without a PRM, paths are worth their agreement with others."""
-    search_depth: int = 18
+    search_depth: Count = 18
     """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
-    exploration_weight: float = 2.0
+    exploration_weight: NotNegative = 2.0
     """c of UCT (arXiv 2502.13389)."""
-    leaves_in_flight: int = 4
+    leaves_in_flight: Count = 4
     """Simulations of one tree that run at once."""
-    problems_in_flight: int = 256
+    problems_in_flight: Runtime[Count] = 256
     """Problems evaluated at once."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
 
-    def __post_init__(self) -> None:
-        Process.__post_init__(self)
+    @model_validator(mode="after")
+    def _engine_returns_ids(self) -> Self:
         _require_ids(self)
+        return self
 
 
 def _require_ids(cfg: EngineKeys) -> None:
     if cfg.engine == "api":
-        raise UserError("engine=api speaks text, not token ids: only search.py can use it.")
+        raise UserError("engine=api returns text, not token ids; only search.py supports it.")
 
 
 def _nearest_divisors(n: int, wanted: int) -> list[int]:
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     return sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:2])
+
+
+# ---- Reading ----
+
+MAX_BYTES, MAX_VALUES = 200_000, 10_000
+"""Size of a config file, and of what its aliases expand to: reading takes well under a second."""
+COMMAND_LINE = "on the command line"
+Given = dict[str, tuple[Any, str]]
+"""key -> (value, where it was set). Scalars are still text: pydantic types them field by field."""
+
+
+def load_config(schema: type[C], argv: Sequence[str]) -> C:
+    """Return `[file.yaml] key=value …` as a checked `schema`. Raises UserError with one line."""
+    values, known = given(argv, schema), specs(schema)
+    for key, (value, where) in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise UserError(f"unknown key {key!r} ({where}). Did you mean {near[0]!r}?")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"`{key}` must be valid Unicode, got {value!a} ({where}).") from error
+    for key in required_keys(schema):
+        if values.get(key, (None, ""))[0] in (None, ""):
+            raise UserError(f"`{key}` is not set; add it to the file or as {key}=….")
+    try:
+        return schema(**{key: value for key, (value, _) in values.items()})
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        key, *inside = map(str, found["loc"])
+        spec, where = known[key], values[key][1]
+        name = f"{key}[{inside[0]}]" if inside else key
+        expected = allowed(spec["items"] if inside else spec)
+        got = str(found["input"]).strip() if found["type"] in NOT_IN_RANGE else repr(found["input"])
+        raise UserError(f"`{name}` must be {expected}, got {got[:80]} ({where}).") from None
+
+
+NOT_IN_RANGE = (
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+    "finite_number",
+)
+"""pydantic's names for a number outside its bounds."""
+
+
+def given(argv: Sequence[str], schema: type | None = None) -> Given:
+    """Return what a file and the overrides after it set; later ones win.
+
+    `key=null` unsets an optional key. Text is taken literally: it needs no quotes, and `#` and `:`
+    have no meaning in it.
+    """
+    known = specs(schema) if schema else {}
+    values: Given = {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        group, dot, name = key.partition(".")
+        inside, _ = values.get(group, ({}, ""))
+        if not equals:
+            values |= _read_file(argument)
+        elif dot and isinstance(inside, dict):  # train.learning_rate=1e-3
+            values[group] = (inside | {name: _override(text, {})}, COMMAND_LINE)
+        else:
+            values[key] = (_override(text, known.get(key, {})), COMMAND_LINE)
+    return values
+
+
+def _override(text: str, spec: dict[str, Any]) -> Any:
+    kinds = [option.get("type") for option in spec.get("anyOf", [spec])]
+    if text == "null" and kinds != ["string"]:
+        return None
+    if "string" in kinds:
+        return text
+    if text in ("", "~") and "null" in kinds:
+        return None
+    if text.startswith(("[", "{")):
+        try:
+            return _structure(text)[0]
+        except ValueError:
+            return text  # `search.system_prompt=[INST] be brief` is a sentence
+    return text
+
+
+def _read_file(path: str) -> Given:
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist; settings are written as key=value.")
+    try:
+        data = Path(path).read_bytes()
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it has {len(data)} bytes, at most {MAX_BYTES} are allowed")
+        text = data.decode("utf-8-sig")
+        values, lines = _structure(text)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"config file {path} must be UTF-8, byte {error.start} is not; save it as UTF-8."
+        ) from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"config file {path} cannot be read: {error}.") from error
+    if values is None:
+        raise UserError(f"config file {path} is empty; write `key: value` lines.")
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} must contain `key: value` lines.")
+    places = {key: f"{path} line {lines[key]}" if key in lines else path for key in values}
+    return {key: (value, places[key]) for key, value in values.items()}
+
+
+def _structure(text: str) -> tuple[Any, dict[str, int]]:
+    """Return YAML or JSON as mappings, lists, None and text, and the line of each outermost key.
+
+    Raises ValueError. JSON has its own reader, as YAML misreads its surrogate pairs.
+    """
+    import yaml
+
+    try:
+        if text.lstrip().startswith(("{", "[")):
+            try:
+                return json.loads(text, object_pairs_hook=_unrepeated), {}
+            except json.JSONDecodeError:
+                pass  # a flow mapping such as {config: x.yaml}
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = None if node is None else _plain(node, [MAX_VALUES])
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        return value, {key.value: key.start_mark.line + 1 for key, _ in pairs}
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is not YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _plain(node: Any, budget: list[int]) -> Any:
+    """Return a composed YAML node with scalars as text; an alias counts each time it is used."""
+    import yaml
+
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise ValueError(f"it expands to more than {MAX_VALUES} values")
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, budget) for item in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return None if node.tag == "tag:yaml.org,2002:null" else node.value
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ValueError(f"the key in line {line} must be a name")
+        if key.value in lines:
+            raise ValueError(f"{key.value} is set twice (line {lines[key.value]}, line {line})")
+        lines[key.value] = line
+    return {key.value: _plain(value, budget) for key, value in node.value}
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict. Raises ValueError where it has a key twice."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is set twice")
+    return dict(pairs)
+
+
+# ---- What a schema allows, for errors and --help ----
+
+BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+"""Key of a JSON schema -> how a bound reads."""
+
+
+@cache
+def specs(schema: type) -> dict[str, dict[str, Any]]:
+    """Return key -> JSON schema of each field of `schema`."""
+    return TypeAdapter(schema).json_schema()["properties"]
+
+
+def required_keys(schema: type) -> list[str]:
+    return [f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def allowed(spec: dict[str, Any]) -> str:
+    """Return the allowed values of a JSON schema in words, such as `an integer of at least 1`."""
+    match spec:
+        case {"anyOf": options}:
+            return ", or ".join(allowed(option) for option in options)
+        case {"enum": choices}:
+            return f"one of {', '.join(choices)}"
+        case {"type": "array", "items": items}:
+            return f"a list such as [a, b], each item {allowed(items)}"
+        case {"type": "integer" | "number" as kind}:
+            noun = "an integer" if kind == "integer" else "a finite number"
+            bounds = [f"{words} {spec[key]:.15g}" for key, words in BOUNDS.items() if key in spec]
+            return f"{noun} {' and '.join(bounds)}".strip()
+        case _:
+            words = {"string": "text", "boolean": "true or false", "object": "a mapping"}
+            return words.get(spec["type"], spec["type"])
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """Return name -> docstring of each field; a class describes the fields it declares itself."""
+    return {
+        name: info.description
+        for base in reversed(schema.__mro__)
+        for name, info in base.__dict__.get("__pydantic_fields__", {}).items()
+        if info.description
+    }
+
+
+def describe(schema: type) -> str:
+    """Return the help text: every field with its allowed values, default and docstring."""
+    known, docs = specs(schema), field_docs(schema)
+    lines = [
+        f"{schema.__doc__}\n",
+        "usage: python SCRIPT.py config.yaml [key=value …]",
+        "Text is taken literally. key=null unsets an optional key. (runtime): a continued run may",
+        "change this key.\n",
+    ]
+    for f in fields(schema):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        shown = "required" if default is MISSING else repr(default)
+        mark = " (runtime)" if "runtime" in known[f.name] else ""
+        lines.append(f"{f.name}: {allowed(known[f.name])} = {shown}{mark}")
+        lines += [f"    {line}" for line in docs.get(f.name, "").splitlines()]
+    return "\n".join(lines) + "\n"
