@@ -168,6 +168,9 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "peft": ("rftt/learner/lora.py",),
     "bitsandbytes": ("rftt/learner/lora.py", "rftt/learner/optim.py"),
     "datasets": ("rftt/run/data.py",),
+    "fastapi": ("tools/prm_serve.py",),
+    "starlette": ("tools/prm_serve.py",),
+    "uvicorn": ("tools/prm_serve.py",),
     "wandb": ("rftt/run/log.py",),
     "torch.utils.tensorboard": ("rftt/run/log.py",),
 }
@@ -287,7 +290,6 @@ PARENTS = {
     "Exception",
     "torch.autograd.Function",
     "NamedTuple",
-    "BaseHTTPRequestHandler",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import math
@@ -21,6 +22,7 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -50,13 +52,19 @@ from rftt.types import UserError
 from tests.conftest import HANG_LIMIT, ROOT, run
 from tests.learners import random_qwen2
 from tests.small_world import make_world, settings
-from tools.prm_serve import from_wire, open_server
+from tools import prm_serve
+from tools.prm_serve import MAX_CHARS_PER_TOKEN, from_wire, open_server, parse
 from tools.prm_train import PRMTrainConfig, auc, label_trees
 from tools.prm_train import main as train
 from tools.tiny_world import build_tokenizer
 
 QUESTION = "Eva has 12 pens, buys 7, sells 4. How many now?"
 post = partial(httpx2.post, timeout=HANG_LIMIT)
+JSON = {"content-type": "application/json"}
+POSTED = (
+    b"POST /get_reward HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\n\r\n"
+)
 STEPS = ["buys 7? 12+7=19.", "sells 4 gives 19-4=15.", "so \\boxed{15}."]
 HIDDEN = 32
 HEADS = {  # name in the checkpoint -> shape, per kind of model folder
@@ -298,21 +306,35 @@ def test_a_model_that_ranks_backwards_is_warned_about(tmp_path: Path) -> None:
 # ---- Server ----
 
 
-@pytest.fixture(scope="module")
-def served(folders: dict[str, Path]) -> Iterator[ThreadingHTTPServer]:
+@contextlib.contextmanager
+def serving(prm: Any, cfg: ServeConfig, max_tokens: int) -> Iterator[str]:
+    """The URL of a server in this process."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    prm = LocalPRM(config(prm_model_name_or_path=str(folders["qwen"])))
-    server = open_server(prm, loop, host="127.0.0.1", port=0, max_body_bytes=20_000)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    server, listener = open_server(prm, loop, cfg, max_tokens)
+    threads = [
+        threading.Thread(target=loop.run_forever, daemon=True),
+        threading.Thread(target=server.run, args=([listener],), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/get_reward"
+    server.should_exit = server.force_exit = True
     loop.call_soon_threadsafe(loop.stop)
+    for thread in threads:
+        thread.join()
 
 
-def url_of(server: ThreadingHTTPServer) -> str:
-    return f"http://127.0.0.1:{server.server_port}/get_reward"
+@pytest.fixture(scope="module")
+def served(folders: dict[str, Path]) -> Iterator[str]:
+    prm = LocalPRM(config(prm_model_name_or_path=str(folders["qwen"])))
+    with serving(prm, ServeConfig(port=0, max_body_bytes=20_000), prm.max_length) as url:
+        yield url
+
+
+def address_of(url: str) -> tuple[str, int]:
+    """Host and port of `url`."""
+    parts = urlsplit(url)
+    return str(parts.hostname), int(parts.port or 0)
 
 
 def body_of(steps: list[str] = STEPS) -> dict[str, str]:
@@ -328,11 +350,9 @@ def test_the_wire_is_the_official_text_and_comes_back() -> None:
         to_wire(QUESTION, ["a ки"])
 
 
-def test_the_server_scores_as_the_model_does(
-    folders: dict[str, Path], served: ThreadingHTTPServer
-) -> None:
+def test_the_server_scores_as_the_model_does(folders: dict[str, Path], served: str) -> None:
     (expected,) = scores_of(local(folders["qwen"]), (QUESTION, STEPS))
-    reply = post(url_of(served), json=body_of())
+    reply = post(served, json=body_of())
     assert (reply.status_code, reply.json()["score"]) == (200, pytest.approx(expected, abs=1e-5))
 
 
@@ -349,40 +369,95 @@ def test_the_server_scores_as_the_model_does(
         (b'{"input": "\\ud800"}', 422, "surrogate"),
         ('{"input": "Q Step 1: a ки and more"}'.encode(), 422, "each step ended by"),
         (json.dumps(body_of(STEPS * 12)).encode(), 422, "model reads 256"),
+        (json.dumps({"input": "ки" * 300 + "Step 1:" + "ки" * 300}).encode(), 422, "each step"),
+        (json.dumps({"input": "Q Step 1:" + "ки" * 300}).encode(), 422, "300 steps"),
+        (json.dumps({"input": " " * 9_000}).encode(), 422, "9000 characters; the limit is 2048"),
         (b" " * 20_001, 413, "20000 bytes"),
     ],
 )
-def test_bad_requests_get_a_reason(
-    served: ThreadingHTTPServer, body: bytes, status: int, reason: str
-) -> None:
-    reply = post(url_of(served), content=body)
+def test_bad_requests_get_a_reason(served: str, body: bytes, status: int, reason: str) -> None:
+    reply = post(served, content=body, headers=JSON)
     assert (reply.status_code, reason in reply.json()["detail"]) == (status, True), reply.text
-    assert post(url_of(served), json=body_of()).status_code == 200
+    assert post(served, json=body_of()).status_code == 200
 
 
-def test_other_paths_and_missing_lengths_are_refused(served: ThreadingHTTPServer) -> None:
-    assert post(url_of(served) + "s", content=b"{}").status_code == 404
-    connection = HTTPConnection("127.0.0.1", served.server_port, timeout=HANG_LIMIT)
+def test_other_paths_and_methods_are_refused(served: str) -> None:
+    assert post(served + "s", content=b"{}").json() == {"detail": "Not Found"}
+    assert httpx2.get(served, timeout=HANG_LIMIT).status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content-type": "text/plain"}, 415),
+        ({}, 415),
+        (JSON | {"origin": "https://example.org"}, 403),
+        (JSON | {"content-type": "application/json; charset=utf-8"}, 200),
+    ],
+)
+def test_web_pages_are_refused(served: str, headers: dict[str, str], status: int) -> None:
+    reply = post(served, content=json.dumps(body_of()), headers=headers)
+    assert reply.status_code == status
+    assert reply.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("size", [100, 1 << 20])
+def test_a_body_of_unknown_length_is_bounded_while_it_is_read(served: str, size: int) -> None:
+    """An endless body is refused after `max_body_bytes`, and the connection is closed."""
+    connection = HTTPConnection(*address_of(served), timeout=HANG_LIMIT)
     connection.putrequest("POST", "/get_reward")
+    connection.putheader("content-type", "application/json")
     connection.putheader("transfer-encoding", "chunked")
     connection.endheaders()
-    assert connection.getresponse().status == 411
+    chunk = b"%x\r\n%s\r\n" % (size, b" " * size)
+    with contextlib.suppress(ConnectionError):  # until the server hangs up
+        for _ in range(20_000 // size + 1):
+            connection.send(chunk)
+    with contextlib.suppress(ConnectionError):  # a reset may overtake the reply
+        assert connection.getresponse().status == 413
+    assert post(served, json=body_of()).status_code == 200
+
+
+@pytest.mark.faults
+def test_a_client_that_never_ends_its_request_is_let_go(
+    served: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prm_serve, "IDLE_S", 0.05)
+    with socket.create_connection(address_of(served), timeout=HANG_LIMIT) as client:
+        head = "POST /get_reward HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        client.sendall(f"{head}content-length: 99\r\n\r\n{{".encode())
+        assert client.recv(1000).startswith(b"HTTP/1.1 408")
+        while client.recv(1000):
+            pass  # the server closes the connection
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize(
+    "pad", ["Q{} Step 1: a ки", "Q Step 1:{}a ки", "Q Step 1: a ки{}Step 2: b ки", "Q Step 1: ки{}"]
+)
+def test_parsing_is_linear(pad: str) -> None:
+    """A pattern with `.*?` and a run of spaces used to hold the interpreter for minutes."""
+    size = 1 << 20
+    body = json.dumps({"input": pad.format(" " * size)}).encode()
+    question, steps = parse(body, size // MAX_CHARS_PER_TOKEN * 2)
+    assert question == "Q"
+    assert steps in (["a"], ["a", "b"], [""])
 
 
 def test_200_concurrent_requests_are_all_answered_beside_rude_clients(
-    served: ThreadingHTTPServer, capfd: pytest.CaptureFixture[str]
+    served: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rude = []
     for text in (
         b"",
         b"\x00\x01\x02\r\n\r\n",
-        b"POST /get_reward HTTP/1.1\r\ncontent-length: 99\r\n\r\n{",
+        POSTED % 99 + b"{",
     ):
-        rude.append(socket.create_connection(("127.0.0.1", served.server_port)))
+        rude.append(socket.create_connection(address_of(served)))
         rude[-1].sendall(text)
-    hasty = socket.create_connection(("127.0.0.1", served.server_port))
+    hasty = socket.create_connection(address_of(served))
     body = json.dumps(body_of()).encode()
-    hasty.sendall(b"POST /get_reward HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    hasty.sendall(POSTED % len(body) + body)
     hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
     hasty.close()  # a reset, not a goodbye
 
@@ -390,13 +465,42 @@ def test_200_concurrent_requests_are_all_answered_beside_rude_clients(
         limits = httpx2.Limits(max_connections=200)
         async with httpx2.AsyncClient(limits=limits, timeout=HANG_LIMIT) as client:
             bodies = [body_of(STEPS[: i % 3 + 1]) for i in range(200)]
-            replies = await asyncio.gather(*(client.post(url_of(served), json=b) for b in bodies))
+            replies = await asyncio.gather(*(client.post(served, json=b) for b in bodies))
             return [len(reply.json()["score"]) for reply in replies]
 
     assert asyncio.run(ask()) == [i % 3 + 1 for i in range(200)]
     for client in rude:
         client.close()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_long_forward_pass_delays_no_other_connection() -> None:
+    """The model computes in a thread of its own: a refusal needs no turn."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    class Slow(Fixed):
+        async def score(self, question: str, steps: Any) -> list[float]:
+            asked.set()
+            assert go_on.wait(HANG_LIMIT)  # holds the loop as a forward pass does
+            return [0.5] * len(steps)
+
+    with serving(Slow({}), ServeConfig(port=0), 100) as url:
+        replies: list[httpx2.Response] = []
+        client = threading.Thread(target=lambda: replies.append(post(url, json=body_of())))
+        client.start()
+        assert asked.wait(HANG_LIMIT)
+        assert post(url, json={"input": "no tag"}).status_code == 422
+        assert replies == []
+        go_on.set()
+        client.join()
+    assert replies[0].json() == {"score": [0.5] * 3}
+
+
+def test_a_missing_server_package_is_one_line() -> None:
+    code = "import sys; sys.modules['uvicorn'] = None; import tools.prm_serve"
+    done = run(sys.executable, "-c", code, check=False)
+    message = "error: uvicorn is missing; pip install -r requirements-serve.txt\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_serve_binds_to_loopback_unless_told_otherwise() -> None:
@@ -574,8 +678,8 @@ def test_many_paths_are_under_way_at_once_but_no_more_than_allowed(
     assert script.most == 8
 
 
-def test_remote_and_local_agree(folders: dict[str, Path], served: ThreadingHTTPServer) -> None:
-    prm = RemotePRM(config(prm_url=url_of(served)))
+def test_remote_and_local_agree(folders: dict[str, Path], served: str) -> None:
+    prm = RemotePRM(config(prm_url=served))
     paths = [(QUESTION, STEPS[: i % 3 + 1]) for i in range(20)] + [(QUESTION, STEPS * 12)]
     *near, long_near = scores_of(prm, *paths)
     *far, long_far = scores_of(local(folders["qwen"]), *paths)
