@@ -168,6 +168,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "peft": ("rftt/learner/lora.py",),
     "bitsandbytes": ("rftt/learner/lora.py", "rftt/learner/optim.py"),
     "datasets": ("rftt/run/data.py",),
+    "openai": ("rftt/engines/openai.py",),
     "fastapi": ("tools/prm_serve.py",),
     "starlette": ("tools/prm_serve.py",),
     "uvicorn": ("tools/prm_serve.py",),
@@ -290,6 +291,7 @@ PARENTS = {
     "Exception",
     "torch.autograd.Function",
     "NamedTuple",
+    "httpx2.AsyncBaseTransport",
 }
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import importlib
 import json
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +19,7 @@ from typing import Any
 import pytest
 
 import search
-from rftt.engines import openai as api_module
+from rftt.engines import http as http_module
 from rftt.engines.base import Reply, Sampling, for_each
 from rftt.engines.openai import Spending, open_api
 from rftt.run.config import Api, EvalConfig, RLConfig, SearchConfig
@@ -30,10 +34,14 @@ Answer = tuple[int, dict[str, str], bytes] | None
 Request = dict[str, Any]
 
 
-def completion(text: str = "4", finish: str = "stop", usage: bool = True) -> Answer:
+USAGE = {"prompt_tokens": 10, "completion_tokens": 5}
+
+
+def completion(text: Any = "4", finish: str = "stop", usage: Any = USAGE) -> Answer:
+    """A reply; `usage` None leaves it out."""
     data: dict[str, Any] = {"choices": [{"message": {"content": text}, "finish_reason": finish}]}
-    if usage:
-        data["usage"] = {"prompt_tokens": 10, "completion_tokens": 5}
+    if usage is not None:
+        data["usage"] = usage
     return 200, {}, json.dumps(data).encode()
 
 
@@ -48,7 +56,7 @@ class Server:
         self.url = ""
         self.script: list[Answer | Callable[[Request], Answer]] = [completion()]
         self.seen: list[Request] = []
-        self.keys: list[str | None] = []
+        self.headers: list[dict[str, str]] = []
         self.delay_s = 0.0
         self.meet = 0
         self.now = self.most = 0
@@ -59,7 +67,7 @@ class Server:
         asked = json.loads(body)
         with self.changed:
             self.seen.append(asked)
-            self.keys.append(request.headers["authorization"])
+            self.headers.append({name.lower(): x for name, x in request.headers.items()})
             answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
             self.now += 1
             self.most = max(self.most, self.now)
@@ -116,7 +124,9 @@ Ask = Callable[..., tuple[list[Reply], Spending]]
 @pytest.fixture
 def ask(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     """(seeds, changed settings) -> the reply to each seed, all asked at once, and the account."""
-    monkeypatch.setattr(api_module, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    for name in ("OPENAI_ORG_ID", "OPENAI_API_KEY"):  # the client would send them to any server
+        monkeypatch.setenv(name, "leaked")
 
     def run(*seeds: int, **changes: Any) -> tuple[list[Reply], Spending]:
         settings = {"url": server.url, "model": "big", "max_cost": 1.0, "timeout_s": HANG_LIMIT}
@@ -149,7 +159,8 @@ def test_reply_carries_text_tokens_and_cost(
     [reply], spending = ask(3, key_env="SOME_KEY")
     assert reply == Reply("It is 4.", whole=False, n_prompt=10, n_generated=5, cost=4e-5)
     assert spending == Spending(1, 0, 10, 5, 4e-5)
-    assert server.keys == ["Bearer secret"]
+    assert server.headers[0]["authorization"] == "Bearer secret"
+    assert "leaked" not in str(server.headers)
     assert server.seen[0] == {
         "model": "big",
         "messages": MESSAGES,
@@ -170,6 +181,9 @@ def test_reply_carries_text_tokens_and_cost(
         ((200, {}, b"<html>gateway</html>"), True),
         ((200, {}, b'{"choices": []}'), True),
         ((200, {}, b'{"choices": [{"mess'), True),
+        ((200, {}, b"[" * 100_000), True),
+        ((200, {"content-encoding": "gzip"}, b"not gzip at all"), True),
+        (completion({"a": "dict"}), True),
         (None, True),
     ],
 )
@@ -205,11 +219,10 @@ def test_server_says_how_long_to_wait(
 ) -> None:
     waits: list[float] = []
 
-    async def sleep(seconds: float, real: Any = asyncio.sleep) -> None:
+    async def sleep(seconds: float) -> None:
         waits.append(seconds)
-        await real(0)
 
-    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
     server.script = [(429, {"retry-after": "7"}, b""), completion()]
     ask(0)
     assert 7.0 in waits
@@ -220,6 +233,13 @@ def test_our_own_error_is_not_retried(server: Server, ask: Ask) -> None:
     with pytest.raises(UserError, match="HTTP 400: 'no such model'"):
         ask(0)
     assert len(server.seen) == 1
+
+
+def test_a_missing_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "rftt.engines.openai")
+    with pytest.raises(UserError, match=r"pip install -r requirements-api\.txt"):
+        importlib.import_module("rftt.engines.openai")
 
 
 def test_missing_key_is_named(ask: Ask) -> None:
@@ -286,10 +306,133 @@ def test_budget_is_never_exceeded(server: Server, ask: Ask, budget: dict[str, An
     assert len(ask(100, **budget | {"max_cost": 1.0, "max_tokens": 10**6})[0]) == 1
 
 
-def test_reply_without_usage_costs_its_worst_case(server: Server, ask: Ask) -> None:
-    server.script = [completion(usage=False)]
-    [reply], _ = ask(0)
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        "many",
+        [],
+        {"prompt_tokens": None, "completion_tokens": None},
+        {"prompt_tokens": -1e6, "completion_tokens": -(10**6)},
+        {"prompt_tokens": 0, "completion_tokens": 0},
+        {"prompt_tokens": "10", "completion_tokens": True},
+        {"prompt_tokens": 10**18, "completion_tokens": 10**18},
+    ],
+)
+def test_an_implausible_usage_costs_the_worst_case(server: Server, ask: Ask, usage: Any) -> None:
+    server.script = [completion(usage=usage)]
+    [reply], spending = ask(0)
     assert (reply.n_prompt, reply.n_generated) == (14 + 64, 50)
+    assert spending.tokens == WORST
+    with pytest.raises(UserError, match="used up"):
+        ask(1, max_tokens=2 * WORST - 1)
+
+
+@pytest.mark.parametrize(
+    ("finish", "whole"),
+    [("stop", True), ("eos", True), ("eos_token", True), ("length", False), ("tool_calls", False)],
+)
+def test_finish_reasons_of_other_servers(
+    server: Server, ask: Ask, finish: str, whole: bool
+) -> None:
+    server.script = [completion(finish=finish)]
+    assert ask(0)[0][0].whole is whole
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, ""),
+        ("so \ud835 4", "so \ufffd 4"),
+        ([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "4"}, 3], "4"),
+    ],
+)
+def test_contents_of_other_servers(server: Server, ask: Ask, content: Any, text: str) -> None:
+    server.script = [completion(content)]
+    assert ask(0)[0][0].text == text
+    assert ask(0)[0][0].text == text  # from the ledger
+    assert len(server.seen) == 1
+
+
+def test_seeds_and_limits_as_other_servers_want_them(server: Server, ask: Ask) -> None:
+    seed = 2**62 + 5
+    ask(seed)
+    ask(7, seed=False, max_tokens_key="max_completion_tokens")
+    assert server.seen[0]["seed"] == 5
+    assert server.seen[1].keys() == {
+        *("model", "messages", "temperature", "top_p", "max_completion_tokens")
+    }
+    ask(seed, seed=False)
+    assert len(server.seen) == 2  # a reply that is paid for stays known
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("status", [200, 400])
+def test_an_endless_reply_is_cut_off(
+    server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
+    monkeypatch.setattr(http_module, "MAX_REPLY_BYTES", 10_000)
+    server.script = [(status, {}, b" " * 10_001)]
+    with pytest.raises(UserError, match=r"failed 2 times, .*reply over 10000 bytes"):
+        ask(0, attempts=2)
+    assert ask()[1].unanswered == 2
+
+
+@pytest.mark.faults
+def test_a_server_that_drips_bytes_is_given_up(ask: Ask) -> None:
+    """Every read succeeds in time; the reply as a whole does not."""
+    ended = threading.Event()
+
+    def drip() -> None:
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n")
+            while not ended.wait(0.05):
+                client.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        try:
+            with pytest.raises(UserError, match=r"no whole reply within 0\.5 s"):
+                ask(0, url=url, timeout_s=0.5, attempts=1)
+        finally:
+            ended.set()
+            thread.join()
+
+
+@pytest.mark.parametrize("key", ["two words", "line\nbreak", "caf\u00e9", ""])
+def test_a_key_that_no_header_can_hold_is_not_shown(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(UserError, match="one word of printable ASCII") as raised:
+        ask(0, key_env="SOME_KEY")
+    assert not key or key not in str(raised.value)
+
+
+def test_a_key_that_the_server_echoes_is_not_shown(
+    server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret-7")
+    server.script = [(401, {}, b"x" * 195 + b"secret-7 is wrong")]
+    with pytest.raises(UserError, match="HTTP 401") as raised:
+        ask(0, key_env="SOME_KEY")
+    assert "secr" not in str(raised.value)
+
+
+def test_a_proxy_of_the_environment_is_named_and_never_used_for_loopback(
+    server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://user:password@127.0.0.1:9")
+    assert ask(0)[0][0].text == "4"
+    with pytest.raises(UserError, match=r"through the proxy 127\.0\.0\.1:9 failed") as raised:
+        ask(1, url="http://api.invalid/v1", attempts=1)
+    assert "password" not in str(raised.value)
+    assert ask()[1].unanswered == 0
 
 
 # ---- search.py with such a server for a model ----

@@ -1,9 +1,14 @@
 """Any OpenAI-compatible URL as the instruct model of a prompted search: messages in, text out.
 
-Not an Engine: such servers speak text and hide token ids, so only phase 1 (distilling from a bigger
-model) can use one. Every reply is on disk before it is used, and requests under way are awaited
-when a run stops: started again, it pays for nothing twice. The budget is hard: a request waits, or
-is refused, while its worst case does not fit; one without an answer counts as its worst case.
+This is not an Engine: such servers return text and hide token ids, so only phase 1 (distilling from
+a bigger model) can use one. The `openai` client retries and waits. The ledger and the budget are
+ours, and they sit in the transport, which sees every attempt:
+
+1. A reply is on disk before it is used, and requests under way are awaited when a run stops. The
+   same command therefore pays for nothing twice.
+2. The budget is hard. A request waits, or fails, while its worst case does not fit. An attempt
+   without a reply is booked at its worst case, and so is a reply with an implausible usage.
+3. The key and the body are all that is sent: the client's own headers come from the environment.
 """
 
 from __future__ import annotations
@@ -15,39 +20,49 @@ import os
 from asyncio import Task
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import httpx2
 
 from rftt.engines.base import Reply, Sampling
+from rftt.engines.http import RETRIED, Bounded
 from rftt.prompts import Messages
 from rftt.run.files import Journal
 from rftt.types import UserError
+
+try:
+    import openai
+except ModuleNotFoundError:
+    raise UserError("engine=api needs the client: pip install -r requirements-api.txt") from None
 
 if TYPE_CHECKING:
     from rftt.run.config import Api
 
 MESSAGE_OVERHEAD = 64
 """Tokens that a chat template may add to one message; generous, for the worst case."""
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Statuses that mean "later", unbilled; every other one is an error of ours."""
-FIRST_DELAY_S = 1.0
-"""Before the second attempt; doubles with each, unless the server says how long to wait."""
-LONGEST_WAIT_S = 120.0
-"""However long a server asks to wait."""
+PLAUSIBLE = 16
+"""A usage up to this multiple of the worst case is believed: servers add prompts of their own."""
+FINISHED = frozenset({"stop", "eos", "eos_token", "stop_sequence", "end_turn"})
+"""Finish reasons of a whole reply; the others cut it off or keep it back."""
+
+UNSENT = (
+    *(httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError),
+    *(httpx2.UnsupportedProtocol, httpx2.LocalProtocolError),
+)
+"""Failures before a request has left this machine: nothing is billed."""
 
 
 @dataclass
 class Spending:
-    """Of one ledger, over all runs."""
+    """Totals of one ledger, over all runs."""
 
     requests: int = 0
     unanswered: int = 0
-    """Of them; they may have been served and billed, and count with their worst case."""
+    """Requests that may have been served and billed; they count with their worst case."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cost: float = 0.0
@@ -63,86 +78,50 @@ class Spending:
         )
 
 
-@asynccontextmanager
-async def open_api(cfg: Api, ledger: Path) -> AsyncIterator[ChatAPI]:
-    """The replies of earlier runs and a connection for new ones, inside one event loop.
+@dataclass(frozen=True)
+class Order:
+    """What the transport must know of the request that the client sends."""
 
-    `ledger` is JSONL of every reply with its tokens and cost; its key is null for an attempt
-    without an answer.
-    """
-    headers: dict[str, str] = {}
-    if cfg.api_key_env:
-        if cfg.api_key_env not in os.environ:
-            raise UserError(f"environment variable {cfg.api_key_env} with the API key is not set.")
-        headers["Authorization"] = f"Bearer {os.environ[cfg.api_key_env]}"
-    async with httpx2.AsyncClient(
-        base_url=str(cfg.api_url).rstrip("/") + "/",
-        headers=headers,
-        timeout=cfg.api_timeout_s,
-        limits=httpx2.Limits(max_connections=cfg.api_max_concurrent),
-    ) as client:
-        api = ChatAPI(cfg, client, Journal(ledger))
-        try:
-            yield api
-        finally:
-            await asyncio.gather(*api.tasks, return_exceptions=True)
-            api.ledger.close()
+    key: str
+    worst: Reply
 
 
-class ChatAPI:
-    """`chat`, its ledger and its budget."""
+ORDER: ContextVar[Order] = ContextVar("order")
 
-    def __init__(self, cfg: Api, client: httpx2.AsyncClient, ledger: Journal) -> None:
-        self.cfg, self.ledger, self.spending = cfg, ledger, Spending()
-        self.tasks: set[Task[Reply]] = set()
-        """Requests under way."""
-        self._flying: list[Reply] = []
-        """What each of them would be at worst."""
-        self._client, self._room = client, asyncio.Condition()
-        self._known: dict[str, Reply] = {}
-        for row in ledger.rows:
+
+# ---- The ledger and the hard budget ----
+
+
+@dataclass
+class Account:
+    """Replies on disk, and the budget over them and over the requests under way."""
+
+    cfg: Api
+    ledger: Journal
+    spending: Spending = field(default_factory=Spending)
+    known: dict[str, Reply] = field(default_factory=dict)
+    flying: list[Reply] = field(default_factory=list)
+    """Worst cases of the requests under way."""
+    room: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def __post_init__(self) -> None:
+        for row in self.ledger.rows:
             self._count(row["key"], Reply(**{k: v for k, v in row.items() if k != "key"}))
 
-    async def chat(self, messages: Messages, sampling: Sampling) -> Reply:
-        """One reply. Raises UserError when refused, out of budget, or after too many failures."""
-        body = {
-            "model": self.cfg.api_model,
-            "messages": messages,
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": sampling.seed,
-        }
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        if key in self._known:
-            return self._known[key]
-        bound = sum(len(m["content"].encode()) + MESSAGE_OVERHEAD for m in messages)
-        worst = self._priced("", False, bound, sampling.max_tokens)
-        random, failure = Random(key), _Retry("never tried")
-        for attempt in range(self.cfg.api_attempts):
-            try:
-                return await self._attempt(key, body, worst)
-            except _Retry as retry:
-                failure = retry
-                backoff = FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.0)
-                await asyncio.sleep(backoff if retry.after is None else retry.after)
-        raise UserError(
-            f"{self.cfg.api_url} failed {self.cfg.api_attempts} times, the last time: {failure}."
-        )
+    async def reserve(self, worst: Reply) -> None:
+        """Wait until a request that takes `worst` fits. Raises UserError if it never can."""
+        async with self.room:
+            await self.room.wait_for(partial(self._fits, worst))
+            self.flying.append(worst)
 
-    async def _attempt(self, key: str, body: dict[str, Any], worst: Reply) -> Reply:
-        """One request, as soon as there is room. Once sent, it outlives whoever waits for it."""
-        async with self._room:
-            await self._room.wait_for(partial(self._fits, worst))
-            self._flying.append(worst)
-            task = asyncio.create_task(self._send(key, body, worst))
-            self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return await asyncio.shield(task)
+    async def release(self, worst: Reply) -> None:
+        """Give back what `reserve` took."""
+        self.flying.remove(worst)
+        async with self.room:
+            self.room.notify_all()
 
     def _fits(self, new: Reply) -> bool:
-        """Whether a request may start now. Raises UserError if it never can."""
-        cfg, spent, flying = self.cfg, self.spending, [*self._flying, new]
+        cfg, spent, flying = self.cfg, self.spending, [*self.flying, new]
         for name, limit, so_far, worst in (
             ("api_max_tokens", cfg.api_max_tokens, spent.tokens, [r.tokens for r in flying]),
             ("api_max_cost", cfg.api_max_cost, spent.cost, [r.cost for r in flying]),
@@ -150,65 +129,20 @@ class ChatAPI:
             if limit is not None and so_far + worst[-1] > limit:
                 raise UserError(
                     f"{name}={limit} is used up: {spent}; the next request may need {worst[-1]:g}. "
-                    "What is done is kept; raise it and start again to go on."
+                    "Finished work is kept; raise the budget and start again to resume."
                 )
             if limit is not None and so_far + sum(worst) > limit:
                 return False
         return len(flying) <= cfg.api_max_concurrent
 
-    async def _send(self, key: str, body: dict[str, Any], worst: Reply) -> Reply:
-        """Post it, and book what it cost before anyone learns of it."""
-        try:
-            reply = await self._post(body, worst)
-            self._book(key, reply)
-        except _Retry as retry:
-            if retry.billed:
-                self._book(None, worst)
-            raise
-        finally:
-            self._flying.remove(worst)
-            async with self._room:
-                self._room.notify_all()
-        return reply
-
-    async def _post(self, body: dict[str, Any], worst: Reply) -> Reply:
-        try:
-            response = await self._client.post("chat/completions", json=body)
-        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-            raise _Retry(repr(error)) from error
-        except httpx2.TransportError as error:
-            raise _Retry(repr(error), billed=True) from error
-        if response.status_code in RETRIED:
-            raise _Retry(f"HTTP {response.status_code}", response.headers.get("retry-after"))
-        if response.status_code != httpx2.codes.OK:
-            raise UserError(
-                f"{self.cfg.api_url}: HTTP {response.status_code}: {response.text[:200]!r}"
-            )
-        try:
-            data = response.json()
-            choice, usage = data["choices"][0], data.get("usage") or {}
-            text, whole = choice["message"]["content"] or "", choice["finish_reason"] == "stop"
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            what = f"not a chat completion: {response.text[:80]!r}"
-            raise _Retry(what, billed=True) from error
-        # A server that does not say what it took: the worst.
-        n_prompt = usage.get("prompt_tokens", worst.n_prompt)
-        n_generated = usage.get("completion_tokens", worst.n_generated)
-        return self._priced(text, whole, n_prompt, n_generated)
-
-    def _priced(self, text: str, whole: bool, n_prompt: int, n_generated: int) -> Reply:
-        prices = self.cfg.api_prompt_price, self.cfg.api_completion_price
-        cost = (n_prompt * prices[0] + n_generated * prices[1]) / 1e6
-        return Reply(text, whole, n_prompt, n_generated, cost)
-
-    def _book(self, key: str | None, reply: Reply) -> None:
-        """On disk; an attempt without an answer has no key."""
+    def book(self, key: str | None, reply: Reply) -> None:
+        """Write a reply to the ledger; an attempt without a reply has no key."""
         self.ledger.append({"key": key, **asdict(reply)})
         self._count(key, reply)
 
     def _count(self, key: str | None, reply: Reply) -> None:
         if key is not None:
-            self._known[key] = reply
+            self.known[key] = reply
         self.spending.requests += 1
         self.spending.unanswered += key is None
         self.spending.prompt_tokens += reply.n_prompt
@@ -216,12 +150,169 @@ class ChatAPI:
         self.spending.cost += reply.cost
 
 
-class _Retry(Exception):
-    """An attempt that may succeed later; `after` is the server's own wish in seconds."""
+def priced(cfg: Api, text: str, whole: bool, n_prompt: int, n_generated: int) -> Reply:
+    """Return a reply with its cost."""
+    cost = (n_prompt * cfg.api_prompt_price + n_generated * cfg.api_completion_price) / 1e6
+    return Reply(text, whole, n_prompt, n_generated, cost)
 
-    def __init__(self, what: str, retry_after: str | None = None, *, billed: bool = False) -> None:
-        super().__init__(what)
-        self.billed = billed
-        """Whether it may have been served."""
-        numeric = (retry_after or "").isdecimal()  # it may also be a date
-        self.after = min(float(retry_after or ""), LONGEST_WAIT_S) if numeric else None
+
+def read_reply(cfg: Api, body: bytes, worst: Reply) -> Reply:
+    """Return the reply in a chat completion. Raises ValueError if `body` is something else."""
+    try:
+        data = json.loads(body)
+        choice, usage = data["choices"][0], data.get("usage")
+        content, finish = choice["message"]["content"], choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(repr(error)) from error
+    if isinstance(content, list):  # parts, some of them thoughts
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        content = "".join(part for part in parts if isinstance(part, str))
+    if not isinstance(content, str | None):
+        raise ValueError(f"content is a {type(content).__name__}")
+    # Half of a surrogate pair cannot be written to any file.
+    text = (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    usage = usage if isinstance(usage, dict) else {}
+    n_prompt = plausible(usage.get("prompt_tokens"), worst.n_prompt)
+    n_generated = plausible(usage.get("completion_tokens"), worst.n_generated)
+    whole = isinstance(finish, str) and finish in FINISHED
+    return priced(cfg, text, whole, n_prompt, n_generated)
+
+
+def plausible(tokens: object, worst: int) -> int:
+    """Return a server's token count, or the worst case if it cannot be true."""
+    if type(tokens) is int and 0 < tokens <= PLAUSIBLE * worst:
+        return tokens
+    return worst
+
+
+class Metered(httpx2.AsyncBaseTransport):
+    """Reserves and books every attempt of the client, its retries included."""
+
+    def __init__(self, account: Account, inner: Bounded, key: str) -> None:
+        self.account, self.inner, self._key = account, inner, key
+        self.tasks: set[Task[httpx2.Response]] = set()
+        """Requests under way."""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send one attempt as soon as it fits. Once sent, it outlives whoever waits for it."""
+        order, headers = ORDER.get(), {"content-type": "application/json"}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        plain = httpx2.Request("POST", request.url, headers=headers, content=request.content)
+        await self.account.reserve(order.worst)
+        task = asyncio.create_task(self._send(plain, order))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _send(self, request: httpx2.Request, order: Order) -> httpx2.Response:
+        """Send a request and book its cost before anyone sees the reply."""
+        account, worst = self.account, order.worst
+        try:
+            response = await self.inner.handle_async_request(request)
+            if response.is_success:
+                account.book(order.key, read_reply(account.cfg, response.content, worst))
+            return response
+        except UNSENT:
+            raise
+        except httpx2.TransportError:
+            account.book(None, worst)
+            raise
+        except ValueError as error:  # a status that the client retries
+            account.book(None, worst)
+            return httpx2.Response(502, text=f"not a chat completion: {error}", request=request)
+        finally:
+            await account.release(worst)
+
+    async def aclose(self) -> None:
+        """Wait for the requests under way, which are paid for."""
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.inner.aclose()
+
+
+# ---- The chat ----
+
+
+@asynccontextmanager
+async def open_api(cfg: Api, ledger: Path) -> AsyncIterator[ChatAPI]:
+    """Yield a chat with the replies of earlier runs and a connection for new ones.
+
+    `ledger` is JSONL of every reply with its tokens and cost; its key is null for an attempt
+    without a reply.
+    """
+    key, url = read_key(cfg.api_key_env), str(cfg.api_url).rstrip("/")
+    account = Account(cfg, Journal(ledger))
+    inner = Bounded(url, deadline_s=cfg.api_timeout_s, max_connections=cfg.api_max_concurrent)
+    transport = Metered(account, inner, key)
+    try:
+        async with openai.AsyncOpenAI(
+            base_url=url,
+            api_key="none",  # the transport holds the real one
+            max_retries=cfg.api_attempts - 1,
+            timeout=None,
+            http_client=httpx2.AsyncClient(transport=transport, trust_env=False),
+        ) as client:
+            yield ChatAPI(cfg, client, transport, key)
+    finally:
+        account.ledger.close()
+
+
+def read_key(variable: str | None) -> str:
+    """Return the API key in an environment variable, "" without one. Raises UserError, unseen."""
+    if not variable:
+        return ""
+    if variable not in os.environ:
+        raise UserError(f"environment variable {variable} with the API key is not set.")
+    key = os.environ[variable].strip()
+    if not key.isascii() or not key.isprintable() or " " in key or not key:
+        raise UserError(f"the API key in {variable} must be one word of printable ASCII.")
+    return key
+
+
+class ChatAPI:
+    """`chat` with a server, and what it has cost."""
+
+    def __init__(self, cfg: Api, client: openai.AsyncOpenAI, transport: Metered, key: str) -> None:
+        self.cfg, self.account, self._client = cfg, transport.account, client
+        self.spending = self.account.spending
+        self._where, self._key = f"{cfg.api_url}{transport.inner.route}", key
+
+    async def chat(self, messages: Messages, sampling: Sampling) -> Reply:
+        """Return one reply. Raises UserError when refused, out of budget, or after all retries."""
+        asked: dict[str, Any] = {
+            "model": self.cfg.api_model,
+            "messages": messages,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        }
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        if key in self.account.known:
+            return self.account.known[key]
+        # What is sent may say less: the ledger's key stays that of the whole request.
+        body = {name: value for name, value in asked.items() if name not in ("max_tokens", "seed")}
+        body[self.cfg.api_max_tokens_key] = sampling.max_tokens
+        if self.cfg.api_seed:
+            body["seed"] = sampling.seed % 2**31  # many servers hold it in 32 bits
+        bound = sum(len(m["content"].encode()) + MESSAGE_OVERHEAD for m in messages)
+        ORDER.set(Order(key, priced(self.cfg, "", False, bound, sampling.max_tokens)))
+        try:
+            await self._client.post("/chat/completions", body=body, cast_to=httpx2.Response)
+        except openai.APIStatusError as error:
+            status = f"HTTP {error.status_code}: {self._shown(error.response.text)}"
+            if error.status_code not in RETRIED:
+                raise UserError(f"{self._where}: {status}") from None
+            raise self._failed(status) from None
+        except openai.APIConnectionError as error:
+            raise self._failed(self._shown(repr(error.__cause__), quote=False)) from None
+        return self.account.known[key]
+
+    def _failed(self, last: str) -> UserError:
+        attempts = self.cfg.api_attempts
+        return UserError(f"{self._where} failed {attempts} times, the last time: {last}.")
+
+    def _shown(self, text: str, *, quote: bool = True) -> str:
+        """Return the beginning of a server's text without the key, which it may echo."""
+        text = (text.replace(self._key, "[key]") if self._key else text)[:200]
+        return repr(text) if quote else text

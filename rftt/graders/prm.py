@@ -175,12 +175,13 @@ class RemotePRM:
     def __init__(self, cfg: ProcessConfig) -> None:
         import httpx2
 
-        self.url, self.tries = str(cfg.prm_url), cfg.prm_tries
-        self._gate = asyncio.Semaphore(cfg.prm_max_concurrency)
-        self._client = httpx2.AsyncClient(
-            timeout=httpx2.Timeout(cfg.prm_timeout_s, pool=None),
-            limits=httpx2.Limits(max_connections=cfg.prm_max_concurrency),
-        )
+        from rftt.engines.http import Bounded
+
+        self.url, self.tries, connections = str(cfg.prm_url), cfg.prm_tries, cfg.prm_max_concurrency
+        self._gate = asyncio.Semaphore(connections)
+        transport = Bounded(self.url, deadline_s=cfg.prm_timeout_s, max_connections=connections)
+        self._where = f"prm_url {self.url}{transport.route}"
+        self._client = httpx2.AsyncClient(transport=transport, timeout=None, trust_env=False)
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="prm", daemon=True)
         self._thread.start()
@@ -210,15 +211,13 @@ class RemotePRM:
             if isinstance(scores, list):
                 return scores
             failure = scores
-        raise UserError(
-            f"prm_url {self.url} not reachable after {self.tries} tries (last: {failure})"
-        )
+        raise UserError(f"{self._where} not reachable after {self.tries} tries (last: {failure})")
 
     async def _attempt(self, text: str, n_steps: int) -> list[float] | str:
         """The scores, or why this attempt failed and another may not."""
         import httpx2
 
-        from rftt.engines.openai import RETRIED
+        from rftt.engines.http import RETRIED
 
         try:
             response = await self._client.post(self.url, json={"input": text})
@@ -229,10 +228,8 @@ class RemotePRM:
         if response.status_code in RETRIED:
             return f"HTTP {response.status_code}"
         if response.status_code != httpx2.codes.OK:
-            raise UserError(
-                f"prm_url {self.url}: HTTP {response.status_code}: {response.text[:200]!r}"
-            )
+            raise UserError(f"{self._where}: HTTP {response.status_code}: {response.text[:200]!r}")
         try:
             return checked(response.json()["score"], n_steps)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             return f"not an answer of a PRM: {error!r}"

@@ -248,6 +248,10 @@ class Api:
     """Timeout per request, in seconds."""
     api_attempts: Runtime[Count] = 8
     """Attempts per request before its failure stops the run."""
+    api_seed: Runtime[bool] = True
+    """Whether requests carry a seed of 31 bits; false for a server that refuses the field."""
+    api_max_tokens_key: Runtime[Literal["max_tokens", "max_completion_tokens"]] = "max_tokens"
+    """Name of the field that bounds a reply; newer models require max_completion_tokens."""
 
 
 @config_class
