@@ -173,6 +173,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "starlette": ("tools/prm_serve.py",),
     "uvicorn": ("tools/prm_serve.py",),
     "wandb": ("rftt/run/log.py",),
+    "trackio": ("rftt/run/log.py",),
     "torch.utils.tensorboard": ("rftt/run/log.py",),
 }
 """What only these files may know."""

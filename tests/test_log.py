@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -13,6 +15,7 @@ import yaml
 from rftt.run import log as log_module
 from rftt.run.log import RunLog, environment, number
 from rftt.types import UserError
+from tests.conftest import ROOT
 
 CONFIG = {"learning_rate": 5e-7, "report_to": [], "eval_file": None}
 
@@ -134,26 +137,77 @@ def test_a_bar_on_a_terminal_is_drawn_and_wiped(
 def test_report_to_names_what_is_wrong_or_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="'mlflow' is not one of tensorboard, wandb"):
+    with pytest.raises(
+        UserError, match="report_to must name tensorboard, wandb, trackio, got 'mlflow'"
+    ):
         RunLog(tmp_path, CONFIG, enabled=True, report_to=["mlflow"])
     monkeypatch.setattr(log_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
         RunLog(tmp_path, CONFIG, enabled=True, report_to=["wandb"])
 
 
-def test_report_to_receives_the_rows_from_the_first_step_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_receives_the_rows_of_one_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    opened: list[dict] = []
     sent: list[tuple] = []
     run = SimpleNamespace(log=lambda row, step: sent.append((step, row)))
-    wandb = SimpleNamespace(init=lambda **options: sent.append(("init", options["config"])) or run)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tracker = SimpleNamespace(init=lambda **options: opened.append(options) or run)
+    monkeypatch.setitem(sys.modules, name, tracker)
     monkeypatch.setattr(log_module, "find_spec", lambda name: ModuleSpec(name, None))
-    log = RunLog(tmp_path, CONFIG, enabled=True, report_to=["wandb"])
-    assert sent == []
+    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+    out = tmp_path / "seed0/rl"
+    log = RunLog(out, CONFIG, enabled=True, report_to=[name])
+    assert opened == []
     log.step(3, {"reward": 0.5, "kl": float("nan")}, [])
     log.step(4, {"reward": 0.75}, [])
-    assert sent == [("init", CONFIG), (3, {"reward": 0.5}), (4, {"reward": 0.75})]
+    assert sent == [(3, {"reward": 0.5}), (4, {"reward": 0.75})]
+    log._lock.close()
+    RunLog(out, CONFIG, enabled=True, report_to=[name]).step(5, {}, [])
+    assert opened[0] == opened[1]
+    assert opened[0]["name"] == "seed0/rl"
+    assert opened[0]["resume"] == "allow"
+    assert opened[0]["config"] == CONFIG
+    if name == "wandb":
+        assert len(opened[0]["id"]) == 32
+    else:
+        assert os.environ.pop("TRACKIO_DIR") == str(out / "trackio")
+
+
+class Closed(io.StringIO):
+    """A stream whose reader has gone, or whose disk is full."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.faults
+def test_a_terminal_that_is_gone_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Closed())
+    monkeypatch.setattr(sys, "stderr", Closed())
+    log = RunLog(tmp_path, CONFIG, enabled=True)
+    for step in range(3):
+        log.step(step, {"reward": 0.5}, ["reward"])
+    with log.bar(1, "problem", "search") as bar:
+        bar.advance()
+    assert len(rows(tmp_path)) == len((tmp_path / "log.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("target", ["| head -1", "> /dev/full", ">&-"])
+def test_a_process_whose_stdout_is_gone_ends_well(tmp_path: Path, target: str) -> None:
+    code = (
+        "from pathlib import Path; from rftt.run.log import RunLog\n"
+        f"log = RunLog(Path({str(tmp_path / 'run')!r}), {{}}, enabled=True)\n"
+        "for step in range(2000): log.step(step, {'reward': 0.5}, ['reward'])"
+    )
+    command = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {target}', sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(rows(tmp_path / "run")) == 2000
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What a run leaves behind and shows: config.yaml, env.json, log.txt, metrics.jsonl, a bar.
 
-The only place that prints, and the only one that knows TensorBoard and wandb. Ranks other than 0
-hold a RunLog with `enabled=False`: same calls, no effect, so that no script asks for its rank.
+The only place that prints, and the only one that uses TensorBoard, wandb and trackio. The files are
+the truth and the terminal is optional: a stream that is closed or full is given up, and the run
+goes on. Ranks other than 0 hold a RunLog with `enabled=False`: same calls, no effect, so that no
+script asks for its rank.
 `rewind` makes a resumed run's metrics.jsonl hold the rows of an unbroken one, each step once.
 """
 
@@ -9,18 +11,21 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
+from uuid import uuid4
 
 import yaml
 from tqdm import tqdm
@@ -33,9 +38,12 @@ Sink = Callable[[int, Mapping[str, float | None]], None]
 
 
 def say(text: str) -> None:
-    """One line on stdout, above a bar if one is drawn."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Write one line to stdout, above a bar if one is drawn; give a stream up that takes none."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):  # reader gone, disk full, closed, or no stream
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open to the end)
 
 
 class Bar:
@@ -44,7 +52,7 @@ class Bar:
     def __init__(self, total: int, unit: str, label: str, *, enabled: bool) -> None:
         self._total, self._unit, self._label, self._done = total, unit, label, 0
         self._sums: dict[str, float] = {}
-        drawn = enabled and sys.stderr.isatty()
+        drawn = enabled and sys.stderr is not None and sys.stderr.isatty()
         self._lines = enabled and not drawn
         self._start = time.monotonic()
         self._drawn = tqdm(total=total, unit=f" {unit}", desc=label, disable=not drawn, leave=False)
@@ -62,8 +70,9 @@ class Bar:
             meter = tqdm.format_meter(
                 self._done, self._total, elapsed, ncols=0, prefix=self._label, unit=f" {self._unit}"
             )
-            sys.stderr.write(f"{meter} {figures}".rstrip() + "\n")
-            sys.stderr.flush()
+            with suppress(OSError, ValueError, AttributeError):  # as in `say`
+                sys.stderr.write(f"{meter} {figures}".rstrip() + "\n")
+                sys.stderr.flush()
 
     def close(self) -> None:
         self._drawn.close()
@@ -108,11 +117,11 @@ class RunLog:
                 self.info(f"weights and compute in {config['dtype']}")
 
     def info(self, text: str) -> None:
-        """`text` to stdout and log.txt."""
+        """Write `text` to log.txt, then to stdout."""
         if self._enabled:
-            say(text)
             with open(self._run_dir / "log.txt", "a", encoding="utf-8") as file:
                 file.write(text + "\n")
+            say(text)
 
     def step(
         self,
@@ -210,12 +219,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# ---- TensorBoard and wandb ----
+# ---- Curves: TensorBoard, wandb, trackio ----
 
 
 def _check_available(name: str) -> None:
     if name not in OPEN:
-        raise UserError(f"report_to: {name!r} is not one of {', '.join(OPEN)}.")
+        raise UserError(f"report_to must name {', '.join(OPEN)}, got {name!r}.")
     if find_spec(name) is None:
         raise UserError(f"report_to: {name} is not installed; pip install {name} or leave it out.")
 
@@ -234,10 +243,10 @@ def _open_tensorboard(run_dir: Path, _config: dict[str, Any], step: int) -> Sink
     return sink
 
 
-def _open_wandb(run_dir: Path, config: dict[str, Any], _step: int) -> Sink:
-    import wandb  # type: ignore[import-not-found]
-
-    run = wandb.init(project="rftt", name=run_dir.name, dir=str(run_dir), config=config)
+def _open_tracker(tracker: ModuleType, run_dir: Path, **options: Any) -> Sink:
+    """Open or resume a run of wandb, or of trackio, which has the same functions."""
+    name = f"{run_dir.parent.name}/{run_dir.name}".strip("/")  # not "rl" for every run of a recipe
+    run = tracker.init(project="rftt", name=name, resume="allow", **options)
 
     def sink(step: int, row: Mapping[str, float | None]) -> None:
         run.log({key: value for key, value in row.items() if value is not None}, step=step)
@@ -245,7 +254,25 @@ def _open_wandb(run_dir: Path, config: dict[str, Any], _step: int) -> Sink:
     return sink
 
 
+def _open_wandb(run_dir: Path, config: dict[str, Any], _step: int) -> Sink:
+    import wandb  # type: ignore[import-not-found]
+
+    id_file = run_dir / "wandb_id.txt"  # a resumed run is the same one
+    if not id_file.exists():
+        write_lines(id_file, [uuid4().hex])
+    run_id = id_file.read_text(encoding="utf-8").strip()
+    return _open_tracker(wandb, run_dir, id=run_id, dir=str(run_dir), config=config)
+
+
+def _open_trackio(run_dir: Path, config: dict[str, Any], _step: int) -> Sink:
+    os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))  # read when it is imported
+    import trackio  # type: ignore[import-not-found]
+
+    return _open_tracker(trackio, run_dir, config=config)
+
+
 OPEN: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
     "tensorboard": _open_tensorboard,
     "wandb": _open_wandb,
+    "trackio": _open_trackio,
 }
