@@ -19,7 +19,7 @@ from PIL import Image
 
 from rftt.mcts import Choice, Tree, grow
 from rftt.run.stats import tree_record
-from rftt.tokens import ACTS, successors
+from rftt.tokens import successors
 from rftt.types import Problem, Step
 from tests.conftest import HANG_LIMIT
 from tools.page import filled
@@ -171,29 +171,17 @@ def test_a_models_output_never_becomes_markup(tmp_path: Path, browse: Callable[.
         assert not re.findall(r"https?://(?!www\.w3\.org)", page.read_text())
 
 
-def test_a_report_shows_curves_tables_rollouts_and_links(
-    tmp_path: Path, browse: Callable[..., str]
-) -> None:
+def test_a_report_shows_rollouts_and_links(tmp_path: Path, browse: Callable[..., str]) -> None:
     run = tmp_path / "rl"
     (run / "samples").mkdir(parents=True)
     (run / "trees/step_000009").mkdir(parents=True)
     (run / "trees/step_000009/a%2Fb.json").write_text(json.dumps(record(4)))
-    rows = [{"step": i, "accuracy": 0.3 + i / 50, "kl": i / 1e3} for i in range(20)]
-    for row in rows:
-        row |= {f"acts/{act}": 1 / 8 for act in ACTS}
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sample = {"id": "p", "question": "1+1?", "gold": "2", "answer": "2", "outcome": 1.0}
     sample |= {"steps": ["<verify>so</verify>", "lost", "<output>2</output>"]}
     sample |= {"acts": ["verify", "", "output"], "step_rewards": [0.25, 0.0, 1.0]}
     (run / "samples/step_000009.jsonl").write_text(json.dumps(sample) + "\n")
     write_report({"rl": run}, tmp_path / "out")
     document = browse(tmp_path / "out/report.html", picture="report.png")
-    titles = re.findall(r'<figure data-title="([^"]+)"', document)
-    assert titles == ["Accuracy", "KL to the reference", "Acts of rl"]
-    lines = re.findall(r'<polyline[^>]*points="([^"]+)"', document)
-    assert [len(line.split()) for line in lines] == [20] * (2 + len(ACTS))
-    heights = [float(point.split(",")[1]) for point in lines[0].split()]
-    assert heights == sorted(heights, reverse=True), "accuracy rises, so the line climbs"
     assert re.findall(r'class="segment"[^>]*data-act="(\w+)"', document) == [
         "verify",
         "outside",
@@ -204,5 +192,4 @@ def test_a_report_shows_curves_tables_rollouts_and_links(
     target = tmp_path / "out" / link.replace("%25", "%")
     assert target.resolve() == (run / "trees/step_000009/a%2Fb.html").resolve()
     assert target.is_file()
-    assert "0.31 → 0.67" in document
     assert share_of("report.png", RIGHT) > 1e-5

@@ -1,11 +1,12 @@
-"""Write report.html, report.md and plots/*.png of one run, or of several side by side.
+"""report.md with plots/*.png, and report.html, of one run or of several side by side.
 
     python tools/report.py <run> [<run> …] [--out folder]
 
-The input is what the scripts wrote to their run directories (metrics.jsonl, eval/summary.json,
-stats.json, samples/, trees/). Nothing is changed, except that every tree gets a page beside its
-JSON. The curves are the paper's four panels, then the health of the learner, the acts, and accuracy
-over search simulations. The report names what a run lacks.
+Reads what the scripts left in their run directories (metrics.jsonl, eval/summary.json, stats.json,
+samples/, trees/) and changes none of it. report.md has the curves (the paper's four panels, the
+health of the learner, the acts, accuracy over search simulations) and the tables. report.html has
+the last rollouts with a colour per segment, and links to a page beside every search tree. What a
+run lacks is left out and named.
 """
 
 from __future__ import annotations
@@ -44,16 +45,15 @@ def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
         if figure is not None:
             figure.savefig(out / "plots" / f"{name}.png", dpi=110)
             lines += [f"![{name}](plots/{name}.png)", ""]
-    tables = {title: table_rows({run.name: f(run) for run in runs}) for title, f in TABLES.items()}
-    for title, rows in tables.items():
-        lines += markdown_table(title, rows)
+    for title, cells_of in TABLES.items():
+        lines += markdown_table(title, {run.name: cells_of(run) for run in runs})
     for run in runs:
         lines += [f"## Last rollouts of {run.name}", ""] if run.samples else []
         lines += [line for row in run.samples[:N_SAMPLES] for line in sample_lines(row)]
     lines += ["## Left out", "", *(f"- {run.name}: {missing(run)}" for run in runs)]
     report = out / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_page(runs, tables, out, n_samples=N_SAMPLES)
+    write_page(runs, out, n_samples=N_SAMPLES)
     return report
 
 
@@ -104,18 +104,15 @@ TABLES: dict[str, Callable[[Run], dict[str, str]]] = {
 }
 
 
-def table_rows(cells: Mapping[str, dict[str, str]]) -> list[list[str]]:
-    """Return the head, then a row per run; a cell that a run lacks is empty."""
+def markdown_table(title: str, cells: Mapping[str, dict[str, str]]) -> list[str]:
+    """Return Markdown lines with one row per run; none if no run has a cell."""
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
-    rows = [[name, *(row.get(c, "") for c in columns)] for name, row in cells.items() if row]
-    return [["run", *columns], *rows] if columns else []
-
-
-def markdown_table(title: str, rows: list[list[str]]) -> list[str]:
-    """Return Markdown lines; an empty table has none."""
-    ruled = [*rows[:1], ["---"] * len(rows[0]), *rows[1:]] if rows else []
-    lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in ruled]
-    return [f"## {title}", "", *lines, ""] if lines else []
+    if not columns:
+        return []
+    rows = [["run", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[name, *(row.get(c, "") for c in columns)] for name, row in cells.items() if row]
+    lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
+    return [f"## {title}", "", *lines, ""]
 
 
 def sample_lines(row: Row) -> list[str]:
