@@ -243,7 +243,7 @@ def _open_tensorboard(run_dir: Path, _config: dict[str, Any], step: int) -> Sink
     return sink
 
 
-def _open_tracker(tracker: ModuleType, run_dir: Path, **options: Any) -> Sink:
+def _open_tracker(tracker: ModuleType, run_dir: Path, options: dict[str, Any]) -> Sink:
     """Open or resume a run of wandb, or of trackio, which has the same functions."""
     name = f"{run_dir.parent.name}/{run_dir.name}".strip("/")  # not "rl" for every run of a recipe
     run = tracker.init(project="rftt", name=name, resume="allow", **options)
@@ -261,14 +261,15 @@ def _open_wandb(run_dir: Path, config: dict[str, Any], _step: int) -> Sink:
     if not id_file.exists():
         write_lines(id_file, [uuid4().hex])
     run_id = id_file.read_text(encoding="utf-8").strip()
-    return _open_tracker(wandb, run_dir, id=run_id, dir=str(run_dir), config=config)
+    options = {"id": run_id, "dir": str(run_dir), "config": config}
+    return _open_tracker(wandb, run_dir, options)
 
 
 def _open_trackio(run_dir: Path, config: dict[str, Any], _step: int) -> Sink:
     os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))  # read when it is imported
     import trackio  # type: ignore[import-not-found]
 
-    return _open_tracker(trackio, run_dir, config=config)
+    return _open_tracker(trackio, run_dir, {"config": config})
 
 
 OPEN: dict[str, Callable[[Path, dict[str, Any], int], Sink]] = {
