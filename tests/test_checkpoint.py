@@ -88,10 +88,22 @@ def damage(path: Path, how: str) -> None:
             shard_file.unlink()
         case "marker":
             (path / "COMPLETE").write_bytes(b"\x00" * 10)
+        case "list":
+            (path / "COMPLETE").write_text("[]")
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "marker"])
+def test_files_of_others_do_not_damage_a_checkpoint(world: World, tmp_path: Path) -> None:
+    train(world, tmp_path, 1)
+    path = latest(tmp_path)
+    assert path is not None
+    for name in (".DS_Store", "hf/.DS_Store", "state/Thumbs.db"):
+        (path / name).write_bytes(b"\x00")
+    assert newest_whole(tmp_path, world) == path
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "marker", "list"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     world: World, tmp_path: Path, how: str
 ) -> None:

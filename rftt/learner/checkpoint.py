@@ -19,7 +19,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -154,7 +154,7 @@ class Checkpoints:
             self._tokenizer.save_pretrained(temp / "hf")
         dist.barrier(self._group)
         shares: list[Any] = [None] * self._world.size
-        dist.all_gather_object(shares, _checksums(temp, self._world), self._group)
+        dist.all_gather_object(shares, _checksums(temp, _files(temp), self._world), self._group)
         if self._world.is_main:
             write_json(temp / "COMPLETE", dict(chain(*(share.items() for share in shares))))
             for path in (*temp.rglob("*"), temp):
@@ -189,14 +189,16 @@ def latest(run_dir: Path) -> Path | None:
 
 
 def newest_whole(run_dir: Path, world: World) -> Path | None:
-    """The newest checkpoint that is still what was written. Collective.
+    """Return the newest checkpoint whose recorded files are as they were written. Collective.
 
-    Damaged ones after it are set aside with a warning. Raises UserError where no other is left.
+    Files that others put there (.DS_Store) do not count. Damaged checkpoints after it are set aside
+    with a warning. Raises UserError if none is left.
     """
     damaged: list[Path] = []
     for path in reversed(world.gather(_complete(run_dir / "checkpoints"))[0]):
-        parts = world.gather((_checksums(path, world), _recorded(path)))
-        if dict(chain(*(found.items() for found, _ in parts))) == parts[0][1]:
+        recorded = world.gather(_recorded(path))[0]
+        parts = world.gather(_checksums(path, sorted(recorded), world))
+        if recorded and dict(chain(*(found.items() for found in parts))) == recorded:
             if world.is_main:
                 for other in damaged:
                     warnings.warn(f"{other} is damaged; going on from {path.name}", stacklevel=2)
@@ -211,24 +213,31 @@ def newest_whole(run_dir: Path, world: World) -> Path | None:
     return None
 
 
-def _checksums(folder: Path, world: World) -> dict[str, int]:
-    """CRC-32 of this rank's share of the files below."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+def _files(folder: Path) -> list[str]:
+    """Return the names of the files of a checkpoint, without its marker and hidden ones."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "COMPLETE")
+    return sorted(str(p.relative_to(folder)) for p in files if not p.name.startswith("."))
+
+
+def _checksums(folder: Path, names: Sequence[str], world: World) -> dict[str, int]:
+    """Return the CRC-32 of this rank's share of `names`; a missing file has none."""
     found = {}
-    for path in [path for path in files if path.name != "COMPLETE"][world.rank :: world.size]:
+    for name in [name for name in names[world.rank :: world.size] if (folder / name).is_file()]:
         checksum = 0
-        with open(path, "rb") as file:
+        with open(folder / name, "rb") as file:
             while block := file.read(2**24):
                 checksum = zlib.crc32(block, checksum)
-        found[str(path.relative_to(folder))] = checksum
+        found[name] = checksum
     return found
 
 
-def _recorded(path: Path) -> dict[str, int] | None:
+def _recorded(path: Path) -> dict[str, int]:
+    """Return what COMPLETE says about the files; {} if the marker is damaged itself."""
     try:
-        return json.loads((path / "COMPLETE").read_bytes())
-    except ValueError:  # damaged itself
-        return None
+        recorded = json.loads((path / "COMPLETE").read_bytes())
+    except ValueError:
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _complete(folder: Path) -> list[Path]:
