@@ -12,47 +12,46 @@ per problem, and eval/summary.json below output_dir; started again, it does only
 
 from __future__ import annotations
 
+from rftt.run.config import EvalConfig
+from rftt.run.front import front
+
+if __name__ == "__main__":
+    front("evaluate", EvalConfig)
+
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rftt.beam import explorer
+from rftt.engines import build_engine
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, load_tokenizer
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
+from rftt.learner.fsdp import World, joined
 from rftt.mcts import Value
 from rftt.rewards import solves
-from rftt.rollout import Learned, encode_question, learned_tree, sample, speaker, tree_rollouts
+from rftt.rollout import Learned, encode_question, learned_tree, sample, sampler_of, tree_rollouts
 from rftt.run.checks import check_prompts
-from rftt.run.cli import check_same_run, cli
-from rftt.run.config import EvalConfig
+from rftt.run.cli import check_same_run
 from rftt.run.data import load_problems
 from rftt.run.files import Row, gather_parts, open_part, write_json
+from rftt.run.log import RunLog
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
 from rftt.tokens import function_ids, has_function_tokens
 from rftt.types import Problem, Rollout, Step
 
-if TYPE_CHECKING:
-    from rftt.learner.fsdp import World
-
 
 def main(cfg: EvalConfig) -> None:
-    from rftt.learner.fsdp import joined
-
     with joined(cfg.device) as world:
         evaluate(cfg, world)
 
 
 def evaluate(cfg: EvalConfig, world: World) -> None:
-    # Heavy imports wait until the config is known to be good.
-    from rftt.engines import build_engine
-    from rftt.run.log import RunLog
-
     out, name = Path(cfg.output_dir), Path(cfg.eval_file).stem
     check_same_run(out / "config.yaml", asdict(cfg))
     problems = load_problems(
@@ -68,7 +67,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     todo = [problem for problem in problems if problem.id not in done][world.rank :: world.size]
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
     prm = asyncio.run(open_prm(cfg, log.info))
-    policy = speaker(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
+    policy = sampler_of(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
 
     async def run() -> None:
         with log.bar(len(todo), "problem", name) as bar:
@@ -129,7 +128,7 @@ async def answer(
         )
         paths = tree_rollouts(policy, tree, hidden, prompt, group=0, mask_forced=False)
         row["search"] = [
-            verdict(cfg, policy, problem, rollout, leaf.value_sum if prm else None)
+            verdict(cfg, policy, problem, rollout, leaf.q if prm else None)
             for rollout, leaf in zip(paths, tree.leaves(), strict=True)
         ]
     return row
@@ -276,7 +275,3 @@ def summary_table(summary: dict[str, Any]) -> str:
         for level, figure in summary["levels"].items()
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    cli(main, EvalConfig)

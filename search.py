@@ -14,95 +14,76 @@ is not yet in data/raw.jsonl and data/scored.jsonl and ends with the same rows.
 
 from __future__ import annotations
 
+from rftt.run.config import SearchConfig
+from rftt.run.front import front
+
+if __name__ == "__main__":
+    front("search", SearchConfig)
+
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from rftt.beam import explorer
-from rftt.curate import curate, score_steps
+from rftt.curate import curate
 from rftt.engines.base import Counters, for_each
 from rftt.engines.chat import load_tokenizer, open_chat
 from rftt.graders import open_prm
-from rftt.graders.prm import ProcessModel
+from rftt.graders.prm import ProcessModel, score_steps
+from rftt.learner.fsdp import World, joined
 from rftt.prompted import Prompted, prompted_tree, reply
 from rftt.prompts import Messages
-from rftt.run.cli import check_same_run, cli, load_function
-from rftt.run.config import Filters, SearchConfig
-from rftt.run.data import load_problems, write_data
+from rftt.run.config import SearchConfig
+from rftt.run.data import load_problems
 from rftt.run.files import Journal, Row, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
-from rftt.run.rejection import (
-    RESPONSES,
-    load_responses,
-    sample_responses,
-    score_responses,
-)
+from rftt.run.rejection import sample_responses, score_responses
+from rftt.run.rows import open_log, score_cache, write_data
 from rftt.run.stats import tree_record
 from rftt.types import Problem, UserError
 
-if TYPE_CHECKING:
-    from rftt.learner.fsdp import World
-
 
 def main(cfg: SearchConfig) -> None:
-    from rftt.learner.fsdp import joined
-
     with joined(cfg.device) as world:
         search(cfg, world)
 
 
 def search(cfg: SearchConfig, world: World) -> None:
-    if cfg.engine == "api" and cfg.method != "score" and world.size > 1:
-        raise UserError("engine=api has one ledger: run one process, raise api_max_concurrent.")
-    out, file = Path(cfg.output_dir), Path(cfg.output_dir) / "data" / "raw.jsonl"
-    changeable = {field.name for field in fields(Filters)}
-    changeable |= {"prm_reduce", "max_repeats"} if cfg.method in RESPONSES else set()
-    fixed = {key: value for key, value in asdict(cfg).items() if key not in changeable}
-    check_same_run(out / "config.yaml", fixed)
-    if cfg.custom_filter is not None:
-        load_function("custom_filter", cfg.custom_filter)  # now rather than after hours
-    log = RunLog(out, asdict(cfg), enabled=world.is_main)
+    log = open_log(cfg, world)
     if cfg.method == "score":
-        raw = load_responses(str(cfg.raw_file))[: cfg.max_problems]
-        log.info(f"{len(raw)} problems in {cfg.raw_file}; no model is opened, nothing is sampled")
-        scored = asyncio.run(score_responses(cfg, log, raw, world))
-        if world.is_main:
-            write_data(cfg, log, scored)
+        score_cache(cfg, log, world)
         return
     problems = load_problems(
         cfg.train_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
-
-    def n_tokens(text: str) -> int:
-        return len(tokenizer.encode(text))
-
+    file = Path(cfg.output_dir) / "data" / "raw.jsonl"
     journal, done = open_part(file, world)
     left = [problem for problem in problems if problem.id not in done]
     log.info(f"{len(problems)} problems, {len(done)} of them done before")
-
-    def finish() -> None:
-        journal.close()
-        by_id = {row["id"]: row for row in journal.rows}
-        raw = [by_id[problem.id] for problem in problems if problem.id in by_id]
-        if raw and world.is_main:  # alone: a closed vLLM has taken the process group with it
-            raw = asyncio.run(score_responses(cfg, log, raw)) if cfg.method == "sample" else raw
-            write_data(cfg, log, raw, None if cfg.method == "sample" else n_tokens)
-
+    failure: UserError | None = None
     try:
         if left:  # on any rank: its engine may be one of several that open together
             share = left[world.rank :: world.size]
             asyncio.run(generate(cfg, log, world, tokenizer, share, journal))
             journal = gather_parts(file) if world.is_main else journal
-    except UserError:  # such as out of budget: what is done is there to be used
-        finish()
-        raise
-    finish()
+    except UserError as error:  # such as a spent budget: the finished problems make rows
+        failure = error
+    journal.close()
+    by_id = {row["id"]: row for row in journal.rows}
+    raw = [by_id[problem.id] for problem in problems if problem.id in by_id]
+    if raw and world.is_main:  # no collectives: a closed vLLM has ended the process group
+        if cfg.method == "sample":
+            write_data(cfg, log, asyncio.run(score_responses(cfg, log, raw)))
+        else:
+            write_data(cfg, log, raw, lambda text: len(tokenizer.encode(text)))
+    if failure:
+        raise failure
 
 
 # ---- Generate: a tree or responses per problem, into data/raw.jsonl ----
@@ -170,10 +151,6 @@ async def grow_and_curate(
     return {
         "rows": [row | {"tree": name} for row in rows],
         "counts": counts,
-        "solved": sum(leaf.value_sum for leaf in tree.leaves()) / tree.root.visits,
+        "solved": tree.root.q,
         "generated_tokens": ctx.spent.generated_tokens,
     }
-
-
-if __name__ == "__main__":
-    cli(main, SearchConfig)

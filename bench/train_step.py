@@ -68,11 +68,12 @@ def packed(
     import torch
 
     from rftt import rl
-    from rftt.batch import Batch, collate_rows
+    from rftt.batch import Batch
     from rftt.learner import offline
-    from rftt.learner.fsdp import clip_gradients, open_world, shard
+    from rftt.learner.fsdp import clip_gradients, flat_microbatches, open_world, shard
     from rftt.learner.logprobs import token_logprobs
     from rftt.learner.model import load_policy
+    from rftt.learner.offline import collate_rows
     from rftt.learner.optim import build_optimizer
     from rftt.run.config import Training
 
@@ -87,7 +88,7 @@ def packed(
     batch = collate_rows(rows)
     batch = batch.replace(advantages=batch.spread(ADVANTAGES[: len(lengths)])).to(world.device)
     batch = batch.replace(tree=on_tree)
-    groups = batch.microbatches(sum(lengths) if world.device.type == "cpu" else 16384)
+    groups = flat_microbatches(batch, sum(lengths) if world.device.type == "cpu" else 16384)
 
     def loss_of(part: Batch) -> torch.Tensor:
         logprobs, _ = token_logprobs(policy, part, 1.0, vocabulary)

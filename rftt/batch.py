@@ -1,15 +1,15 @@
 """A packed batch: documents laid end to end, no padding, one alignment for every tensor.
 
-T is the number of tokens of all documents. Entry t of every (T,) tensor speaks of *emitting token
+T is the number of tokens of all documents. Entry t of every (T,) tensor belongs to *emitting token
 t*: its log-prob given the tokens before it in its document, the value of the state before it, the
 reward for it. The first token of a document is never an action. A batch is never edited: `replace`
-gives a new one, and all counts come from `action_mask` (arXiv 2502.13389, phase 2).
+returns a new one. All counts come from `action_mask` (arXiv 2502.13389, phase 2).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -23,7 +23,7 @@ from rftt.types import Rollout, UserError
 
 @dataclass(frozen=True)
 class Batch:
-    """D documents of `lengths` tokens each, T in all."""
+    """D documents of `lengths` tokens each, T in total."""
 
     input_ids: Tensor
     """(T,) int64"""
@@ -37,17 +37,25 @@ class Batch:
     old_logprobs: Tensor | None = None
     """(T,) float32, the trainer's before the update."""
     ref_logprobs: Tensor | None = None
+    """(T,) float32, the reference's."""
     values: Tensor | None = None
+    """(T,) float32, the critic's."""
     advantages: Tensor | None = None
+    """(T,) float32"""
     returns: Tensor | None = None
+    """(T,) float32, targets of the critic."""
     loss_weights: Tensor | None = None
-    """(T,) float32, averaging 1 over the action tokens; None: every token counts the same."""
+    """(T,) float32, with mean 1 over the action tokens; None: all tokens weigh the same."""
     forced: Tensor | None = None
     """(T,) bool: openers that the tree chose, not the policy."""
     group: Tensor | None = None
     """(T,) int64: the problem. Tree packing keeps a problem's documents in one microbatch."""
+    names: tuple[str, ...] = ()
+    """(D,) ids of the problems or rows, for messages."""
+    ref_sums: tuple[float, ...] = ()
+    """(D,) the reference's log-prob of each whole response (DPO)."""
     together: int = 1
-    """So many documents in a row stay together: 2 for the chosen and the rejected of a pair."""
+    """Number of consecutive documents that stay together: 2 for the two responses of a pair."""
     tree: bool = False
     """Shared prefixes go through the model once (prefix_tree.py); results are the same."""
 
@@ -64,7 +72,7 @@ class Batch:
     @cached_property
     def position_ids(self) -> Tensor:
         """(T,) position of each token inside its document."""
-        starts = self.starts[:-1].to(self.input_ids.device)
+        starts = self.starts[:-1].to(self.input_ids.device)  # (D,)
         return torch.arange(len(self.input_ids), device=starts.device) - starts[self.document]
 
     @cached_property
@@ -73,12 +81,12 @@ class Batch:
 
     @property
     def n_terms(self) -> int:
-        """What a loss is a mean over: action tokens, or pairs where documents come in pairs."""
+        """Number of terms in a mean loss: action tokens, or pairs where documents are paired."""
         return self.n_actions if self.together == 1 else len(self.lengths) // self.together
 
     def spread(self, per_document: Sequence[float]) -> Tensor:
         """(T,) each document's number on all its tokens."""
-        counts = torch.tensor(self.lengths, dtype=torch.int64)
+        counts = torch.tensor(self.lengths, dtype=torch.int64)  # (D,)
         spread = torch.tensor(per_document).repeat_interleave(counts, output_size=int(counts.sum()))
         return spread.to(self.input_ids.device)
 
@@ -90,36 +98,28 @@ class Batch:
 
     def token_index(self, documents: Sequence[int]) -> Tensor:
         """Positions in this batch of the tokens of these documents, in this order."""
-        chosen = torch.tensor(documents, dtype=torch.int64)
-        lengths = torch.tensor(self.lengths, dtype=torch.int64)[chosen]
-        shift = self.starts[chosen] - (lengths.cumsum(0) - lengths)
-        index = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
+        chosen = torch.tensor(documents, dtype=torch.int64)  # (D',)
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)[chosen]  # (D',)
+        shift = self.starts[chosen] - (lengths.cumsum(0) - lengths)  # (D',) old minus new start
+        index = torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)  # (T',)
         return index.to(self.input_ids.device)
 
     def select(self, documents: Sequence[int]) -> Batch:
         """The batch of these documents, in this order."""
-        index = self.token_index(documents)
-        lengths = tuple(self.lengths[document] for document in documents)
-        return self._map(lambda tensor: tensor[index]).replace(lengths=lengths)
+        index = self.token_index(documents)  # (T',)
+        per_document = {
+            name: tuple(old[document] for document in documents)
+            for name in PER_DOCUMENT
+            if (old := getattr(self, name))
+        }
+        return self._map(lambda tensor: tensor[index]).replace(**per_document)
 
-    def microbatches(self, max_tokens: int) -> list[list[int]]:
-        """Documents in groups of at most `max_tokens`, filled one after the other, longest first.
-
-        Like lengths land together, so that padding inside the CPU's attention stays small; a
-        document, or a pair, longer than the budget is a group of its own. Tree packing has its own
-        way (learner/prefix_tree.py).
-        """
-        groups: list[list[int]] = []
-        room = 0
-        firsts = range(0, len(self.lengths), self.together)
-        sizes = {first: sum(self.lengths[first : first + self.together]) for first in firsts}
-        for first in sorted(firsts, key=lambda i: (-sizes[i], i)):
-            if not groups or sizes[first] > room:
-                groups.append([])
-                room = max_tokens
-            groups[-1] += range(first, first + self.together)
-            room -= sizes[first]
-        return groups
+    def split(self, counts: Iterable[int]) -> Iterator[Batch]:
+        """Yield a batch of the first documents, one of the next, and so on: `counts` of each."""
+        place = 0
+        for count in counts:
+            yield self.select(range(place, place + count))
+            place += count
 
     def _map(self, function: Any) -> Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -128,31 +128,36 @@ class Batch:
         )
 
 
+PER_DOCUMENT = ("lengths", "names", "ref_sums")
+"""Fields of Batch that hold one entry per document."""
+
+
 def collate(
     rollouts: Sequence[Rollout], *, mask_truncated: bool = False, tree: bool = False
 ) -> Batch:
-    """Pack rollouts; step rewards land on the last token of their step.
+    """Pack rollouts. A step's reward goes on the last token of the step.
 
-    `mask_truncated` leaves out responses that ran into their budget: nobody knows their worth.
+    `mask_truncated` excludes truncated responses from the loss: their outcome is unknown.
     """
-    ids: list[int] = []
+    ids: list[int] = []  # all of these become (T,)
     mask: list[bool] = []
     rewards: list[float] = []
     logprobs: list[float] = []
     forced: list[bool] = []
     for rollout in rollouts:
         n_prompt, n_response = len(rollout.prompt_ids), len(rollout.response_ids)
-        _check(n_prompt, n_response, len(rollout.action_mask), rollout.problem.id)
+        check_document(n_prompt, n_response, len(rollout.action_mask), rollout.problem.id)
         if len(rollout.step_rewards) != len(rollout.step_ends):
             raise UserError(
                 f"rollout of problem {rollout.problem.id}: {len(rollout.step_rewards)} rewards for "
                 f"{len(rollout.step_ends)} steps; score rollouts before collating them."
             )
-        reward = [0.0] * n_response
+        reward = [0.0] * n_response  # (R,)
         for end, value in zip(rollout.step_ends, rollout.step_rewards, strict=True):
-            reward[end] += value
-        dropped = mask_truncated and rollout.finish == "length"
-        ids += [*rollout.prompt_ids, *rollout.response_ids]
+            reward[end] += value  # on the token that ends the step
+        dropped = mask_truncated and rollout.finish == "length"  # no action counts
+        ids += [*rollout.prompt_ids, *rollout.response_ids]  # P + R tokens
+        # no prompt token
         mask += [False] * n_prompt + [m and not dropped for m in rollout.action_mask]
         rewards += [0.0] * n_prompt + reward
         logprobs += [0.0] * n_prompt + [*rollout.sampling_logprobs]
@@ -165,41 +170,20 @@ def collate(
         torch.tensor(rewards, dtype=torch.float32),
         torch.tensor(logprobs, dtype=torch.float32),
         forced=torch.tensor(forced, dtype=torch.bool),
+        names=tuple(rollout.problem.id for rollout in rollouts),
         tree=tree,
     )
     return batch.replace(group=batch.spread([rollout.group for rollout in rollouts]).long())
 
 
-MaskedRow = tuple[Sequence[int], Sequence[int], Sequence[bool]]
-"""prompt_ids, response_ids, loss_mask over the response"""
-
-
-def collate_rows(rows: Sequence[MaskedRow], together: int = 1) -> Batch:
-    """Pack SFT or DPO rows: the tokens of the response that the mask keeps are the actions."""
-    ids: list[int] = []
-    mask: list[bool] = []
-    for number, (prompt_ids, response_ids, loss_mask) in enumerate(rows):
-        _check(len(prompt_ids), len(response_ids), len(loss_mask), f"row {number}")
-        ids += [*prompt_ids, *response_ids]
-        mask += [False] * len(prompt_ids) + [bool(keep) for keep in loss_mask]
-    zeros = torch.zeros(len(ids), dtype=torch.float32)
-    return Batch(
-        torch.tensor(ids, dtype=torch.int64),
-        tuple(len(prompt) + len(response) for prompt, response, _ in rows),
-        torch.tensor(mask, dtype=torch.bool),
-        zeros,
-        zeros,
-        together=together,
-    )
-
-
 def empty_like(batch: Batch) -> Batch:
-    """Masked documents of two tokens: a rank with less work, or none, still runs its forwards."""
-    n = batch.together
-    return batch._map(lambda tensor: tensor.new_zeros(2 * n)).replace(lengths=(2,) * n)
+    """Return masked documents of two tokens: a rank without work must still run its forwards."""
+    n = batch.together  # a pair stays a pair
+    empty = batch._map(lambda tensor: tensor.new_zeros(2 * n))
+    return empty.replace(lengths=(2,) * n, names=("",) * n, ref_sums=(0.0,) * n)
 
 
-def _check(n_prompt: int, n_response: int, n_mask: int, name: str) -> None:
+def check_document(n_prompt: int, n_response: int, n_mask: int, name: str) -> None:
     if n_prompt == 0 or n_mask != n_response:
         raise UserError(
             f"{name}: {n_prompt} prompt ids, {n_response} response ids, {n_mask} mask entries; a "

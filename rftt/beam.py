@@ -38,19 +38,21 @@ async def beam_search(
     Each of `width` kept nodes gets `branching` candidates; fewer nodes get more of them each.
     Lookaheads land in the order in which they were claimed: the tree is a function of its seeds.
     """
-    kept = [[tree.root] for _ in range(subtrees)]
+    kept = [[tree.root] for _ in range(subtrees)]  # DVTS: one list per subtree
     while simulations > 0 and any(kept):
+        # paid for
         candidates = [[child for node in nodes for child in node.children] for nodes in kept]
         claimed: list[tuple[int, Choice]] = []
         for i, nodes in enumerate(kept):
             for node in nodes:
+                # known children count
                 wanted = width * branching // len(nodes) - len(node.children)
                 n = min(wanted, len(node.untried), simulations - len(claimed))
                 claimed += [(i, tree.claim(node)) for _ in range(n)]
         simulations -= len(claimed)
         paths = await for_each([choice for _, choice in claimed], expand, in_flight=in_flight)
         for (i, choice), steps in zip(claimed, paths, strict=True):
-            await settle(tree, choice, steps, value)
+            await settle(tree, choice, steps, value)  # in the order of the claims
             candidates[i].append(choice.node.children[-1])
         kept = [best_nodes(tree, nodes, width) for nodes in candidates]
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 
 from rftt.graders.math import grade
-from rftt.graders.prm import ProcessModel, Unscored, reduce, score_paths
+from rftt.graders.prm import reduce
 from rftt.mcts import Tree
 from rftt.prompted import visible
 from rftt.prompts import Messages, ask_refine, ask_verify, sentences
@@ -32,25 +31,11 @@ def traces(tree: Tree, problem: Problem) -> list[Trace]:
     """Return every root-to-leaf path with its answer, in the order of discovery."""
     paths = []
     for leaf in tree.leaves():
-        path = [(node.id, node.step) for node in leaf.path() if node.step]
+        path = [(node.id, node.step) for node in leaf.path() if node.step]  # without the root
         steps = tuple(step for _, step in path)
         ids = tuple(id for id, _ in path)
-        paths.append(Trace(problem, steps, ids, steps[-1].answer, correct=leaf.value_sum == 1.0))
+        paths.append(Trace(problem, steps, ids, steps[-1].answer, correct=leaf.is_right))
     return paths
-
-
-async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
-    """Put a process score on every step of a prompted tree; return how many paths `prm` rejects.
-
-    Steps that paths share get one score, which depends on the step and its prefix only.
-    """
-    paths = [[node for node in leaf.path() if node.step] for leaf in tree.leaves()]
-    texts = [[node.step.text for node in path if node.step] for path in paths]
-    found = await score_paths(prm, [(problem.question, steps) for steps in texts])
-    for path, scores in zip(paths, found, strict=True):
-        for node, score in zip(path, [] if isinstance(scores, Unscored) else scores, strict=False):
-            node.step = replace(node.step, score=score) if node.step else None
-    return sum(isinstance(scores, Unscored) for scores in found)
 
 
 def repeats(texts: Iterable[str]) -> int:
@@ -93,7 +78,8 @@ def shared(one: Trace, other: Trace) -> int:
 def choose_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trace] | str:
     """Return (τ_c⁺, τ_w⁻): the best correct path and the worst wrong one with a shared prefix."""
     by = partial(quality, cfg)
-    correct = sorted((t for t in usable if t.correct), key=by, reverse=True)
+    correct = sorted((t for t in usable if t.correct), key=by, reverse=True)  # best first
+    # worst first
     wrong = sorted((t for t in usable if not t.correct and t.answer is not None), key=by)
     if not correct:
         return "no_correct_path"
@@ -101,8 +87,8 @@ def choose_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trac
         return "no_wrong_path"
     for good in correct:
         for bad in wrong:
-            n = shared(good, bad)
-            acts = [s.act for s in bad.steps] + ["verify", "refine"]
+            n = shared(good, bad)  # steps of the common prefix
+            acts = [s.act for s in bad.steps] + ["verify", "refine"]  # the merged row, act by act
             acts += [s.act for s in good.steps[n:]] + ["output"]
             if n >= cfg.min_shared_steps and follows_grammar(acts):
                 return good, bad
@@ -144,8 +130,9 @@ def leaks(check: str, answer: str, known: str) -> bool:
 async def merge(ask: Ask, good: Trace, bad: Trace) -> Row | str:
     """Cross-verify and merge two branches; return a reason instead of an unfit row."""
     problem, n = good.problem, shared(good, bad)
+    # what both share; all of the wrong
     prefix, before = visible(good.steps[:n]), visible(bad.steps)
-    wrong, right = visible(bad.steps[n:]), visible(good.steps[n:])
+    wrong, right = visible(bad.steps[n:]), visible(good.steps[n:])  # where they differ
     messages = ask_verify(problem.question, prefix, wrong, right)
     check = await ask(messages, "verify", problem.id)
     if not check:
@@ -159,7 +146,7 @@ async def merge(ask: Ask, good: Trace, bad: Trace) -> Row | str:
         return "refine_leaks_answer"
     steps = [
         *_entries(good)[:n],
-        *(entry | {"wrong": True} for entry in _entries(bad)[n:]),
+        *(entry | {"wrong": True} for entry in _entries(bad)[n:]),  # out of the loss: `mask_wrong`
         {"act": "verify", "text": check},
         {"act": "refine", "text": turn},
         *_entries(good)[n:],
@@ -190,7 +177,7 @@ async def curate(
     if isinstance(merged, str):
         counts[merged] += 1
     else:
-        rows.insert(0, merged)
+        rows.insert(0, merged)  # the merged row comes first
     if cfg.tree_pairs and (wide := widest_pair(usable, cfg)):
         good, bad = map(plain, wide)
         chosen = good | {"kind": "pair", "chosen": good["steps"], "rejected": bad["steps"]}

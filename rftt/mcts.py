@@ -51,6 +51,11 @@ class Node:
         return self.value_sum / self.visits if self.visits else 0.0
 
     @property
+    def is_right(self) -> bool:
+        """Whether a leaf is worth 1, which is the grader's verdict where it values the paths."""
+        return self.terminal and self.q == 1.0
+
+    @property
     def act(self) -> str | None:
         return self.step.act if self.step else None
 
@@ -96,7 +101,7 @@ class Tree:
             return None
         node = self.root
         while not node.untried:
-            node = max(filter(self.is_open, node.children), key=self.uct)
+            node = max(filter(self.is_open, node.children), key=self.uct)  # ties: the older child
         return self.claim(node)
 
     def claim(self, node: Node) -> Choice:
@@ -104,9 +109,9 @@ class Tree:
         priors = self.priors(node)
         act = max(node.untried, key=lambda act: priors.get(act, -math.inf))
         choice = Choice(node, act, self._child_key(node, act))
-        node.untried.remove(act)
+        node.untried.remove(act)  # no other simulation may choose it
         for passed in (self.root, *node.path()):
-            passed.in_flight += 1
+            passed.in_flight += 1  # virtual loss
         return choice
 
     def priors(self, node: Node) -> dict[str, float]:
@@ -118,13 +123,13 @@ class Tree:
         assert node.parent is not None, "the root is never compared"
         visits = node.visits + node.in_flight
         parent_visits = node.parent.visits + node.parent.in_flight
-        explore = math.sqrt(math.log(parent_visits) / visits)
+        explore = math.sqrt(math.log(parent_visits) / visits)  # large for rarely visited children
         return node.value_sum / visits + self.exploration_weight * explore
 
     def land(self, choice: Choice, steps: Sequence[Step], value: float) -> Node:
         """Graft the explored steps below the choice and back their value up; return the leaf."""
         for passed in (self.root, *choice.node.path()):
-            passed.in_flight -= 1
+            passed.in_flight -= 1  # the virtual loss becomes a visit
         leaf = self.graft(choice, steps)
         self.backup(leaf, value)
         return leaf
@@ -138,11 +143,11 @@ class Tree:
                 node.untried.remove(step.act)
             node = self._add(node, step, key)
         node.terminal = True
-        node.untried.clear()
+        node.untried.clear()  # nothing follows a leaf
         return node
 
     def backup(self, leaf: Node, value: float) -> None:
-        for node in (self.root, *leaf.path()):
+        for node in (self.root, *leaf.path()):  # the root counts every simulation
             node.visits += 1
             node.value_sum += value
 
@@ -181,16 +186,16 @@ async def grow(
 
     End early when nothing is left to try. `value` is awaited in landing order.
     """
-    flying: deque[tuple[Choice, asyncio.Task[list[Step]]]] = deque()
+    flying: deque[tuple[Choice, asyncio.Task[list[Step]]]] = deque()  # oldest first
     started = 0
     try:
         while True:
             while started < simulations and len(flying) < in_flight and (choice := tree.select()):
                 flying.append((choice, asyncio.create_task(expand(choice))))
                 started += 1
-            if not flying:
+            if not flying:  # all simulations have landed
                 return
-            choice, task = flying[0]
+            choice, task = flying[0]  # landing order is starting order, whichever ends first
             steps = await task
             flying.popleft()
             await settle(tree, choice, steps, value)

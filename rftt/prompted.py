@@ -57,16 +57,16 @@ async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> li
     A reply that is empty or cut off ends the path without an answer.
     """
     steps = [node.step for node in choice.node.path() if node.step]
-    known = len(steps)
+    known = len(steps)  # these are in the tree already
     random = Random(seed_for(ctx.seed, problem.id, choice.key))
-    acts = [choice.act]
+    acts = [choice.act]  # the first act is the tree's choice
     while acts:
         step, whole = await _child(ctx, problem, steps, acts, choice.key)
         steps.append(step)
         if step.answer is not None or not whole or not step.text or len(steps) >= ctx.max_depth:
             break
         acts = list(successors(step.act, "prompted"))
-        random.shuffle(acts)
+        random.shuffle(acts)  # later acts are random
     return steps[known:]
 
 

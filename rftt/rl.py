@@ -30,7 +30,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2"
 
     k1 is unbiased but useless as a loss, k2 has the right gradient, k3 is unbiased and ≥ 0.
     """
-    log_ratio = logprobs - ref_logprobs
+    log_ratio = logprobs - ref_logprobs  # (T,)
     match kind:
         case "k1":
             return log_ratio
@@ -53,7 +53,7 @@ class AdaptiveKL:
     def update(self, kl: float, n_rollouts: int) -> AdaptiveKL:
         if math.isinf(self.target) or not math.isfinite(kl):  # fixed, or the update was skipped
             return self
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)  # one noisy batch moves little
         return replace(self, coef=self.coef * (1.0 + error * n_rollouts / self.horizon))
 
 
@@ -81,18 +81,18 @@ def gae(
 
     δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t, over action tokens.
     """
-    document, slot, n_slots = _time_axis(mask, lengths)
-    reward = rewards.new_zeros(len(lengths), n_slots)
-    reward.index_put_((document, slot), rewards, accumulate=True)
-    actions = document[mask], slot[mask]
-    value = values.new_zeros(len(lengths), n_slots + 1).index_put(actions, values[mask])
-    delta = reward + gamma * value[:, 1:] - value[:, :-1]
-    running = delta.new_zeros(len(lengths))
+    document, slot, n_slots = _time_axis(mask, lengths)  # (T,), (T,), int
+    reward = rewards.new_zeros(len(lengths), n_slots)  # (D, S): one column per action
+    reward.index_put_((document, slot), rewards, accumulate=True)  # also rewards outside the mask
+    actions = document[mask], slot[mask]  # (A,), (A,): places of the actions
+    value = values.new_zeros(len(lengths), n_slots + 1).index_put(actions, values[mask])  # (D, S+1)
+    delta = reward + gamma * value[:, 1:] - value[:, :-1]  # (D, S); V is 0 after the last action
+    running = delta.new_zeros(len(lengths))  # (D,)
     columns = []
-    for column in reversed(delta.unbind(1)):
+    for column in reversed(delta.unbind(1)):  # from the last action to the first
         running = column + gamma * lam * running
         columns.append(running)
-    advantage = torch.stack(columns[::-1], 1)[actions]
+    advantage = torch.stack(columns[::-1], 1)[actions]  # (A,)
     advantages = torch.zeros_like(rewards).masked_scatter(mask, advantage)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
@@ -110,9 +110,9 @@ def _time_axis(mask: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, in
     n = int(counts.sum())
     document = torch.arange(len(lengths)).repeat_interleave(counts, output_size=n).to(mask.device)
     starts = (counts.cumsum(0) - counts).to(mask.device)
-    seen = mask.cumsum(0)
-    before = (seen - mask.long())[starts]
-    slot = (seen - before[document] - 1).clamp(min=0)
+    seen = mask.cumsum(0)  # (T,) actions up to and including each token
+    before = (seen - mask.long())[starts]  # (D,) actions in earlier documents
+    slot = (seen - before[document] - 1).clamp(min=0)  # tokens before the first action: 0
     return document, slot, int(slot.max()) + 1 if n else 1
 
 
@@ -121,11 +121,11 @@ def whiten(x: Tensor, mask: Tensor, world_sum: WorldSum, shift_mean: bool = True
 
     The sums are float64, so that they hardly depend on how tokens are dealt out to the ranks.
     """
-    picked = x[mask].double()
+    picked = x[mask].double()  # (A,)
     count, total = world_sum(torch.stack([picked.new_tensor(len(picked)), picked.sum()]))
-    mean = total / count.clamp(min=1)
+    mean = total / count.clamp(min=1)  # over all ranks
     variance = world_sum((picked - mean).square().sum()) / (count - 1).clamp(min=1)
-    scale = torch.rsqrt(variance + 1e-8)
+    scale = torch.rsqrt(variance + 1e-8)  # equal values become 0, not NaN
     shifted = (x - mean) * scale + (0.0 if shift_mean else mean)
     return torch.where(mask, shifted, 0.0).to(x.dtype)
 
@@ -142,7 +142,7 @@ def group_advantages(outcomes: list[float], groups: list[int], scale: bool) -> l
     for outcome, group in zip(outcomes, groups, strict=True):
         peers = members[group]
         mean = sum(peers) / len(peers)
-        variance = sum((peer - mean) ** 2 for peer in peers) / max(len(peers) - 1, 1)
+        variance = sum((peer - mean) ** 2 for peer in peers) / max(len(peers) - 1, 1)  # unbiased
         advantages.append((outcome - mean) / (variance**0.5 + 1e-4 if scale else 1.0))
     return advantages
 
@@ -157,7 +157,7 @@ def informative(outcomes: list[float], groups: list[int]) -> list[bool]:
 
 def document_sums(x: Tensor, mask: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return the (D,) sums of x over each document's action tokens."""
-    document = _time_axis(mask, lengths)[0]
+    document = _time_axis(mask, lengths)[0]  # (T,)
     return x.new_zeros(len(lengths)).index_add(0, document, torch.where(mask, x, 0.0))
 
 
@@ -166,9 +166,9 @@ def sequence_weights(mask: Tensor, lengths: Sequence[int], world_sum: WorldSum) 
 
     Over all ranks they average 1 per action token, so that a mean over tokens becomes that mean.
     """
-    counts = document_sums(torch.ones_like(mask, dtype=torch.float32), mask, lengths)
+    counts = document_sums(torch.ones_like(mask, dtype=torch.float32), mask, lengths)  # (D,)
     n_actions, n_documents = world_sum(torch.stack([counts.sum(), (counts > 0).float().sum()]))
-    weights = n_actions / n_documents.clamp(min=1) / counts.clamp(min=1)
+    weights = n_actions / n_documents.clamp(min=1) / counts.clamp(min=1)  # (D,)
     return weights[_time_axis(mask, lengths)[0]] * mask
 
 
@@ -194,9 +194,9 @@ def policy_loss(
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # masked tokens may be infinite
     ratio = log_ratio.exp()
     high = 1.0 + (epsilon if epsilon_high is None else epsilon_high)
-    unclipped = -advantages * ratio
+    unclipped = -advantages * ratio  # (T,)
     clipped = -advantages * ratio.clamp(1.0 - epsilon, high)
-    loss = torch.maximum(unclipped, clipped)
+    loss = torch.maximum(unclipped, clipped)  # the pessimistic one: a loss, so the larger
     if dual_clip is not None:
         bounded = torch.minimum(loss, -advantages * dual_clip)
         loss = torch.where(advantages < 0, bounded, loss)
@@ -216,7 +216,7 @@ def value_loss(
 ) -> tuple[Tensor, Metrics]:
     """Return Σ ½ (V − R)², or the larger error of V clipped to within `clip` of its old value."""
     error = 0.5 * (values - returns).square()
-    held = old_values + (values - old_values).clamp(-clip, clip)
+    held = old_values + (values - old_values).clamp(-clip, clip)  # (T,)
     held_error = 0.5 * (held - returns).square()
     metrics = {"value_clip_share": ((held_error > error) & mask).sum()}
     return torch.where(mask, torch.maximum(error, held_error), 0.0).sum(), metrics
@@ -229,7 +229,7 @@ def importance_weights(
 
     Truncated importance sampling; metrics are the raw ratio's sum, maximum, capped count and Σ k3.
     """
-    log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0.0)
+    log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0.0)  # (T,)
     ratio = log_ratio.exp()
     metrics = {
         "mismatch_ratio": (ratio * mask).sum(),

@@ -130,7 +130,7 @@ def add_function_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     from tokenizers import AddedToken
 
     known = tokenizer.get_vocab()
-    new = [token for token in OPENERS + CLOSERS if token not in known]
+    new = [token for token in OPENERS + CLOSERS if token not in known]  # none after the warm-up
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in new])  # pyright: ignore[reportArgumentType]
     return new
 
@@ -192,17 +192,18 @@ def parse_response(token_ids: Sequence[int], ids: FunctionIds) -> tuple[list[Spa
     len(token_ids) mean text outside any segment, or a segment that is never closed.
     """
     act_of = {token: act for act, token in ids.open.items()}
-    delimiters = {*ids.openers, *ids.closers}
+    delimiters = {*ids.openers, *ids.closers}  # none of these may stand inside a segment
     spans: list[Span] = []
     position = 0
     while position < len(token_ids) and (act := act_of.get(token_ids[position])):
         stop = position + 1
-        while stop < len(token_ids) and token_ids[stop] not in delimiters:
+        while stop < len(token_ids) and token_ids[stop] not in delimiters:  # the segment's text
             stop += 1
+        # never closed, or by another
         if stop == len(token_ids) or token_ids[stop] != ids.close[act]:
             break
         spans.append(Span(act, position, stop + 1))
         position = stop + 1
-        if act == "output":
+        if act == "output":  # the response is complete
             break
     return spans, position

@@ -1,84 +1,141 @@
-"""Score the tokens of a batch, then update: one optimizer step of every module that learns."""
+"""Score the tokens of a batch, then update: the Learner steps the optimizers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rftt.batch import Batch, empty_like
+from rftt.learner.checkpoint import restore
 from rftt.learner.fsdp import Totals, World, clip_gradients, equal_count, per_token
+from rftt.learner.guard import Guard, Loss
 from rftt.learner.logprobs import token_logprobs, token_values
-from rftt.learner.optim import set_lr
+from rftt.learner.model import critic_metrics
+from rftt.learner.optim import build_optimizer, lr_at, set_lr
+from rftt.learner.setup import Models
 from rftt.rl import kl_estimate, sequence_weights
 from rftt.run.config import RLConfig, Training
 
 
-def score_tokens(
-    cfg: RLConfig,
-    models: dict[str, Any],
-    batch: Batch,
-    vocabulary: int,
-    world: World,
-    totals: Totals,
-) -> Batch:
-    """What the policy before the update, the reference and the critic say of every token."""
+def score_tokens(cfg: RLConfig, models: Models, batch: Batch, world: World) -> Batch:
+    """Add old_logprobs, ref_logprobs and values, each (T,), without gradients. Collective."""
 
-    def each(function: Callable[[Batch], Tensor]) -> Tensor:
-        return per_token(function, batch, cfg.max_tokens_per_microbatch, world)
+    def each(score: Callable[[Batch], Tensor]) -> Tensor:
+        return per_token(score, batch, cfg.max_tokens_per_microbatch, world)
 
-    def logprobs(name: str) -> Tensor:
-        return each(lambda b: token_logprobs(models[name], b, cfg.temperature, vocabulary)[0])
+    def logprobs(model: Any) -> Tensor:
+        return each(lambda b: token_logprobs(model, b, cfg.temperature, models.vocabulary)[0])
 
-    old, ref, values = logprobs("policy"), None, None
-    if "reference" in models:
-        ref = logprobs("reference")
-        totals.add({"kl": (kl_estimate(old, ref, "k3") * batch.action_mask).sum()})
-    if "critic" in models:
-        values = each(lambda b: token_values(models["critic"], b))
-    return batch.replace(old_logprobs=old, ref_logprobs=ref, values=values)
+    reference, critic = models.reference, models.critic
+    return batch.replace(
+        old_logprobs=logprobs(models.policy),
+        ref_logprobs=logprobs(reference) if reference else None,
+        values=each(lambda b: token_values(critic, b)) if critic else None,
+    )
+
+
+def score_metrics(batch: Batch, world: World) -> dict[str, float]:
+    """Return the KL per token before the update, and how well the critic explains the returns."""
+    old, reference, totals = batch.old_logprobs, batch.ref_logprobs, Totals()
+    if old is not None and reference is not None:
+        totals.add({"kl": (kl_estimate(old, reference, "k3") * batch.action_mask).sum()})
+    found = totals.reduce(world, per=world.sum(float(batch.n_actions)))
+    return found | critic_metrics(batch.values, batch.returns, batch.action_mask, world.sum)
 
 
 def weigh(batch: Batch, cfg: RLConfig, world: World) -> Batch:
-    """A minibatch with the weights of its tokens, where they are not all the same."""
+    """Add the weights of the tokens where they are not all 1. Collective."""
     if cfg.loss_normalization == "token":
         return batch
-    weights = sequence_weights(batch.action_mask, batch.lengths, world.sum)
+    weights = sequence_weights(batch.action_mask, batch.lengths, world.sum)  # (T,)
     return batch.replace(loss_weights=weights)
 
 
-def update(
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    learning_rates: Mapping[str, float],
-    batch: Batch,
-    loss_of: Callable[[Batch], Tensor],
-    cfg: Training,
-    world: World,
-) -> dict[str, float]:
-    """One optimizer step of every module; returns the gradient norms before clipping.
+class Learner:
+    """Owns the modules that are trained: optimizers, learning rates, clipping, skipped updates.
 
-    The step is skipped, on all ranks, where the loss or a norm is not finite; the norms say so.
-
-    `loss_of` sums over tokens (DPO: pairs); the batch's on all ranks are the one denominator.
+    A step of the run is `begin`, some updates (`step`), and `metrics` of all of them.
     """
-    n_terms = max(world.sum(float(batch.n_terms)), 1.0)
-    groups = equal_count(batch, cfg.max_tokens_per_microbatch, world)
-    total = 0.0
-    for group in groups:  # each reduces its gradients: whole ones would not fit beside the model
-        loss = loss_of(batch.select(group) if group else empty_like(batch))
-        (loss / n_terms).backward()
-        total = total + loss.detach()
-    norms = {name: clip_gradients(modules[name], cfg.max_grad_norm) for name in optimizers}
-    if not math.isfinite(world.sum(float(total))):
-        norms = dict.fromkeys(norms, math.nan)
-    finite = all(map(math.isfinite, norms.values()))  # norms are global: all ranks agree
-    for name, optimizer in optimizers.items():
-        set_lr(optimizer, learning_rates[name])
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
-    return norms
+
+    def __init__(
+        self,
+        cfg: Training,
+        modules: Mapping[str, nn.Module],
+        total_steps: int,
+        world: World,
+        debug: Path,
+        log: Callable[[str], None],
+    ) -> None:
+        """`modules` has a policy and maybe a critic; `debug` is for minibatches that went wrong."""
+        self._cfg, self._world, self._total_steps = cfg, world, total_steps
+        self.modules = modules
+        self._peak_rates = {"policy": cfg.learning_rate}
+        if isinstance(cfg, RLConfig):
+            self._peak_rates["critic"] = cfg.critic_learning_rate
+        self.optimizers = {
+            name: build_optimizer(cfg, module, self._peak_rates[name])
+            for name, module in modules.items()
+        }
+        self._guard = Guard(debug, modules, world, log)
+
+    def load(self, checkpoint: Path) -> dict[str, Any]:
+        """Load weights and moments in place; return what else the checkpoint holds. Collective."""
+        return restore(checkpoint, self.modules, self.optimizers)
+
+    def begin(self, step: int) -> None:
+        """Set the learning rates of `step` and forget the metrics of the step before."""
+        self._step = step
+        self._totals, self._norms, self._n_terms = Totals(), list[float](), 0.0
+        self._rates = {
+            name: lr_at(self._cfg, self._peak_rates[name], step, self._total_steps)
+            for name in self.modules
+        }
+        for name, optimizer in self.optimizers.items():
+            set_lr(optimizer, self._rates[name])
+
+    def step(self, minibatch: Batch, loss_of: Loss) -> None:
+        """Take one optimizer step of every module. Collective.
+
+        `loss_of` sums over terms, which are tokens or pairs. The number of terms on all ranks is
+        the one denominator, however they are divided into microbatches. An update whose loss or
+        gradient is not finite is skipped on all ranks.
+        """
+        n_terms = self._world.sum(float(minibatch.n_terms))
+        total = 0.0
+        # Every microbatch reduces its gradients: whole ones would not fit beside the model.
+        for group in equal_count(minibatch, self._cfg.max_tokens_per_microbatch, self._world):
+            loss, metrics = loss_of(minibatch.select(group) if group else empty_like(minibatch))
+            (loss / max(n_terms, 1.0)).backward()
+            total = total + loss.detach()  # ()
+            self._totals.add(metrics)
+        norms = {
+            name: clip_gradients(module, self._cfg.max_grad_norm)
+            for name, module in self.modules.items()
+        }
+        if not math.isfinite(self._world.sum(float(total))):
+            norms = dict.fromkeys(norms, math.nan)
+        finite = all(map(math.isfinite, norms.values()))  # norms are global: all ranks agree
+        for optimizer in self.optimizers.values():
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+        self._norms.append(norms["policy"] if finite else math.nan)  # NaN marks a skipped update
+        self._n_terms += n_terms
+        self._guard.check(finite, self._step, minibatch, loss_of)
+
+    def metrics(self) -> dict[str, float]:
+        """Return means over the terms of all updates since `begin`. Collective."""
+        metrics = self._totals.reduce(self._world, per=self._n_terms)
+        n_skipped = sum(map(math.isnan, self._norms))
+        metrics |= {
+            "grad_norm": fmean(self._norms),
+            "grad_norm_max": math.nan if n_skipped else max(self._norms),
+            "updates_skipped": float(n_skipped),
+            "learning_rate": self._rates["policy"],
+        }
+        return metrics

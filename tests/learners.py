@@ -15,7 +15,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rftt.batch import Batch, collate_rows
+from rftt.batch import Batch
+from rftt.learner.offline import collate_rows
 from rftt.tokens import CLOSERS, OPENERS, description_of
 
 VOCABULARY = 67

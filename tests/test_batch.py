@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.batch import collate, collate_rows, empty_like
+from rftt.batch import collate, empty_like
+from rftt.learner.fsdp import flat_microbatches
+from rftt.learner.offline import collate_rows
 from rftt.types import Problem, Rollout, UserError
 from tests.learners import random_batch
 
@@ -66,7 +68,7 @@ def test_rows_train_on_their_masked_response_only() -> None:
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=20), st.integers(4, 60))
 def test_microbatches_split_without_loss(lengths: list[int], budget: int) -> None:
     batch = random_batch(lengths)
-    groups = batch.microbatches(budget)
+    groups = flat_microbatches(batch, budget)
     assert sorted(document for group in groups for document in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or sum(lengths[document] for document in group) <= budget

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from rftt.curate import choose_pair, curate, disjoint_correct, score_steps, traces
+from rftt.curate import choose_pair, curate, disjoint_correct, traces
 from rftt.graders.math import extract
-from rftt.graders.prm import Unscored
+from rftt.graders.prm import Unscored, score_steps
 from rftt.mcts import Choice, Tree
 from rftt.prompts import ask_verify
 from rftt.run.config import SearchConfig

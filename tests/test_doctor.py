@@ -14,16 +14,16 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from rftt.batch import collate_rows
 from rftt.engines import build_engine
 from rftt.engines.base import Sampling
 from rftt.learner.fsdp import close_world, open_world
 from rftt.learner.logprobs import CHUNK_LOGITS, KEPT_LOGITS, token_logprobs
 from rftt.learner.model import load_policy
-from rftt.learner.offline import sft_loss
-from rftt.learner.setup import build_models
+from rftt.learner.offline import collate_rows, sft_loss
+from rftt.learner.setup import load_models
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.types import UserError
+from rftt.update import Learner
 from tests.conftest import run
 from tests.small_world import damage, make_world, settings
 from tools import doctor
@@ -213,16 +213,20 @@ def test_estimate_against_the_bytes_of_a_run(world: Path, dtype: str) -> None:
     model, n = doctor.model_of(cfg)
     phases = estimate(model, n, cfg, ranks=1, logits=LOGITS, gpu_bytes=0)
     ranks = open_world("cpu")
-    models, modules, optimizers, _ = build_models(cfg, ranks)
+    models = load_models(cfg, ranks, model.vocab_size)
+    modules = models.trained()
+    learner = Learner(cfg, modules, 1, ranks, world, print)
+    optimizers = learner.optimizers
     for module, optimizer in zip(modules.values(), optimizers.values(), strict=True):
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     states = [x for o in optimizers.values() for s in o.state.values() for x in s.values()]
     moments = size([x.to_local() for x in states if x.ndim])
-    own = size([p.to_local() for each in models.values() for p in each.parameters()])
+    everything = [*modules.values(), *([models.reference] if models.reference else [])]
+    own = size([p.to_local() for each in everything for p in each.parameters()])
     gradients = size([p.grad.to_local() for m in modules.values() for p in m.parameters()])
-    del models, modules, optimizers, states, module, optimizer, parameter
+    del models, modules, everything, learner, optimizers, states, module, optimizer, parameter
     close_world(ranks)
     compute = 2 if dtype == "bfloat16" else 4
     vocabulary = model.vocab_size * model.hidden_size

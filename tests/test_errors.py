@@ -19,7 +19,7 @@ import pytest
 from torch import distributed as dist
 from transformers.utils import logging
 
-from rftt.learner import fsdp as distributed
+import train_rl
 from rftt.run.config import RLConfig, load_config
 from tests.conftest import ROOT, TORCHRUN, run
 from tests.small_world import damage, make_world, settings
@@ -205,10 +205,10 @@ def test_vllm_that_is_missing_is_named(
 def test_an_engine_out_of_step_is_named(
     fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = distributed.full_weights
+    whole = train_rl.full_weights
     lost = "model.norm.weight"
     monkeypatch.setattr(
-        distributed, "full_weights", lambda model: (w for w in whole(model) if w[0] != lost)
+        train_rl, "full_weights", lambda model: (w for w in whole(model) if w[0] != lost)
     )
     assert f"load_weights: {lost} never came: the engine is a step behind" in fails("train_rl")
 

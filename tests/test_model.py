@@ -8,9 +8,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rftt import rl
-from rftt.batch import Batch, collate_rows, empty_like
+from rftt.batch import Batch, empty_like
+from rftt.learner.fsdp import flat_microbatches
 from rftt.learner.logprobs import _ChunkedLogprobs, token_logprobs, token_values
 from rftt.learner.model import Critic, add_function_rows, load_critic, load_policy, prepare
+from rftt.learner.offline import collate_rows
 from rftt.learner.prefix_tree import forest_of, n_saved, tree_microbatches
 from rftt.tokens import CLOSERS, OPENERS, add_function_tokens, description_of
 from rftt.types import UserError
@@ -195,7 +197,7 @@ def test_tree_microbatches_give_the_same_gradient() -> None:
     batch, gradients = branching_batch(), []
     for tree in (False, True):
         model, whole = prepare(tiny_model()), batch.replace(tree=tree)
-        groups = tree_microbatches(whole, 30) if tree else whole.microbatches(30)
+        groups = tree_microbatches(whole, 30) if tree else flat_microbatches(whole, 30)
         assert sorted(i for group in groups for i in group) == list(range(len(batch.lengths)))
         assert len(groups) > 1
         for group in groups:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rftt.batch import empty_like
 from rftt.engines.chat import encode_chat
+from rftt.learner.fsdp import flat_microbatches
 from rftt.learner.offline import collate_examples, offline_loss
 from rftt.prompts import question_messages
 from rftt.run.config import SFTConfig, load_config
@@ -126,15 +127,16 @@ def test_dpo_rows_that_will_not_do_are_named(world, tmp_path, row, pairs, messag
 )
 def test_dpo_pairs_share_a_microbatch_and_memory_is_bounded(sizes, budget):
     examples = [tuple(([1], [2] * n, [True] * n) for n in pair) for pair in sizes]
-    batch = collate_examples(examples, [(float(-i), 0.5) for i in range(len(sizes))], each=2)
+    sums = [(float(-i), 0.5) for i in range(len(sizes))]
+    batch = collate_examples(examples, sums, ["row"] * len(sizes), each=2)
     assert batch.n_terms == len(sizes)
-    groups = batch.microbatches(budget)
+    groups = flat_microbatches(batch, budget)
     assert sorted(i for group in groups for i in group) == list(range(2 * len(sizes)))
     for group in groups:
         assert all(b == a + 1 for a, b in zip(group[::2], group[1::2], strict=True))
         assert len(group) == 2 or sum(batch.lengths[i] for i in group) <= budget
         part = batch.select(group)
-        assert part.ref_logprobs.sum() == sum(0.5 - i // 2 for i in group[::2])
+        assert sum(part.ref_sums) == sum(0.5 - i // 2 for i in group[::2])
 
 
 @pytest.mark.invariant
@@ -143,7 +145,7 @@ def test_dpo_loss_of_many_microbatches_is_that_of_one():
         output_dir="o", model_name_or_path="m", train_file="t", learning_rate=1, loss="dpo"
     )
     examples = [tuple(([1], [2] * n, [True] * n) for n in pair) for pair in ((3, 9), (5, 2))]
-    batch = collate_examples(examples, [(-1.0, -2.0), (-3.0, -0.5)], each=2)
+    batch = collate_examples(examples, [(-1.0, -2.0), (-3.0, -0.5)], ["a", "b"], each=2)
     logprobs = -torch.rand(len(batch.input_ids))
     whole, _ = offline_loss(logprobs, batch, cfg)
     parts = [

@@ -2,14 +2,13 @@
 
 import asyncio
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 
 import pytest
 
 from rftt.engines.chat import eos_id
 from rftt.graders.prm import Unscored
-from rftt.rewards import reward, reward_all, score_rollout, solves
+from rftt.rewards import Reward, accepted, score_rollout, solves
 from rftt.run.config import RLConfig
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import Problem, Rollout, UserError
@@ -160,7 +159,8 @@ def spoken():
 
 def rewarded(spoken, prm, rollouts=None, **changes):
     tokenizer, ids, made = spoken
-    return asyncio.run(reward_all(config(**changes), tokenizer, ids, prm, rollouts or [made]))[0]
+    reward = Reward(config(**changes), tokenizer, ids, prm)
+    return asyncio.run(reward.score(rollouts or [made]))
 
 
 @pytest.mark.oracle
@@ -199,18 +199,13 @@ def test_refused_paths_are_left_out_and_counted(spoken):
     short = replace(made, response_ids=made.response_ids[: made.step_ends[0] + 1])
     short = replace(short, step_ends=made.step_ends[:1], acts=made.acts[:1])
     prm = Marks(refuses=STEPS[1][1])
-    kept = rewarded(spoken, prm, [made, short, made])
-    assert [len(r.step_scores) for r in kept] == [1]
+    found = rewarded(spoken, prm, [made, short, made])
     said = []
-    tokenizer, ids, _ = spoken
-    assert reward(config(), tokenizer, ids, prm, lambda x: [x], said.append, [made, short]) == kept
-    assert said == ["the PRM refuses 1 paths: they are left out"]
-    pay = partial(reward, config(), tokenizer, ids, prm)
+    (kept,) = accepted(found, said.append)
+    assert len(kept.step_scores) == 1
+    assert said == ["the PRM refuses 2 paths: they are left out"]
     with pytest.raises(UserError, match=r"refuses all of 2 paths; the first: path of 9 tokens"):
-        pay(lambda x: [x], said.append, [made, made])
-    other = ([kept[0]], [], "")  # a rank may have no other path than refused ones, the world not
-    assert pay(lambda x: [x, other], said.append, [made, made]) == kept
-    assert said[-1] == "the PRM refuses 2 paths: they are left out"
+        accepted([found[0], found[2]], said.append)
 
 
 def test_a_prm_that_is_down_stops_the_round_with_a_count(spoken):

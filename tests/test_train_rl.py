@@ -11,12 +11,13 @@ from rftt.batch import collate
 from rftt.learner.fsdp import Totals, deal, equal_count
 from rftt.learner.model import Critic, prepare
 from rftt.learner.prefix_tree import n_saved, tree_microbatches
+from rftt.learner.setup import Models
 from rftt.run.config import RLConfig
 from rftt.types import Problem, Rollout
-from rftt.update import score_tokens
+from rftt.update import score_metrics, score_tokens
 from tests.learners import VOCABULARY, tiny_model
 from tests.test_update import Ranks
-from train_rl import estimate_advantages, rl_loss
+from train_rl import add_advantages, rl_loss
 
 Estimator = Literal["ppo", "reinforce++", "grpo"]
 
@@ -66,23 +67,26 @@ def learn(
         max_tokens_per_microbatch=64,
     )  # fmt: skip
     rollouts, world, totals = tree_of_rollouts(mask_forced=forced == "mask"), Ranks(), Totals()
-    models = {"policy": prepare(tiny_model()), "reference": prepare(tiny_model(seed=1))}
-    if estimator == "ppo":
-        models["critic"] = Critic(prepare(tiny_model(seed=2)).model)
-        torch.nn.init.ones_(models["critic"].head.weight)
-    for model in models.values():
-        model.to(dtype)
+    policy, reference = prepare(tiny_model()), prepare(tiny_model(seed=1))
+    critic = Critic(prepare(tiny_model(seed=2)).model) if estimator == "ppo" else None
+    modules = [policy, reference, *([critic] if critic else [])]
+    if critic:
+        torch.nn.init.ones_(critic.head.weight)
+    for module in modules:
+        module.to(dtype)
+    models = Models(policy, reference, critic, VOCABULARY)
     (order,) = deal([len(r.response_ids) for r in rollouts], 1, seed=0, world=world)
     batch = collate([rollouts[i] for i in order], tree=packing == "tree")
-    batch = score_tokens(cfg, models, batch, VOCABULARY, world, totals)
-    advantages, returns = estimate_advantages(cfg, batch, rollouts, order, cfg.kl_coef, world)
-    batch = batch.replace(advantages=advantages, returns=returns)
+    batch = score_tokens(cfg, models, batch, world)
+    batch = add_advantages(cfg, batch, rollouts, order, cfg.kl_coef, world)
     for group in equal_count(batch, cfg.max_tokens_per_microbatch, world):
-        rl_loss(cfg, models, VOCABULARY, cfg.kl_coef, totals, batch.select(group)).backward()
-    scores = [batch.old_logprobs, batch.ref_logprobs, batch.values, advantages, returns]
-    gradients = [p.grad for model in models.values() for p in model.parameters()]
+        loss, metrics = rl_loss(cfg, models, cfg.kl_coef, batch.select(group))
+        loss.backward()
+        totals.add(metrics)
+    scores = [batch.old_logprobs, batch.ref_logprobs, batch.values, batch.advantages, batch.returns]
+    gradients = [p.grad for module in modules for p in module.parameters()]
     found = [x for x in (*scores, *gradients) if x is not None]
-    return found, totals.reduce(world, per=1)
+    return found, totals.reduce(world, per=1) | score_metrics(batch, world)
 
 
 @pytest.mark.invariant

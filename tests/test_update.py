@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from rftt.batch import collate_rows
 from rftt.learner.fsdp import Totals, deal, equal_count, per_token
+from rftt.learner.offline import collate_rows
 from rftt.rl import document_sums, gae, sequence_weights, whiten
 from rftt.run.config import RLConfig
 from rftt.update import weigh
@@ -25,6 +25,9 @@ class Ranks:
 
     def max(self, x):
         return max(x, self.others)
+
+    def gather_or_raise(self, work):
+        return [work()]
 
 
 def batch_of(lengths):

@@ -18,6 +18,7 @@ from rftt.learner.fsdp import (
     World,
     clip_gradients,
     close_world,
+    flat_microbatches,
     full_weights,
     open_world,
     shard,
@@ -95,7 +96,7 @@ def one_step(
     )
     advantages = rl.whiten(advantages, batch.action_mask, world.sum)
     batch = batch.replace(advantages=advantages, returns=returns)
-    parts = [batch.select(group) for group in batch.microbatches(24)]
+    parts = [batch.select(group) for group in flat_microbatches(batch, 24)]
     n_parts = int(world.max(float(len(parts))))
     parts += [empty_like(batch)] * (n_parts - len(parts))
     totals = torch.zeros(2)

@@ -21,9 +21,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-import rftt.engines.hf
-import rftt.learner.setup
-import rftt.run.log  # noqa: F401
+import train_sft  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,6 +18,7 @@ import asyncio
 import json
 import math
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -25,7 +26,8 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from rftt.engines.chat import decode
-from rftt.types import UserError
+from rftt.mcts import Tree
+from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -96,6 +98,20 @@ async def score_paths(
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
+    """Put a process score on every step of a prompted tree; return how many paths `prm` refuses.
+
+    Steps that paths share get one score, which depends on the step and those before it.
+    """
+    paths = [[node for node in leaf.path() if node.step] for leaf in tree.leaves()]
+    texts = [[node.step.text for node in path if node.step] for path in paths]
+    found = await score_paths(prm, [(problem.question, steps) for steps in texts])
+    for path, scores in zip(paths, found, strict=True):
+        for node, score in zip(path, [] if isinstance(scores, Unscored) else scores, strict=False):
+            node.step = replace(node.step, score=score) if node.step else None
+    return sum(isinstance(scores, Unscored) for scores in found)
 
 
 def segment_text(

@@ -38,6 +38,7 @@ from rftt.types import UserError
 TIMEOUT = timedelta(hours=4)
 """Search lengths are skewed: a rank may wait long for the others. NCCL's default is 10 minutes."""
 Number = TypeVar("Number", float, Tensor)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ class World:
         gathered = [None] * self.size
         dist.all_gather_object(gathered, obj)
         return gathered
+
+    def gather_or_raise(self, work: Callable[[], T]) -> list[T]:
+        """Every rank's result of `work`, in rank order. A UserError of one is raised on all."""
+        found: list[T] = []
+        failure = ""
+        try:
+            found = [work()]
+        except UserError as error:
+            failure = str(error)
+        shares = self.gather((found, failure))
+        if failures := [failure for _, failure in shares if failure]:
+            raise UserError(failures[0])
+        return [result for found, _ in shares for result in found]
 
     def barrier(self) -> None:
         # An all-reduce rather than dist.barrier(): the same on gloo and nccl, no device guess.
@@ -243,12 +257,31 @@ class Totals:
         }
 
 
+def flat_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
+    """Return groups of documents of at most `max_tokens`, filled in turn, longest first.
+
+    Similar lengths share a group, which keeps padding inside the CPU's attention small. A document
+    or pair longer than the budget gets its own group. Tree packing has `tree_microbatches`.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    firsts = range(0, len(batch.lengths), batch.together)
+    sizes = {first: sum(batch.lengths[first : first + batch.together]) for first in firsts}
+    for first in sorted(firsts, key=lambda i: (-sizes[i], i)):
+        if not groups or sizes[first] > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1] += range(first, first + batch.together)
+        room -= sizes[first]
+    return groups
+
+
 def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
     """Return microbatches as document indices, equally many on all ranks, else FSDP would hang.
 
     [] stands for an empty microbatch.
     """
-    groups = (tree_microbatches if batch.tree else Batch.microbatches)(batch, max_tokens)
+    groups = (tree_microbatches if batch.tree else flat_microbatches)(batch, max_tokens)
     return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
 
 

@@ -3,7 +3,7 @@
 In DPO documents 2i and 2i + 1 of a batch are the chosen and the rejected response of one pair, and
 share a microbatch: memory is bounded by the microbatch, not the batch. The reference is the model
 that training starts from. Its log-probs are computed once, before the first update, and kept on
-disk: no second model stands in memory, and a run that is started again finds them.
+disk. So memory holds no second model, and a resumed run reads them again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from rftt.batch import Batch, collate_rows
-from rftt.learner.fsdp import World, full_weights, per_token
+from rftt.batch import Batch, check_document
+from rftt.learner.fsdp import Totals, World, full_weights, per_token
 from rftt.rl import Metrics, document_sums
 from rftt.run.config import SFTConfig
 from rftt.run.data import Example
@@ -27,35 +27,70 @@ Sums = tuple[float, ...]
 """log π_ref of each response of an example."""
 
 
-def collate_examples(examples: Sequence[Example], reference: Sequence[Sums], each: int) -> Batch:
-    """Pack examples of `each` documents; a response's last token holds its sum as ref_logprobs."""
+MaskedRow = tuple[Sequence[int], Sequence[int], Sequence[bool]]
+"""prompt_ids, response_ids, loss_mask over the response"""
+
+
+def collate_rows(rows: Sequence[MaskedRow], together: int = 1) -> Batch:
+    """Pack SFT or DPO rows: the response tokens that the mask keeps are the actions."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    for number, (prompt_ids, response_ids, loss_mask) in enumerate(rows):
+        check_document(len(prompt_ids), len(response_ids), len(loss_mask), f"row {number}")
+        ids += [*prompt_ids, *response_ids]
+        mask += [False] * len(prompt_ids) + [bool(keep) for keep in loss_mask]
+    zeros = torch.zeros(len(ids), dtype=torch.float32)
+    return Batch(
+        torch.tensor(ids, dtype=torch.int64),
+        tuple(len(prompt) + len(response) for prompt, response, _ in rows),
+        torch.tensor(mask, dtype=torch.bool),
+        zeros,
+        zeros,
+        together=together,
+    )
+
+
+def collate_examples(
+    examples: Sequence[Example], reference: Sequence[Sums], names: Sequence[str], each: int
+) -> Batch:
+    """Pack examples of `each` documents, with the reference's log-prob of each response."""
     documents = [document for example in examples for document in example]
-    batch = collate_rows(documents, together=each)
-    ref_logprobs = torch.zeros_like(batch.rewards)
-    ref_logprobs[batch.starts[1:] - 1] = torch.tensor([x for sums in reference for x in sums])
-    return batch.replace(ref_logprobs=ref_logprobs)
+    return collate_rows(documents, together=each).replace(
+        names=tuple(name for name in names for _ in range(each)),
+        ref_sums=tuple(x for sums in reference for x in sums),
+    )
 
 
 def offline_loss(logprobs: Tensor, batch: Batch, cfg: SFTConfig) -> tuple[Tensor, Metrics]:
-    """The loss summed over the batch's terms, and what else is worth a look.
+    """Return the loss summed over the batch's terms, and sums of metrics.
 
-    A masked pair (`empty_like`) has no part in it.
+    A masked pair (`empty_like`) does not count.
     """
     if cfg.loss == "sft":
-        return sft_loss(logprobs, batch.action_mask), {}
-    assert batch.ref_logprobs is not None, "pairs come from collate_examples"
-    whole = sums_of_pairs(torch.ones_like(logprobs), batch)[:, 0] > 0
-    policy = sums_of_pairs(logprobs, batch)[whole]
-    reference = sums_of_pairs(batch.ref_logprobs, batch)[whole]
-    return dpo_loss(
+        loss = sft_loss(logprobs, batch.action_mask)
+        return loss, {"loss": loss.detach()}
+    counts = sums_of_pairs(torch.ones_like(logprobs), batch)[:, 0] > 0  # (pairs,)
+    policy = sums_of_pairs(logprobs, batch)[counts]  # (pairs, 2)
+    reference = torch.tensor(batch.ref_sums, dtype=policy.dtype, device=policy.device)
+    reference = reference.view(-1, 2)[counts]
+    loss, metrics = dpo_loss(
         *(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1]),
         beta=cfg.dpo_beta,
         label_smoothing=cfg.label_smoothing,
     )
+    return loss, metrics | {"loss": loss.detach()}
+
+
+def eval_metrics(logprobs: Tensor, batch: Batch, cfg: SFTConfig, world: World) -> dict[str, float]:
+    """Return the means of the metrics over the held-out rows of all ranks. Collective."""
+    totals = Totals()
+    loss, metrics = offline_loss(logprobs, batch, cfg)
+    totals.add({f"eval_{key}": metrics[key] for key in metrics} | {"eval_loss": loss})
+    return totals.reduce(world, per=world.sum(float(batch.n_terms)))
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy summed over the action tokens."""
+    """Return the cross-entropy summed over the action tokens."""
     return -torch.where(mask, logprobs, 0.0).sum()
 
 
@@ -67,7 +102,10 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Metrics]:
-    """DPO over (pairs,) sequence log-probs, summed over pairs (Rafailov 2023; smoothing: cDPO)."""
+    """Return the DPO loss of (pairs,) sequence log-probs, summed over pairs.
+
+    Rafailov 2023; label smoothing: cDPO.
+    """
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     margin = chosen - rejected
     loss = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
@@ -81,7 +119,7 @@ def dpo_loss(
 
 
 def sums_of_pairs(x: Tensor, batch: Batch) -> Tensor:
-    """(pairs, 2) sum of x over the actions of each chosen and each rejected response."""
+    """Return the (pairs, 2) sums of x over the actions of chosen and rejected responses."""
     sums = document_sums(x, batch.action_mask, batch.lengths)
     return sums.view(len(sums) // 2, 2)
 
@@ -94,11 +132,11 @@ def reference_logprobs(
     world: World,
     model: nn.Module,
 ) -> list[Sums]:
-    """log π_ref of the chosen and the rejected response of every pair, under the model as it is.
+    """Return log π_ref of both responses of every pair, under the model as it is. Collective.
 
-    `train_batch_size` pairs at a time over all ranks, each lot on disk before the next is begun;
-    pairs that the file holds for these weights are not computed again: a folder's name would stay
-    the same when another training has written into it.
+    The ranks take `train_batch_size` pairs at a time and write each lot to disk before the next.
+    Pairs that the file holds for the same weights are not computed again. The key is a sum of the
+    weights: a folder's name stays the same when another training writes into it.
     """
     weights = sum(float(w.abs().sum(dtype=torch.float64)) for _, w in full_weights(model))
     keys = [hashlib.sha256(repr((weights, cfg.dtype, p)).encode()).hexdigest() for p in pairs]
@@ -109,7 +147,7 @@ def reference_logprobs(
     for first in range(0, len(todo), cfg.train_batch_size):
         lot = todo[first : first + cfg.train_batch_size]
         mine = [pairs[i] for i in lot[world.rank :: world.size]]
-        batch = collate_examples(mine, [(0.0, 0.0)] * len(mine), 2).to(world.device)
+        batch = collate_rows([row for pair in mine for row in pair], together=2).to(world.device)
         tokens = per_token(logprobs, batch, cfg.max_tokens_per_microbatch, world)
         for rank, found in enumerate(world.gather(sums_of_pairs(tokens, batch).tolist())):
             for i, sums in zip(lot[rank :: world.size], found, strict=True):

@@ -794,7 +794,7 @@ def allowed(spec: dict[str, Any]) -> str:
             return f"{noun} {' and '.join(bounds)}".strip()
         case _:
             words = {"string": "text", "boolean": "true or false", "object": "a mapping"}
-            return words.get(spec["type"], spec["type"])
+            return words.get(spec["type"], str(spec["type"]))
 
 
 def field_docs(schema: type) -> dict[str, str]:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, cast
 
 from rftt.engines.chat import encode_chat, eos_id
 from rftt.graders.math import parse_gold
 from rftt.prompts import question_messages
 from rftt.run.cli import load_function
-from rftt.run.files import Row, read_jsonl, write_json, write_jsonl
-from rftt.run.log import RunLog
-from rftt.run.rejection import RESPONSES, curate_responses
+from rftt.run.files import Row, read_jsonl
 from rftt.tokens import ALIASES, FUNCTIONS, FunctionIds, function_ids, render
 from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rftt.run.config import RLConfig, SearchConfig, SFTConfig
+    from rftt.run.config import RLConfig, SFTConfig
 
 
 SYNONYMS = {
@@ -258,48 +254,3 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], 
         rows = rows + [more[i] for i in drawn(len(more), len(rows) * cfg.mix_ratio, cfg.seed + 2)]
         too_long += more_too_long
     return rows, held_out, too_long
-
-
-# ---- From a search to files that train ----
-
-
-def write_data(
-    cfg: SearchConfig, log: RunLog, raw: Sequence[Row], n_tokens: Callable[[str], int] | None = None
-) -> None:
-    """data/sft.jsonl and data/dpo.jsonl in the order of `raw`, and stats.json with every count."""
-    out, counts, rows = Path(cfg.output_dir), Counter[str](), []
-    if cfg.method in RESPONSES:
-        raw = [row | curate_responses(row, cfg) for row in raw]
-    for row in raw:
-        counts.update(row["counts"])
-        for made in row["rows"]:
-            if n_tokens and max(map(n_tokens, texts_of(made))) > cfg.max_row_tokens:
-                counts["row_too_long"] += 1
-            else:
-                rows.append(made)
-    pairs = [row for row in rows if row["kind"] == "pair"]
-    rows = [row for row in rows if row["kind"] != "pair"]
-    write_jsonl(out / "data" / "sft.jsonl", rows)
-    write_jsonl(out / "data" / "dpo.jsonl", pairs)
-    generated = sum(row["generated_tokens"] for row in raw)
-    stats = {
-        "problems": len(raw),
-        "responses": sum(len(row.get("responses", [])) for row in raw),
-        "rows": len(rows),
-        "pairs": len(pairs),
-        "solved": fmean(row["solved"] for row in raw),
-        "generated_tokens": generated,
-        "tokens_per_row": generated / max(1, len(rows)),
-        "counts": dict(counts),
-    }
-    write_json(out / "stats.json", stats)
-    log.info(
-        f"{cfg.method}: {len(rows)} rows, {len(pairs)} pairs from {len(raw)} problems, "
-        f"{stats['tokens_per_row']:,.0f} generated tokens per row: {dict(+counts)}"
-    )
-
-
-def texts_of(row: Row) -> list[str]:
-    """The text of each response in a row of a tree."""
-    found = (row[key] for key in ("steps", "chosen", "rejected") if key in row)
-    return ["".join(step["text"] for step in steps) for steps in found]

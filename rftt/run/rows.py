@@ -1,0 +1,89 @@
+"""What a search leaves behind: its log, and the rows in data/{sft,dpo}.jsonl with their counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from rftt.run.cli import check_same_run, load_function
+from rftt.run.config import Filters
+from rftt.run.files import Row, write_json, write_jsonl
+from rftt.run.log import RunLog
+from rftt.run.rejection import RESPONSES, curate_responses, load_responses, score_responses
+from rftt.types import UserError
+
+if TYPE_CHECKING:
+    from rftt.learner.fsdp import World
+    from rftt.run.config import SearchConfig
+
+
+def open_log(cfg: SearchConfig, world: World) -> RunLog:
+    """Open the log of a search. Raise UserError where output_dir was begun with other settings.
+
+    The filters of responses may differ: they are applied again to what is cached.
+    """
+    if cfg.engine == "api" and cfg.method != "score" and world.size > 1:
+        raise UserError("engine=api has one ledger: run one process, raise api_max_concurrent.")
+    changeable = {field.name for field in fields(Filters)}
+    changeable |= {"prm_reduce", "max_repeats"} if cfg.method in RESPONSES else set()
+    fixed = {key: value for key, value in asdict(cfg).items() if key not in changeable}
+    check_same_run(Path(cfg.output_dir) / "config.yaml", fixed)
+    if cfg.custom_filter is not None:
+        load_function("custom_filter", cfg.custom_filter)  # now rather than after hours
+    return RunLog(Path(cfg.output_dir), asdict(cfg), enabled=world.is_main)
+
+
+def score_cache(cfg: SearchConfig, log: RunLog, world: World) -> None:
+    """Score and filter the responses in `raw_file` (method=score). Collective."""
+    raw = load_responses(str(cfg.raw_file))[: cfg.max_problems]
+    log.info(f"{len(raw)} problems in {cfg.raw_file}; no model is opened, nothing is sampled")
+    scored = asyncio.run(score_responses(cfg, log, raw, world))
+    if world.is_main:
+        write_data(cfg, log, scored)
+
+
+def write_data(
+    cfg: SearchConfig, log: RunLog, raw: Sequence[Row], n_tokens: Callable[[str], int] | None = None
+) -> None:
+    """data/sft.jsonl and data/dpo.jsonl in the order of `raw`, and stats.json with every count."""
+    out, counts, rows = Path(cfg.output_dir), Counter[str](), []
+    if cfg.method in RESPONSES:
+        raw = [row | curate_responses(row, cfg) for row in raw]
+    for row in raw:
+        counts.update(row["counts"])
+        for made in row["rows"]:
+            if n_tokens and max(map(n_tokens, texts_of(made))) > cfg.max_row_tokens:
+                counts["row_too_long"] += 1
+            else:
+                rows.append(made)
+    pairs = [row for row in rows if row["kind"] == "pair"]
+    rows = [row for row in rows if row["kind"] != "pair"]
+    write_jsonl(out / "data" / "sft.jsonl", rows)
+    write_jsonl(out / "data" / "dpo.jsonl", pairs)
+    generated = sum(row["generated_tokens"] for row in raw)
+    stats = {
+        "problems": len(raw),
+        "responses": sum(len(row.get("responses", [])) for row in raw),
+        "rows": len(rows),
+        "pairs": len(pairs),
+        "solved": fmean(row["solved"] for row in raw),
+        "generated_tokens": generated,
+        "tokens_per_row": generated / max(1, len(rows)),
+        "counts": dict(counts),
+    }
+    write_json(out / "stats.json", stats)
+    log.info(
+        f"{cfg.method}: {len(rows)} rows, {len(pairs)} pairs from {len(raw)} problems, "
+        f"{stats['tokens_per_row']:,.0f} generated tokens per row: {dict(+counts)}"
+    )
+
+
+def texts_of(row: Row) -> list[str]:
+    """The text of each response in a row of a tree."""
+    found = (row[key] for key in ("steps", "chosen", "rejected") if key in row)
+    return ["".join(step["text"] for step in steps) for steps in found]
