@@ -767,6 +767,8 @@ BOUNDS = {
     "exclusiveMaximum": "below",
 }
 """Key of a JSON schema -> how a bound reads."""
+WORDS = {"string": "text", "boolean": "true or false", "object": "a mapping", "null": "null"}
+"""Type of a JSON schema -> how it reads."""
 
 
 @cache
@@ -793,8 +795,7 @@ def allowed(spec: dict[str, Any]) -> str:
             bounds = [f"{words} {spec[key]:.15g}" for key, words in BOUNDS.items() if key in spec]
             return f"{noun} {' and '.join(bounds)}".strip()
         case _:
-            words = {"string": "text", "boolean": "true or false", "object": "a mapping"}
-            return words.get(spec["type"], str(spec["type"]))
+            return WORDS[spec["type"]]
 
 
 def field_docs(schema: type) -> dict[str, str]:
