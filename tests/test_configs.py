@@ -64,12 +64,12 @@ def test_every_field_has_a_docstring_and_is_in_the_help(kind: str) -> None:
 
 
 def reads(text: str) -> set[str]:
-    """Names x of every `cfg.x`, `config.x` or `self.cfg.x` in the code `text`."""
+    """Return the names x of every `cfg.x`, also behind `self`, and of `config.x` in `text`."""
     return {
         node.attr
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Attribute)
-        and ast.unparse(node.value) in ("cfg", "config", "self.cfg")
+        and ast.unparse(node.value) in ("cfg", "config", "self.cfg", "self._cfg")
     }
 
 
