@@ -30,7 +30,7 @@ SETTINGS = {
     "eval_steps": 2,
     "save_steps": 0,
     "kl_coef": 0,
-    "entropy_coef": -1,  # a random model earns nothing: this moves its weights all the same
+    "entropy_coef": 1,  # a random model earns nothing: this moves its weights all the same
     "learning_rate": 1e-3,
     "warmup_ratio": 0,
 }
