@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,7 +139,8 @@ def joined(device: str, *, wait: bool = False) -> Iterator[World]:
     try:
         yield world
     except BaseException:
-        close_world(world, wait=False)
+        if "vllm" not in sys.modules:  # an in-process vLLM leaves the group itself, at exit
+            close_world(world, wait=False)
         raise
     close_world(world, wait=wait)
 
