@@ -192,7 +192,7 @@ def test_plain_yaml_scalars_of_a_text_field_are_text(tmp_path: Path) -> None:
         ("learning_rate=fast", "must be a finite number above 0, got 'fast'"),
         ("seed=true", "`seed` must be an integer of at least 0 and at most 4294967295, got 'true'"),
         ("report_to=wandb", "`report_to` must be a list such as [a, b], each item text, got"),
-        ("forbidden_acts=[verifi]", "`forbidden_acts[0]` must be one of clarify,"),
+        ("forbidden_acts=[guess]", "`forbidden_acts[0]` must be one of clarify,"),
         ("train_batch_size=48", "256 is not divisible by train_batch_size 48; nearest: 32, 64."),
         ("top_p=0.9", "top_p=0.9 biases the policy ratio; set top_p: 1.0"),
         ("kl_target=0.1 kl_coef=0", "kl_target needs a kl_coef above 0"),
