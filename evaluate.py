@@ -59,8 +59,8 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
-    speaks = bool(cfg.simulations or cfg.forbidden_acts) or has_function_tokens(tokenizer)
-    ids = function_ids(tokenizer) if speaks else None
+    functional = bool(cfg.simulations or cfg.forbidden_acts) or has_function_tokens(tokenizer)
+    ids = function_ids(tokenizer) if functional else None
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     file = out / "eval" / f"{name}.jsonl"
     journal, done = open_part(file, world)

@@ -108,8 +108,8 @@ def gold_answers(cfg: Config) -> Finding:
 def delimiters(cfg: Config) -> Finding:
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     eos_id(tokenizer)
-    speaks = isinstance(cfg, RLConfig) and cfg.sampling_method == "mcts"
-    if speaks or (isinstance(cfg, EvalConfig) and cfg.simulations):
+    explores = isinstance(cfg, RLConfig) and cfg.sampling_method == "mcts"
+    if explores or (isinstance(cfg, EvalConfig) and cfg.simulations):
         return Finding(f"{2 * len(function_ids(tokenizer).open)} delimiters, each a single id")
     return Finding(f"{len(tokenizer)} ids; functional tokens are not needed before training")
 

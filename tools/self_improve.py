@@ -213,7 +213,7 @@ def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> lis
 
 
 def settings(cfg: LoopConfig, step: str, n: int) -> Any:
-    """A step of iteration n as its script will read it, but for what only the loop can know."""
+    """Return a step of iteration n as its script reads it, without the keys that the loop sets."""
     _, schema, files = STEPS[step]
     ours = dict.fromkeys(("output_dir", "model_name_or_path", *files), "-")
     if both := ours.keys() & own_keys(cfg, step).keys():

@@ -40,7 +40,7 @@ class StepLoop:
             await asyncio.sleep(0)
 
     def _release(self, task: asyncio.Task[None]) -> None:
-        """However the task ended, nobody is left waiting for it."""
+        """Resolve every waiting request, however the task ended."""
         if task is not self._task:  # `submit` was here before this callback
             return
         error = None if task.cancelled() else task.exception()

@@ -20,7 +20,7 @@ class Models:
     reference: PreTrainedModel | None
     """The policy as the run found it, frozen; None without a KL term."""
     critic: Critic | None
-    """None but for ppo."""
+    """Only ppo has one."""
     vocabulary: int
     """Number of ids in the tokenizer. Rows beyond it are never scored."""
 

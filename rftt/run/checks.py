@@ -1,4 +1,4 @@
-"""What a run checks: prompts that fit, a policy that speaks the acts, how well it does greedily."""
+"""Checks of a run: prompts that fit, a policy that writes the acts, its greedy accuracy."""
 
 from __future__ import annotations
 

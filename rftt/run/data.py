@@ -110,7 +110,7 @@ def _field(row: Row, name: str, key: str | None = None) -> str | None:
 
 
 def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
-    """To explore, and to evaluate on. A reward_function that is not there fails here, too."""
+    """Return problems to explore and to evaluate on. A missing reward_function fails here."""
     keys = (cfg.prompt_key, cfg.answer_key)
     problems = load_problems(cfg.train_file, keys=keys)
     eval_file = cfg.eval_file or cfg.train_file

@@ -172,7 +172,7 @@ class RunLog:
 
 
 def _locked(run_dir: Path) -> TextIO:
-    """An open file that nobody else has; however this process ends, the system lets go of it."""
+    """Return a locked file. The system releases the lock however this process ends."""
     file = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

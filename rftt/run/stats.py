@@ -139,7 +139,7 @@ def tree_record(
     """The tree as JSON: what a reader, a picture or a test wants to know of each node."""
 
     def prior(node: Node) -> float | None:
-        """π(act | parent); None where nobody knows it (phase 1)."""
+        """π(act | parent); None in phase 1, which has no priors."""
         known = tree.priors(node.parent) if node.parent else {}
         return exp(known[node.act]) if node.act in known else None
 
