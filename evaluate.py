@@ -29,13 +29,14 @@ from rftt.beam import explorer
 from rftt.engines import build_engine
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, load_tokenizer
+from rftt.engines.sampler import Sampler, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
 from rftt.learner.fsdp import World, joined
 from rftt.mcts import Value
 from rftt.rewards import solves
-from rftt.rollout import Learned, encode_question, learned_tree, sample, sampler_of, tree_rollouts
+from rftt.rollout import learned_tree, pose, sample, tree_rollouts
 from rftt.run.checks import check_prompts
 from rftt.run.cli import check_same_run
 from rftt.run.data import load_problems
@@ -94,14 +95,15 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
 
 
 async def answer(
-    cfg: EvalConfig, policy: Learned, prm: ProcessModel | None, problem: Problem
+    cfg: EvalConfig, policy: Sampler, prm: ProcessModel | None, problem: Problem
 ) -> Row:
     """One line of eval/<set>.jsonl: greedy, samples and search, none of which saw the gold one."""
     hidden = replace(problem, answer=None, solution=None)
-    prompt = encode_question(policy, problem, cfg.system_prompt)
+    task = pose(policy, hidden, cfg.system_prompt)
+    greedy = replace(task, sampler=replace(policy, temperature=0.0))
     value = processed(policy, prm, hidden, cfg.prm_reduce) if prm else None
-    best = await sample(replace(policy, temperature=0.0), hidden, prompt, n=1, group=0)
-    samples = await sample(policy, hidden, prompt, n=cfg.num_samples, group=0)
+    best = await sample(greedy, n=1)
+    samples = await sample(task, n=cfg.num_samples)
     scores = [None] * len(samples)
     if value:
         scores = await asyncio.gather(*(value(steps_of(rollout)) for rollout in samples))
@@ -117,16 +119,14 @@ async def answer(
     }
     if cfg.simulations:
         tree = await learned_tree(
-            policy,
-            hidden,
-            prompt,
+            task,
             simulations=max(cfg.simulations),
             exploration_weight=cfg.exploration_weight,
             in_flight=cfg.leaves_in_flight,
             explore=explorer(cfg.search_method, cfg),
             value=value,
         )
-        paths = tree_rollouts(policy, tree, hidden, prompt, group=0, mask_forced=False)
+        paths = tree_rollouts(task, tree, mask_forced=False)
         row["search"] = [
             verdict(cfg, policy, problem, rollout, leaf.q if prm else None)
             for rollout, leaf in zip(paths, tree.leaves(), strict=True)
@@ -135,7 +135,7 @@ async def answer(
 
 
 def processed(
-    ctx: Learned, prm: ProcessModel, problem: Problem, how: Literal["min", "mean", "last", "prod"]
+    ctx: Sampler, prm: ProcessModel, problem: Problem, how: Literal["min", "mean", "last", "prod"]
 ) -> Value:
     """What a process reward model thinks of an answered path; of one that it refuses, nothing."""
 
@@ -158,7 +158,7 @@ def steps_of(rollout: Rollout) -> list[Step]:
 
 
 def verdict(
-    cfg: EvalConfig, policy: Learned, problem: Problem, rollout: Rollout, score: float | None = None
+    cfg: EvalConfig, policy: Sampler, problem: Problem, rollout: Rollout, score: float | None = None
 ) -> Row:
     """The gold answer is looked at here, when the response is finished."""
     text = decode(policy.tokenizer, rollout.response_ids)

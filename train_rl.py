@@ -32,6 +32,7 @@ from rftt import rl
 from rftt.batch import Batch, collate
 from rftt.engines import build_engine
 from rftt.engines.chat import load_tokenizer
+from rftt.engines.sampler import sampler_of
 from rftt.graders import open_prm
 from rftt.graders.prm import Unscored
 from rftt.learner.fsdp import World, agreed, deal, full_weights, joined
@@ -39,7 +40,7 @@ from rftt.learner.logprobs import token_logprobs, token_values
 from rftt.learner.prefix_tree import n_saved
 from rftt.learner.setup import Models, load_models
 from rftt.rewards import Reward, accepted
-from rftt.rollout import SampleExplorer, TreeExplorer, sampler_of
+from rftt.rollout import Explorer
 from rftt.run.checks import check_prompts, check_warm, greedy_accuracy
 from rftt.run.data import read_problems, shuffled_epochs
 from rftt.run.files import write_json, write_jsonl
@@ -68,7 +69,7 @@ def train(cfg: RLConfig, world: World) -> None:
     run = Run(cfg, world, tokenizer, LINE)
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))  # before FSDP takes memory
     sampler = sampler_of(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
-    explorer = (TreeExplorer if cfg.sampling_method == "mcts" else SampleExplorer)(cfg, sampler)
+    explorer = Explorer(cfg, sampler)
     reward = Reward(cfg, tokenizer, ids, asyncio.run(open_prm(cfg, run.info)))
     models = load_models(cfg, world, len(tokenizer))
     learner = Learner(cfg, models.trained(), cfg.max_steps, world, run.folder / "debug", run.info)
@@ -138,7 +139,7 @@ def train(cfg: RLConfig, world: World) -> None:
 def explore(
     cfg: RLConfig,
     step: int,
-    explorer: TreeExplorer | SampleExplorer,
+    explorer: Explorer,
     reward: Reward,
     stream: Iterator[Problem],
     log: Callable[[str], None],
@@ -275,9 +276,7 @@ def rl_loss(
 # ---- 4. Look ----
 
 
-def write_examples(
-    folder: Path, name: str, rollouts: list[Rollout], explorer: TreeExplorer | SampleExplorer
-) -> None:
+def write_examples(folder: Path, name: str, rollouts: list[Rollout], explorer: Explorer) -> None:
     """Write one rollout of each of a few groups, and one tree, for readers."""
     tokenizer = explorer.sampler.tokenizer
     write_jsonl(folder / "samples" / f"{name}.jsonl", examples(rollouts, tokenizer))
