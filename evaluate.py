@@ -43,7 +43,7 @@ from rftt.run.data import load_problems
 from rftt.run.files import Row, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
-from rftt.tokens import function_ids, has_function_tokens
+from rftt.tokens import known_ids
 from rftt.types import Problem, Rollout, Step
 
 
@@ -60,8 +60,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
-    functional = bool(cfg.simulations or cfg.forbidden_acts) or has_function_tokens(tokenizer)
-    ids = function_ids(tokenizer) if functional else None
+    ids = known_ids(tokenizer, required=bool(cfg.simulations or cfg.forbidden_acts))
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     file = out / "eval" / f"{name}.jsonl"
     journal, done = open_part(file, world)

@@ -30,29 +30,29 @@ Successors = Callable[[str | None], tuple[str, ...]]
 
 @dataclass(eq=False)
 class Node:
+    """A state of the search: the steps from the root to here."""
+
     id: int
     parent: Node | None
-    step: Step | None
-    """None at the root."""
+    step: Step | None  # None at the root
     depth: int
     key: tuple[str, ...]
     """Acts from the root, each numbered among its equal siblings: what seeds derive from."""
-    untried: list[str] = field(default_factory=list)
-    """Acts not yet explored here; an act named twice may be explored twice."""
+    untried: list[str] = field(default_factory=list)  # an act named twice may be explored twice
     children: list[Node] = field(default_factory=list)
     visits: int = 0
     value_sum: float = 0.0
-    in_flight: int = 0
-    """Simulations that have passed through and not yet landed."""
+    in_flight: int = 0  # simulations that have passed through and not yet landed
     terminal: bool = False
 
     @property
     def q(self) -> float:
+        """Mean value; 0 before the first visit."""
         return self.value_sum / self.visits if self.visits else 0.0
 
     @property
     def is_right(self) -> bool:
-        """Whether a leaf is worth 1, which is the grader's verdict where it values the paths."""
+        """Whether a leaf has value 1: the grader's verdict, where the grader values paths."""
         return self.terminal and self.q == 1.0
 
     @property
@@ -60,7 +60,7 @@ class Node:
         return self.step.act if self.step else None
 
     def path(self) -> list[Node]:
-        """Nodes from the first below the root to this one."""
+        """Return the nodes from the first below the root to this one."""
         nodes: list[Node] = []
         node: Node | None = self
         while node is not None and node.parent is not None:
@@ -75,11 +75,12 @@ class Choice:
 
     node: Node
     act: str
-    key: tuple[str, ...]
-    """Key of the node to come."""
+    key: tuple[str, ...]  # of the node to come
 
 
 class Tree:
+    """The nodes of one problem's search, and the rule by which it grows."""
+
     def __init__(
         self, successors: Successors, max_depth: int, exploration_weight: float, seed: int
     ) -> None:
@@ -87,8 +88,7 @@ class Tree:
         self.max_depth = max_depth
         self.exploration_weight = exploration_weight
         self._random = Random(seed)  # the order in which acts of equal prior are tried
-        self.act_logprobs: dict[str, float] = {}
-        """log π(act | root); below the root a step brings its own."""
+        self.act_logprobs: dict[str, float] = {}  # log π(act | root); a step brings its own
         self.nodes: list[Node] = []
         self.root = self._add(None, None, ())
 
@@ -147,6 +147,7 @@ class Tree:
         return node
 
     def backup(self, leaf: Node, value: float) -> None:
+        """Count a visit of this value on every node of the leaf's path."""
         for node in (self.root, *leaf.path()):  # the root counts every simulation
             node.visits += 1
             node.value_sum += value
@@ -156,6 +157,7 @@ class Tree:
         return not node.terminal and (bool(node.untried) or any(map(self.is_open, node.children)))
 
     def leaves(self) -> list[Node]:
+        """Return the ends of all paths, in the order in which they were found."""
         return [node for node in self.nodes if node.terminal]
 
     def _add(self, parent: Node | None, step: Step | None, key: tuple[str, ...]) -> Node:
@@ -169,7 +171,7 @@ class Tree:
         return node
 
     def _child_key(self, parent: Node, act: str) -> tuple[str, ...]:
-        """Key of the next child by `act`, numbered by how often the act is still untried."""
+        """Return the key of the next child by `act`: how often the act is untried numbers it."""
         return (*parent.key, f"{act}.{parent.untried.count(act)}")
 
 

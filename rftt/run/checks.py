@@ -44,16 +44,19 @@ def check_prompts(
         )
 
 
-async def check_warm(
-    sampler: Sampler, problems: Sequence[Problem], system_prompt: str | None
-) -> None:
-    """Raise UserError where the policy does not open its responses with functional tokens."""
+def check_warm(cfg: RLConfig, sampler: Sampler, problems: Sequence[Problem]) -> None:
+    """Raise UserError where a tree's policy does not begin its responses with functional tokens.
+
+    `allow_cold_start` skips the check.
+    """
+    if cfg.sampling_method != "mcts" or cfg.allow_cold_start:
+        return
 
     async def opened(problem: Problem) -> float:
-        task = pose(sampler, problem, system_prompt)
+        task = pose(sampler, problem, cfg.system_prompt)
         return sum(map(exp, (await task.act_logprobs((), "root")).values()))
 
-    share = fmean(await for_each(problems, opened, in_flight=len(problems)))
+    share = fmean(asyncio.run(for_each(problems, opened, in_flight=len(problems))))
     if share < 0.5:
         raise UserError(
             f"{sampler.tokenizer.name_or_path} assigns {share:.3f} total probability to functional "

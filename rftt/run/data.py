@@ -213,7 +213,7 @@ def _encode_steps(
 
 
 def shuffled_epochs(n: int, seed: int) -> Iterator[int]:
-    """Indices 0 … n-1 in a new order each epoch, for ever; the same order in every process."""
+    """Yield indices 0 … n-1 in a new order each epoch, for ever, equal in every process."""
     from random import Random
 
     epoch = 0
@@ -222,6 +222,12 @@ def shuffled_epochs(n: int, seed: int) -> Iterator[int]:
         Random(f"{seed}-{epoch}").shuffle(order)
         yield from order
         epoch += 1
+
+
+def endless(problems: Sequence[Problem], seed: int, *, skip: int) -> Iterator[Problem]:
+    """Yield the problems for ever, in a new order each epoch, from the one after `skip` others."""
+    for i in islice(shuffled_epochs(len(problems), seed), skip, None):
+        yield problems[i]
 
 
 def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], int]:

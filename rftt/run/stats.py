@@ -80,14 +80,14 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     acts = [act for rollout in rollouts for act in rollout.acts]
     groups: dict[int, set[float]] = {}
     for rollout in rollouts:
-        groups.setdefault(rollout.group, set()).add(sum(rollout.step_rewards))
+        groups.setdefault(rollout.group, set()).add(rollout.reward)
     scores = [score for rollout in rollouts for score in rollout.step_scores]
     process = {"process_reward": sum(scores) / len(scores)} if scores else {}
     return (
         process
         | {
             "accuracy": sum(r.outcome for r in rollouts) / n,
-            "reward": sum(sum(r.step_rewards) for r in rollouts) / n,
+            "reward": sum(r.reward for r in rollouts) / n,
             "response_length": sum(len(r.response_ids) for r in rollouts) / n,
             "truncated_share": sum(r.finish == "length" for r in rollouts) / n,
             "malformed_share": sum("" in r.acts for r in rollouts) / n,

@@ -20,10 +20,13 @@ from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole
 from rftt.learner.fsdp import World
 from rftt.run.cli import STOPPED, check_same_run, stop_on_sigterm
 from rftt.run.config import RLConfig, SFTConfig
+from rftt.run.files import write_json, write_jsonl
 from rftt.run.log import Clock, RunLog
-from rftt.types import UserError
+from rftt.run.stats import examples, tree_record
+from rftt.types import Problem, Rollout, UserError
 
 if TYPE_CHECKING:
+    from rftt.mcts import Tree
     from rftt.update import Learner
 
 
@@ -95,6 +98,10 @@ class Run:
         """Whether `save_steps` demands a checkpoint after `step`."""
         return bool(self._cfg.save_steps) and (step + 1) % self._cfg.save_steps == 0
 
+    def is_saved(self, n_steps: int) -> bool:
+        """Whether `save_steps` demanded a checkpoint after `n_steps` steps."""
+        return n_steps > 0 and self.is_due(n_steps - 1)
+
     def is_last(self, step: int) -> bool:
         """Whether `step`, which must have been logged, ends the run."""
         return step + 1 == self._total or self._is_spent()
@@ -122,6 +129,18 @@ class Run:
         if stopped:
             self._checkpoints.close()
             raise SystemExit(STOPPED)
+
+    def write_examples_if_due(
+        self, step: int, rollouts: list[Rollout], example: tuple[Tree, Problem] | None
+    ) -> None:
+        """Write one rollout of each of a few groups, and one tree, beside a due checkpoint."""
+        if not self._world.is_main or not self.is_due(step):
+            return
+        name = f"step_{step:06d}"
+        write_jsonl(self.folder / "samples" / f"{name}.jsonl", examples(rollouts, self._tokenizer))
+        if example:
+            record = tree_record(*example, self._tokenizer)
+            write_json(self.folder / "trees" / name / "0.json", record)
 
     def finish(self) -> None:
         """Export the policy as a Hugging Face folder. Collective."""
