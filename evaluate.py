@@ -29,14 +29,14 @@ from rftt.beam import explorer
 from rftt.engines import build_engine
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, load_tokenizer
-from rftt.engines.sampler import Sampler, sampler_of
+from rftt.engines.sampler import Sampler, pose, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
 from rftt.learner.fsdp import World, joined
 from rftt.mcts import Value
 from rftt.rewards import solves
-from rftt.rollout import learned_tree, pose, sample, tree_rollouts
+from rftt.rollout import learned_tree, sample, tree_rollouts
 from rftt.run.checks import check_prompts
 from rftt.run.cli import check_same_run
 from rftt.run.data import load_problems

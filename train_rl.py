@@ -33,12 +33,12 @@ from rftt.engines import build_engine
 from rftt.engines.chat import load_tokenizer
 from rftt.engines.sampler import sampler_of
 from rftt.graders import open_prm
-from rftt.graders.prm import Unscored
+from rftt.graders.prm import Unscored, accepted
 from rftt.learner.fsdp import World, agreed, deal, full_weights, joined
 from rftt.learner.logprobs import token_logprobs, token_values
 from rftt.learner.prefix_tree import n_saved
 from rftt.learner.setup import Models, load_models
-from rftt.rewards import Reward, accepted
+from rftt.rewards import Reward
 from rftt.rollout import Explorer
 from rftt.run.checks import check_prompts, check_warm, greedy_accuracy
 from rftt.run.data import endless, read_problems

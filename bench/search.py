@@ -154,10 +154,10 @@ def samplers(
     from rftt.beam import beam_search
     from rftt.engines.base import for_each
     from rftt.engines.chat import engine_chat
-    from rftt.engines.sampler import Sampler
+    from rftt.engines.sampler import Sampler, pose
     from rftt.mcts import Explore, grow
     from rftt.prompted import Prompted, prompted_tree
-    from rftt.rollout import learned_tree, pose, sample
+    from rftt.rollout import learned_tree, sample
     from rftt.tokens import function_ids
 
     ids = function_ids(tokenizer)

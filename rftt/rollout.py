@@ -17,63 +17,16 @@ from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 from rftt.engines.base import for_each
-from rftt.engines.chat import decode, encode_chat
-from rftt.engines.sampler import Sampler
+from rftt.engines.chat import decode
+from rftt.engines.sampler import Sampler, Task, pose
 from rftt.graders.math import canonical, extract
 from rftt.mcts import Choice, Explore, Tree, Value, grow
-from rftt.prompts import question_messages
 from rftt.rewards import graded
 from rftt.tokens import ACTS, FunctionIds, Span, parse_response
-from rftt.types import Completion, Problem, Rollout, Step, UserError, seed_for
+from rftt.types import Completion, Problem, Rollout, Step, seed_for
 
 if TYPE_CHECKING:
     from rftt.run.config import RLConfig
-
-
-@dataclass(frozen=True)
-class Task:
-    """One problem for one policy. Every search below works on a task."""
-
-    sampler: Sampler
-    problem: Problem
-    prompt: Sequence[int]
-    """Token ids of the chat up to the response. (P,)"""
-    group: int = 0
-
-    def room(self, n_used: int) -> int:
-        """Return how many tokens the response may take behind its first `n_used`."""
-        return self.sampler.room(len(self.prompt), n_used)
-
-    async def ask(
-        self, before: Sequence[int], max_tokens: int, *key: object, one_act: bool = False
-    ) -> Completion:
-        """Let the policy continue the response `before`, to its end or (`one_act`) an act's."""
-        sampling = self.sampler.sampling(max_tokens, self.problem.id, *key)
-        if one_act:
-            sampling = replace(sampling, stop_ids=self.sampler.stops_of_act)
-        return await self.sampler.engine.generate([*self.prompt, *before], sampling)
-
-    async def act_logprobs(self, before: Sequence[int], *key: object) -> dict[str, float]:
-        """Return log π(act | the response `before`): the priors of the acts that may follow."""
-        completion = await self.ask(before, 1, *key)  # the one sampled token is not used
-        return dict(zip(ACTS, completion.watched[0], strict=True))
-
-
-def pose(
-    sampler: Sampler, problem: Problem, system_prompt: str | None = None, *, group: int = 0
-) -> Task:
-    """Return the task to answer a problem: its question, after a system prompt if there is one.
-
-    Raise UserError where the question leaves no room for a response.
-    """
-    prompt = encode_chat(sampler.tokenizer, question_messages(problem.question, system_prompt))
-    task = Task(sampler, problem, prompt, group)
-    if task.room(1) <= 0:
-        raise UserError(
-            f"problem {problem.id} has {len(prompt)} prompt tokens; max_model_len is "
-            f"{sampler.engine.max_model_len}."
-        )
-    return task
 
 
 # ---- One simulation: from a forced opener to the end of the response ----

@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 
 from rftt.beam import beam_search
+from rftt.engines.sampler import Task
 from rftt.mcts import Tree
 from rftt.prompted import prompted_tree
-from rftt.rollout import Task, learned_tree, tree_rollouts
+from rftt.rollout import learned_tree, tree_rollouts
 from rftt.types import Step
 from tests.test_rollout import CLOSE, PROBLEM, learned, prompted, segment
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from evaluate import processed, steps_of, summarise, summary_table
+from rftt.engines.sampler import Task
 from rftt.graders.prm import Unscored
-from rftt.rollout import Task, learned_tree, sample, tree_rollouts
+from rftt.rollout import learned_tree, sample, tree_rollouts
 from rftt.types import Problem
 from tests.test_rollout import CLOSE, PROBLEM, learned, segment
 

@@ -9,10 +9,10 @@ import pytest
 
 from rftt.engines.base import Counters
 from rftt.engines.chat import engine_chat
-from rftt.engines.sampler import Sampler
+from rftt.engines.sampler import Sampler, Task
 from rftt.mcts import Tree
 from rftt.prompted import Prompted
-from rftt.rollout import Task, cut, expand_learned, learned_tree, sample, tree_rollouts
+from rftt.rollout import cut, expand_learned, learned_tree, sample, tree_rollouts
 from rftt.run.config import Acts, load_config
 from rftt.tokens import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
 from rftt.types import Completion, Problem, Step, UserError

@@ -1,18 +1,20 @@
-"""How a policy is sampled: budgets, seeds, the ids that end a response, the ids whose priors count.
+"""A policy behind an engine: budgets, seeds, the ids that end a response, requests and priors.
 
-Plumbing between an engine, which knows ids alone, and the search over functional tokens
-(rollout.py).
+An engine takes and returns ids alone. The search over functional tokens (rollout.py) works on a
+`Task`: one problem for one policy.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rftt.engines.base import Sampling
-from rftt.engines.chat import eos_id
-from rftt.tokens import FunctionIds, successors
-from rftt.types import seed_for
+from rftt.engines.chat import encode_chat, eos_id
+from rftt.prompts import question_messages
+from rftt.tokens import ACTS, FunctionIds, successors
+from rftt.types import Completion, Problem, UserError, seed_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,3 +103,49 @@ def sampler_of(
         forbidden=tuple(cfg.forbidden_acts),
         children_per_act=cfg.children_per_act,
     )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem for one policy: what every search of rollout.py works on."""
+
+    sampler: Sampler
+    problem: Problem
+    prompt: Sequence[int]
+    """Token ids of the chat up to the response. (P,)"""
+    group: int = 0
+
+    def room(self, n_used: int) -> int:
+        """Return how many tokens the response may take behind its first `n_used`."""
+        return self.sampler.room(len(self.prompt), n_used)
+
+    async def ask(
+        self, before: Sequence[int], max_tokens: int, *key: object, one_act: bool = False
+    ) -> Completion:
+        """Let the policy continue the response `before`, to its end or (`one_act`) an act's."""
+        sampling = self.sampler.sampling(max_tokens, self.problem.id, *key)
+        if one_act:
+            sampling = replace(sampling, stop_ids=self.sampler.stops_of_act)
+        return await self.sampler.engine.generate([*self.prompt, *before], sampling)
+
+    async def act_logprobs(self, before: Sequence[int], *key: object) -> dict[str, float]:
+        """Return log π(act | the response `before`): the priors of the acts that may follow."""
+        completion = await self.ask(before, 1, *key)  # the one sampled token is not used
+        return dict(zip(ACTS, completion.watched[0], strict=True))
+
+
+def pose(
+    sampler: Sampler, problem: Problem, system_prompt: str | None = None, *, group: int = 0
+) -> Task:
+    """Return the task to answer a problem: its question, after a system prompt if there is one.
+
+    Raise UserError where the question leaves no room for a response.
+    """
+    prompt = encode_chat(sampler.tokenizer, question_messages(problem.question, system_prompt))
+    task = Task(sampler, problem, prompt, group)
+    if task.room(1) <= 0:
+        raise UserError(
+            f"problem {problem.id} has {len(prompt)} prompt tokens; max_model_len is "
+            f"{sampler.engine.max_model_len}."
+        )
+    return task

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, encode_chat
-from rftt.engines.sampler import Sampler
+from rftt.engines.sampler import Sampler, pose
 from rftt.prompts import question_messages
 from rftt.rewards import solves
-from rftt.rollout import pose, sample
+from rftt.rollout import sample
 from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:

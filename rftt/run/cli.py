@@ -6,6 +6,7 @@ config.py reads the configuration; torch is imported only for one that is good.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rftt.run.config import RUNTIME_KEYS, describe, load_config
-from rftt.types import UserError
+from rftt.types import Problem, UserError
 
 C = TypeVar("C")
 
@@ -86,6 +87,17 @@ def load_function(key: str, name: str) -> Callable[..., object]:
     if not callable(function):
         raise UserError(f"{key}={name} is a {type(function).__name__}, not a function.")
     return function
+
+
+def own_reward(function: str, problem: Problem, text: str) -> float:
+    """Call the user's reward function. Raise UserError where it does not return a finite number."""
+    value = load_function("reward_function", function)(problem, text)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(
+            f"reward_function returned {value!r} for problem {problem.id}; it must return a finite "
+            "number."
+        )
+    return float(value)
 
 
 def check_same_run(config_file: Path, config: dict[str, Any]) -> None:
