@@ -28,16 +28,17 @@ import torch
 from torch import Tensor
 
 from rftt import rl
-from rftt.batch import Batch, collate
+from rftt.batch import Batch
 from rftt.engines import build_engine
 from rftt.engines.chat import load_tokenizer
 from rftt.engines.sampler import sampler_of
 from rftt.graders import open_prm
 from rftt.graders.prm import Unscored, accepted
-from rftt.learner.fsdp import World, agreed, deal, full_weights, joined
+from rftt.learner.fsdp import World, agreed, full_weights, joined
 from rftt.learner.logprobs import token_logprobs, token_values
 from rftt.learner.prefix_tree import n_saved
 from rftt.learner.setup import Models, load_models
+from rftt.learner.share import share_rollouts
 from rftt.rewards import Reward
 from rftt.rollout import Explorer
 from rftt.run.checks import check_prompts, check_warm, greedy_accuracy
@@ -94,7 +95,7 @@ def train(cfg: RLConfig, world: World) -> None:
         metrics |= run.clock.lap("search_seconds")
 
         # 2. Score: how good was every token? Each rank scores its share.
-        batch, own, sizes = pack(cfg, step, rollouts, world)
+        batch, own, sizes = share_rollouts(cfg, step, rollouts, world)
         batch = score_tokens(cfg, models, batch, world)  # old_logprobs, ref_logprobs, values
         batch = add_advantages(cfg, batch, rollouts, own, kl.coef, world)
         metrics |= score_metrics(batch, world) | run.clock.lap("score_seconds")
@@ -169,29 +170,6 @@ def explore(
 
 
 # ---- 2. Score ----
-
-
-def pack(
-    cfg: RLConfig, step: int, rollouts: list[Rollout], world: World
-) -> tuple[Batch, list[int], list[int]]:
-    """Pack this rank's share of the rollouts.
-
-    Return the batch, the indices of its rollouts, and their number in each minibatch.
-    """
-    n_minibatches = max(1, round(len(rollouts) / cfg.train_batch_size))
-    lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
-    groups = None
-    if cfg.packing == "tree":  # rollouts of a problem share a prefix: they stay on one rank
-        groups = [rollout.group for rollout in rollouts]
-    seed = seed_for(cfg.seed, "deal", step)
-    minibatches = deal(lengths, n_minibatches, seed, world, groups)
-    own = list(chain(*minibatches))
-    batch = collate(
-        [rollouts[i] for i in own],
-        mask_truncated=cfg.mask_truncated_completions,
-        tree=cfg.packing == "tree",
-    )
-    return batch.to(world.device), own, [len(minibatch) for minibatch in minibatches]
 
 
 def add_advantages(
