@@ -29,7 +29,7 @@ from rftt.beam import explorer
 from rftt.engines import build_engine
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, load_tokenizer
-from rftt.engines.sampler import Sampler, pose, sampler_of
+from rftt.engines.sampler import Sampler, known_ids, pose, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
@@ -43,7 +43,6 @@ from rftt.run.data import load_problems
 from rftt.run.files import Row, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
-from rftt.tokens import known_ids
 from rftt.types import Problem, Rollout, Step
 
 

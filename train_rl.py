@@ -31,7 +31,7 @@ from rftt import rl
 from rftt.batch import Batch
 from rftt.engines import build_engine
 from rftt.engines.chat import load_tokenizer
-from rftt.engines.sampler import sampler_of
+from rftt.engines.sampler import known_ids, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.prm import Unscored, accepted
 from rftt.learner.fsdp import World, agreed, full_weights, joined
@@ -43,9 +43,8 @@ from rftt.rewards import Reward
 from rftt.rollout import Explorer
 from rftt.run.checks import check_prompts, check_warm, greedy_accuracy
 from rftt.run.data import endless, read_problems
-from rftt.run.stats import learned_metrics, rollout_metrics
+from rftt.run.stats import learned_metrics, nothing_to_learn, rollout_metrics
 from rftt.run.training import Run
-from rftt.tokens import known_ids
 from rftt.types import Problem, Rollout, seed_for
 from rftt.update import Learner, score_metrics, score_tokens, weigh
 
@@ -86,10 +85,9 @@ def train(cfg: RLConfig, world: World) -> None:
         held = engine.load_weights(full_weights(models.policy))
         metrics = {"weights_checksum": agreed(world.gather(held))} | run.clock.lap("sync_seconds")
         if cfg.eval_steps and (run.is_saved(step) or step % cfg.eval_steps == 0):
-            accuracy = greedy_accuracy(cfg, sampler, eval_problems, world)
-            metrics |= {"eval/greedy": accuracy} | run.clock.lap("eval_seconds")
-            if run.is_saved(step):  # these weights are the last checkpoint's
-                run.rate(step, accuracy)
+            metrics["eval/greedy"] = greedy_accuracy(cfg, sampler, eval_problems, world)
+            run.rate_if_saved(step, metrics["eval/greedy"])
+            metrics |= run.clock.lap("eval_seconds")
         explored, rollouts, n_picked = explore(cfg, step, explorer, reward, stream, run.info, world)
         engine.sleep()  # the learner needs the memory
         metrics |= run.clock.lap("search_seconds")
@@ -159,11 +157,7 @@ def explore(
         groups = [rollout.group for rollout in new]
         kept += compress(new, rl.informative([rollout.reward for rollout in new], groups))
     if not kept:
-        solved = sum(rollout.outcome for rollout in explored) / len(explored)
-        log(
-            f"step {step}: all {n_picked} groups have equal rewards; nothing to learn (solve rate "
-            f"{solved:.2f}). Too easy, too hard, or answers that do not parse: read samples/."
-        )
+        log(nothing_to_learn(step, explored, n_picked))
     if not cfg.resample_rounds:  # groups of equal rewards stay: their KL still counts
         return explored, explored, n_picked
     return explored, kept or new, n_picked

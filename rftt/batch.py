@@ -82,7 +82,7 @@ class Batch:
         return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def token_index(self, documents: Sequence[int]) -> Tensor:
         """Return the (T',) positions of these documents' tokens, in this order."""
@@ -99,7 +99,7 @@ class Batch:
         for name in ("lengths", "names", "ref_sums"):
             entries = getattr(self, name)  # (D,), or () where a batch has none
             per_document[name] = tuple(entries[d] for d in documents if entries)
-        return self._map(lambda tensor: tensor[index]).replace(**per_document)
+        return self.map(lambda tensor: tensor[index]).replace(**per_document)
 
     def split(self, counts: Iterable[int]) -> Iterator[Batch]:
         """Yield a batch of the first documents, one of the next, and so on: `counts` of each."""
@@ -108,7 +108,7 @@ class Batch:
             yield self.select(range(place, place + count))
             place += count
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with every tensor changed and all else as it is."""
         changed = {}
         for field in dataclasses.fields(self):  # vars() would include cached properties
@@ -163,13 +163,6 @@ def collate(
         tree=tree,
     )
     return batch.replace(group=batch.spread([rollout.group for rollout in rollouts]).long())
-
-
-def empty_like(batch: Batch) -> Batch:
-    """Return masked documents of two tokens: a rank without work must still run its forwards."""
-    n = batch.together  # a pair stays a pair
-    empty = batch._map(lambda tensor: tensor.new_zeros(2 * n))
-    return empty.replace(lengths=(2,) * n, names=("",) * n, ref_sums=(0.0,) * n)
 
 
 def check_document(n_prompt: int, n_response: int, n_mask: int, name: str) -> None:

@@ -70,12 +70,7 @@ def token_rewards(
 
 
 def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    lengths: Sequence[int],
-    gamma: float,
-    lam: float,
+    rewards: Tensor, values: Tensor, mask: Tensor, lengths: Sequence[int], gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Return (T,) generalised advantages and returns, 0 outside the mask.
 

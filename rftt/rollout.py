@@ -251,26 +251,23 @@ class Explorer:
         self, problems: Sequence[tuple[int, Problem]], *, seed: int
     ) -> list[Rollout]:
         """Return the rollouts of every (group, problem). The engine batches their requests."""
+        cfg = self.cfg
 
         async def explore(item: tuple[int, Problem]) -> list[Rollout]:
             group, problem = item
             sampler = replace(self.sampler, seed=seed_for(seed, group))  # a problem may come twice
-            task = pose(sampler, problem, self.cfg.system_prompt, group=group)
-            if self.cfg.sampling_method != "mcts":
-                return await sample(task, n=self.cfg.num_generations)
-            return await self._tree(task)
+            task = pose(sampler, problem, cfg.system_prompt, group=group)
+            if cfg.sampling_method != "mcts":
+                return await sample(task, n=cfg.num_generations)
+            tree = await learned_tree(
+                task,
+                simulations=cfg.num_generations,
+                exploration_weight=cfg.exploration_weight,
+                in_flight=cfg.leaves_in_flight,
+            )
+            if group == 0:
+                self.example = tree, problem
+            return tree_rollouts(task, tree, mask_forced=cfg.forced_actions == "mask")
 
         found = await for_each(problems, explore, in_flight=max(1, len(problems)))
         return list(chain(*found))
-
-    async def _tree(self, task: Task) -> list[Rollout]:
-        """Return the rollouts of one tree: every path of it is one."""
-        tree = await learned_tree(
-            task,
-            simulations=self.cfg.num_generations,
-            exploration_weight=self.cfg.exploration_weight,
-            in_flight=self.cfg.leaves_in_flight,
-        )
-        if task.group == 0:
-            self.example = tree, task.problem
-        return tree_rollouts(task, tree, mask_forced=self.cfg.forced_actions == "mask")

@@ -62,7 +62,6 @@ FUNCTIONS: dict[str, Function] = {
     "direct_answer": Function(
         description="finish and answer directly",
         max_tokens=4096,
-        prompted=(),
         learned=("output", "verify"),
     ),
     "verify": Function(
@@ -76,10 +75,7 @@ FUNCTIONS: dict[str, Function] = {
         one_line=True,
         learned=("next_step", "direct_answer", "output", "subquestion", "verify"),
     ),
-    "output": Function(
-        description="output the final answer",
-        max_tokens=512,
-    ),
+    "output": Function(description="output the final answer", max_tokens=512),
 }
 ROOT = {  # acts that may begin a solution; an act named twice may be tried twice
     "prompted": ("clarify", "analysis", "subquestion", "next_step") * 2 + ("direct_answer",),
@@ -155,13 +151,6 @@ def function_ids(tokenizer: PreTrainedTokenizerBase) -> FunctionIds:
     return FunctionIds(
         {act: ids[f"<{act}>"][0] for act in ACTS}, {act: ids[f"</{act}>"][0] for act in ACTS}
     )
-
-
-def known_ids(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> FunctionIds | None:
-    """Return the same, but None for a plain policy: one without delimiters, if not `required`."""
-    if not required and not set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab()):
-        return None
-    return function_ids(tokenizer)
 
 
 # ---- Render and parse, by id ----

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rftt.batch import Batch, empty_like
+from rftt.batch import Batch
 from rftt.learner.checkpoint import restore
-from rftt.learner.fsdp import Totals, World, clip_gradients, equal_count, per_token
+from rftt.learner.fsdp import Totals, World, clip_gradients, empty_like, equal_count, per_token
 from rftt.learner.guard import Guard, Loss
 from rftt.learner.logprobs import token_logprobs, token_values
 from rftt.learner.model import critic_metrics
@@ -41,11 +41,13 @@ def score_tokens(cfg: RLConfig, models: Models, batch: Batch, world: World) -> B
 
 def score_metrics(batch: Batch, world: World) -> dict[str, float]:
     """Return the KL per token before the update, and how well the critic explains the returns."""
-    old, reference, totals = batch.old_logprobs, batch.ref_logprobs, Totals()
+    old, reference, mask = batch.old_logprobs, batch.ref_logprobs, batch.action_mask
+    metrics = critic_metrics(batch.values, batch.returns, mask, world.sum)
     if old is not None and reference is not None:
-        totals.add({"kl": (kl_estimate(old, reference, "k3") * batch.action_mask).sum()})
-    found = totals.reduce(world, per=world.sum(float(batch.n_actions)))
-    return found | critic_metrics(batch.values, batch.returns, batch.action_mask, world.sum)
+        kl = (kl_estimate(old, reference, "k3") * mask).sum()  # ()
+        n_actions = world.sum(float(batch.n_actions))  # of all ranks
+        metrics["kl"] = world.sum(float(kl)) / max(n_actions, 1.0)
+    return metrics
 
 
 def weigh(batch: Batch, cfg: RLConfig, world: World) -> Batch:
@@ -77,10 +79,9 @@ class Learner:
         self._peak_rates = {"policy": cfg.learning_rate}
         if isinstance(cfg, RLConfig):
             self._peak_rates["critic"] = cfg.critic_learning_rate
-        self.optimizers = {
-            name: build_optimizer(cfg, module, self._peak_rates[name])
-            for name, module in modules.items()
-        }
+        self.optimizers = {}
+        for name, module in modules.items():
+            self.optimizers[name] = build_optimizer(cfg, module, self._peak_rates[name])
         self._guard = Guard(debug, modules, world, log)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
@@ -91,11 +92,10 @@ class Learner:
         """Set the learning rates of `step` and forget the metrics of the step before."""
         self._step = step
         self._totals, self._norms, self._n_terms = Totals(), list[float](), 0.0
-        self._rates = {
-            name: lr_at(self._cfg, self._peak_rates[name], step, self._total_steps)
-            for name in self.modules
-        }
+        self._rates: dict[str, float] = {}
         for name, optimizer in self.optimizers.items():
+            peak = self._peak_rates[name]
+            self._rates[name] = lr_at(self._cfg, peak, step, self._total_steps)
             set_lr(optimizer, self._rates[name])
 
     def step(self, minibatch: Batch, loss_of: Loss) -> None:
@@ -113,10 +113,9 @@ class Learner:
             (loss / max(n_terms, 1.0)).backward()
             total = total + loss.detach()  # ()
             self._totals.add(metrics)
-        norms = {
-            name: clip_gradients(module, self._cfg.max_grad_norm)
-            for name, module in self.modules.items()
-        }
+        norms = {}
+        for name, module in self.modules.items():
+            norms[name] = clip_gradients(module, self._cfg.max_grad_norm)
         if not math.isfinite(self._world.sum(float(total))):
             norms = dict.fromkeys(norms, math.nan)
         finite = all(map(math.isfinite, norms.values()))  # norms are global: all ranks agree

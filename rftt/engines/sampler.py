@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rftt.engines.base import Sampling
 from rftt.engines.chat import encode_chat, eos_id
 from rftt.prompts import question_messages
-from rftt.tokens import ACTS, FunctionIds, successors
+from rftt.tokens import ACTS, CLOSERS, OPENERS, FunctionIds, function_ids, successors
 from rftt.types import Completion, Problem, UserError, seed_for
 
 if TYPE_CHECKING:
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
     from rftt.engines.base import Engine
     from rftt.run.config import EvalConfig, RLConfig
+
+
+def known_ids(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> FunctionIds | None:
+    """Return the functional tokens' ids; None for a plain policy, where they are not `required`.
+
+    Raise UserError where a required one is not a single id.
+    """
+    if not required and not set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab()):
+        return None
+    return function_ids(tokenizer)
 
 
 @dataclass(frozen=True)

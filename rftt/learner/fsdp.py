@@ -32,7 +32,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from rftt.batch import Batch, empty_like
+from rftt.batch import Batch
 from rftt.learner.prefix_tree import tree_microbatches
 from rftt.types import UserError
 
@@ -285,6 +285,13 @@ def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
     """
     groups = (tree_microbatches if batch.tree else flat_microbatches)(batch, max_tokens)
     return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
+
+
+def empty_like(batch: Batch) -> Batch:
+    """Return masked documents of two tokens: a rank without work must still run its forwards."""
+    n = batch.together  # a pair stays a pair
+    empty = batch.map(lambda tensor: tensor.new_zeros(2 * n))
+    return empty.replace(lengths=(2,) * n, names=("",) * n, ref_sums=(0.0,) * n)
 
 
 def per_token(

@@ -99,6 +99,15 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     )
 
 
+def nothing_to_learn(step: int, explored: list[Rollout], n_groups: int) -> str:
+    """Return the warning about a step in which no group has differing rewards."""
+    solved = sum(rollout.outcome for rollout in explored) / len(explored)
+    return (
+        f"step {step}: all {n_groups} groups have equal rewards; nothing to learn (solve rate "
+        f"{solved:.2f}). Too easy, too hard, or answers that do not parse: read samples/."
+    )
+
+
 def learned_metrics(rollouts: list[Rollout], n_picked: int, n_actions: float) -> dict[str, float]:
     """Of those learned from, out of `n_picked` problems; `n_actions` of their tokens count."""
     n_response = sum(len(rollout.response_ids) for rollout in rollouts)

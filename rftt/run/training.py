@@ -117,6 +117,11 @@ class Run:
         """Name the checkpoint after `n_steps` steps `best` if no other has as high a score."""
         self._checkpoints.rate(n_steps, score)
 
+    def rate_if_saved(self, n_steps: int, score: float) -> None:
+        """Do so where these weights are a checkpoint's."""
+        if self.is_saved(n_steps):
+            self.rate(n_steps, score)
+
     def save_if_due(self, step: int) -> None:
         """Write a checkpoint after `step` where one is due, at the end, and on SIGTERM. Collective.
 
