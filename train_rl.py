@@ -3,11 +3,9 @@
     python train_rl.py configs/tiny/rl.yaml [key=value …]
     torchrun --nproc_per_node 8 train_rl.py configs/qwen2.5-7b/rl.yaml
 
-Every step has four parts. 1. Explore: the newest weights search for solutions. 2. Score: how good
-was every token? 3. Learn: a few clipped passes over the same rollouts. 4. Look: numbers, examples
-and a place to resume from. One process is one rank with its own engine. Every rank holds all
-rollouts of a step and trains on its share of each minibatch, so the number of ranks does not change
-the mathematics.
+Every step explores, scores, learns and looks. One process is one rank with its own engine. Every
+rank holds all rollouts of a step and trains on its share of each minibatch, so the number of ranks
+does not change the mathematics.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ from rftt.graders import open_prm
 from rftt.graders.prm import Unscored, accepted
 from rftt.learner.fsdp import World, agreed, full_weights, joined
 from rftt.learner.logprobs import token_logprobs, token_values
+from rftt.learner.model import score_metrics
 from rftt.learner.prefix_tree import n_saved
 from rftt.learner.setup import Models, load_models
 from rftt.learner.share import share_rollouts
@@ -46,7 +45,7 @@ from rftt.run.data import endless, read_problems
 from rftt.run.stats import learned_metrics, nothing_to_learn, rollout_metrics
 from rftt.run.training import Run
 from rftt.types import Problem, Rollout, seed_for
-from rftt.update import Learner, score_metrics, score_tokens, weigh
+from rftt.update import Learner, score_tokens, weigh
 
 LINE = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", "search_seconds",
         "train_seconds", "eval/greedy")  # fmt: skip
@@ -73,9 +72,7 @@ def train(cfg: RLConfig, world: World) -> None:
     if run.is_new:
         check_warm(cfg, sampler, problems[:8])
     run.resume(learner)
-    kl = rl.AdaptiveKL(
-        run.state.get("kl_coef", cfg.kl_coef), cfg.kl_target or math.inf, cfg.kl_horizon
-    )
+    kl = rl.AdaptiveKL(run.state.get("kl_coef", cfg.kl_coef), cfg.kl_target, cfg.kl_horizon)
     n_taken = run.state.get("problems_taken", 0)
     stream = endless(problems, cfg.seed, skip=n_taken)
 

@@ -1,15 +1,13 @@
 """Monte Carlo tree search over reasoning acts, independent of any model, text or reward.
 
-One simulation is select -> expand -> evaluate -> backup; `expand` and `value` are awaited, so many
-simulations of many trees run at once and the engine batches them. Both phases share this file
-(arXiv 2502.13389): in phase 1 an act is a prompt, in phase 2 a token; unexplored acts come first,
-by prior where there is one. Departures from the textbook:
+One simulation is select -> expand -> evaluate -> backup. `expand` and `value` are awaited, so many
+simulations of many trees run at once and the engine batches them. Both phases use this file (arXiv
+2502.13389). Unexplored acts come first, by prior where there is one. Departures from the textbook:
 
 1. `expand` returns the whole path down to a leaf, and every step of it becomes a node. So each pass
    ends in a leaf, and a node's visits are the sum of its children's.
-2. Several simulations may be in flight. One in flight counts as a visit worth 0 on its path
-   (virtual loss), and results land in the order in which they were started: the tree is a function
-   of its seeds alone, however the engine schedules.
+2. Several simulations may be in flight. Each counts as a visit of value 0 (virtual loss). They land
+   in the order in which they started, so the tree is a function of its seeds alone.
 3. A subtree with nothing left to try is not entered again: it could only repeat a known leaf.
 """
 
@@ -25,7 +23,7 @@ from typing import Any
 
 from rftt.types import Step
 
-Successors = Callable[[str | None], tuple[str, ...]]
+Successors = Callable[[str | None], tuple[str, ...]]  # acts that may follow an act (None: the root)
 
 
 @dataclass(eq=False)
@@ -62,8 +60,8 @@ class Node:
     def path(self) -> list[Node]:
         """Return the nodes from the first below the root to this one."""
         nodes: list[Node] = []
-        node: Node | None = self
-        while node is not None and node.parent is not None:
+        node = self
+        while node.parent is not None:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
@@ -175,10 +173,9 @@ class Tree:
         return (*parent.key, f"{act}.{parent.untried.count(act)}")
 
 
-Expand = Callable[[Choice], Coroutine[Any, Any, list[Step]]]
-Value = Callable[[Sequence[Step]], Awaitable[float]]
-Explore = Callable[..., Awaitable[None]]
-"""How a tree grows: `grow`, or beam.py's with its width bound; same arguments."""
+Expand = Callable[[Choice], Coroutine[Any, Any, list[Step]]]  # the steps down to a leaf
+Value = Callable[[Sequence[Step]], Awaitable[float]]  # of a whole path
+Explore = Callable[..., Awaitable[None]]  # `grow`, or beam.py's with its width bound
 
 
 async def grow(
@@ -198,9 +195,8 @@ async def grow(
             if not flying:  # all simulations have landed
                 return
             choice, task = flying[0]  # landing order is starting order, whichever ends first
-            steps = await task
+            await settle(tree, choice, await task, value)
             flying.popleft()
-            await settle(tree, choice, steps, value)
     finally:
         for _, task in flying:
             task.cancel()  # a failed call stops the search: it never becomes a value

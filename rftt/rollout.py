@@ -17,9 +17,8 @@ from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 from rftt.engines.base import for_each
-from rftt.engines.chat import decode
-from rftt.engines.sampler import Sampler, Task, pose
-from rftt.graders.math import canonical, extract
+from rftt.engines.sampler import Sampler, Task, pose, tokens_of
+from rftt.graders.math import canonical
 from rftt.mcts import Choice, Explore, Tree, Value, grow
 from rftt.rewards import graded
 from rftt.tokens import ACTS, FunctionIds, Span, parse_response
@@ -45,7 +44,8 @@ async def expand_learned(task: Task, choice: Choice, opener_logprob: float) -> l
     else:  # one request: the policy runs to the end of its response
         completion = await task.ask([*before, opener], budget, choice.key)
         steps = cut(completion, ids, choice.act, opener_logprob)
-    return with_answer(task, before, steps)
+    answer = task.answer([*before, *tokens_of(steps)])
+    return [*steps[:-1], replace(steps[-1], answer=answer)]  # the last step states it
 
 
 async def _stepwise(
@@ -57,8 +57,8 @@ async def _stepwise(
     """
     sampler, ids, act = task.sampler, task.sampler.functions, choice.act
     steps: list[Step] = []
+    used = list(before)
     while True:
-        used = [*before, *tokens_of(steps)]
         room = task.room(len(used) + 1)  # one token is the forced opener
         response = [*used, ids.open[act]]
         completion = await task.ask(response, room, choice.key, len(steps), one_act=True)
@@ -97,10 +97,8 @@ def cut(
     if ids is not None:
         spans, covered = parse_response(tokens, ids)  # whole segments first
     if covered < len(tokens):
-        act = forced or ""
-        if spans:  # the forced opener belongs to the first segment
-            act = ""
-        spans.append(Span(act, covered, len(tokens)))
+        act = "" if spans else forced  # behind a segment nothing is forced
+        spans.append(Span(act or "", covered, len(tokens)))
     steps = []
     for span in spans:
         watched = completion.watched.get(span.stop - n_forced, ())  # nothing at the very end
@@ -114,21 +112,6 @@ def cut(
         )
         steps.append(step)
     return steps
-
-
-def with_answer(task: Task, before: list[int], steps: list[Step]) -> list[Step]:
-    """Return the same steps, with the response's answer on the last one if the response ended."""
-    last = steps[-1]
-    answer = None
-    if last.token_ids[-1] in task.sampler.stops:  # a truncated response has no answer
-        text = decode(task.sampler.tokenizer, [*before, *tokens_of(steps)])
-        answer = extract(text, task.sampler.answer_format)
-    return [*steps[:-1], replace(last, answer=answer)]
-
-
-def tokens_of(steps: Sequence[Step]) -> list[int]:
-    """Return the token ids of consecutive steps."""
-    return [token for step in steps for token in step.token_ids]
 
 
 # ---- Trees and samples of one problem ----
@@ -170,11 +153,8 @@ async def learned_tree(
         opener_logprob = tree.priors(choice.node)[choice.act]  # of the act that the tree forces
         return await expand_learned(task, choice, opener_logprob)
 
-    def text_of(steps: Sequence[Step]) -> str:
-        return decode(sampler.tokenizer, tokens_of(steps))
-
     if value is None:
-        value = agreement() if problem.answer is None else graded(problem, text_of)
+        value = agreement() if problem.answer is None else graded(problem, task.text)
     await explore(tree, expand, value, simulations=simulations, in_flight=in_flight)
     return tree
 
@@ -187,7 +167,7 @@ def tree_rollouts(task: Task, tree: Tree, *, mask_forced: bool) -> list[Rollout]
     rollouts: list[Rollout] = []
     newest = 0  # tokens of nodes up to this id are counted by earlier rollouts
     for leaf in tree.leaves():
-        path = [(node.id, node.step) for node in leaf.path() if node.step]
+        path = [(node.id, node.step) for node in leaf.path() if node.step]  # root to leaf
         rollout = _rollout(task, [step for _, step in path], mask_forced=mask_forced)
         n_new = sum(len(step.token_ids) - step.forced for id, step in path if id > newest)
         nodes = tuple(id for id, _ in path)
@@ -201,7 +181,8 @@ async def sample(task: Task, *, n: int) -> list[Rollout]:
 
     async def one(i: int) -> Rollout:
         completion = await task.ask((), task.room(0), i)  # i seeds the request
-        steps = with_answer(task, [], cut(completion, task.sampler.ids))
+        steps = cut(completion, task.sampler.ids)
+        steps[-1] = replace(steps[-1], answer=task.answer(completion.token_ids))
         return _rollout(task, steps, mask_forced=False)
 
     return list(await asyncio.gather(*map(one, range(n))))
@@ -244,8 +225,7 @@ class Explorer:
 
     cfg: RLConfig
     sampler: Sampler
-    example: tuple[Tree, Problem] | None = None
-    """The newest tree of group 0, for readers."""
+    example: tuple[Tree, Problem] | None = None  # the newest tree of group 0, for readers
 
     async def rollouts(
         self, problems: Sequence[tuple[int, Problem]], *, seed: int

@@ -245,8 +245,8 @@ METHOD = (
     *("rollout", "rewards", "rl", "batch", "update", "beam"),
 )
 """The flat files of rftt/, in reading order."""
-BUDGET = 2_690
-"""Physical lines of these and the three scripts that use them; the aim is 2,400."""
+BUDGET = 2_402
+"""Most physical lines of these and the three scripts that use them."""
 
 
 def test_the_method_is_read_in_one_sitting() -> None:

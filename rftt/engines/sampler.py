@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rftt.engines.base import Sampling
-from rftt.engines.chat import encode_chat, eos_id
+from rftt.engines.chat import decode, encode_chat, eos_id
+from rftt.graders.math import extract
 from rftt.prompts import question_messages
 from rftt.tokens import ACTS, CLOSERS, OPENERS, FunctionIds, function_ids, successors
-from rftt.types import Completion, Problem, UserError, seed_for
+from rftt.types import Completion, Problem, Step, UserError, seed_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,6 +143,21 @@ class Task:
         """Return log π(act | the response `before`): the priors of the acts that may follow."""
         completion = await self.ask(before, 1, *key)  # the one sampled token is not used
         return dict(zip(ACTS, completion.watched[0], strict=True))
+
+    def answer(self, response: Sequence[int]) -> str | None:
+        """Return the answer of a finished response; a truncated one has none."""
+        if response[-1] not in self.sampler.stops:
+            return None
+        return extract(decode(self.sampler.tokenizer, response), self.sampler.answer_format)
+
+    def text(self, steps: Sequence[Step]) -> str:
+        """Return the decoded text of consecutive steps."""
+        return decode(self.sampler.tokenizer, tokens_of(steps))
+
+
+def tokens_of(steps: Sequence[Step]) -> list[int]:
+    """Return the token ids of consecutive steps."""
+    return [token for step in steps for token in step.token_ids]
 
 
 def pose(
