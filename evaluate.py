@@ -29,7 +29,7 @@ from rftt.beam import explorer
 from rftt.engines import build_engine
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, load_tokenizer
-from rftt.engines.sampler import Sampler, known_ids, pose, sampler_of
+from rftt.engines.sampler import Sampler, functional_ids, pose, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
@@ -59,7 +59,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
-    ids = known_ids(tokenizer, required=bool(cfg.simulations or cfg.forbidden_acts))
+    ids = functional_ids(tokenizer, required=bool(cfg.simulations or cfg.forbidden_acts))
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     file = out / "eval" / f"{name}.jsonl"
     journal, done = open_part(file, world)

@@ -29,7 +29,7 @@ from rftt import rl
 from rftt.batch import Batch
 from rftt.engines import build_engine
 from rftt.engines.chat import load_tokenizer
-from rftt.engines.sampler import known_ids, sampler_of
+from rftt.engines.sampler import functional_ids, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.prm import Unscored, accepted
 from rftt.learner.fsdp import World, agreed, full_weights, joined
@@ -61,7 +61,8 @@ def train(cfg: RLConfig, world: World) -> None:
     problems, eval_problems = read_problems(cfg)
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     check_prompts(tokenizer, problems + eval_problems, cfg.system_prompt, cfg.max_model_len)
-    ids = known_ids(tokenizer, required=cfg.sampling_method == "mcts" or bool(cfg.forbidden_acts))
+    needs_acts = cfg.sampling_method == "mcts" or bool(cfg.forbidden_acts)
+    ids = functional_ids(tokenizer, required=needs_acts)
     run = Run(cfg, world, tokenizer, LINE)
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))  # before FSDP takes memory
     sampler = sampler_of(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
@@ -155,9 +156,9 @@ def explore(
         kept += compress(new, rl.informative([rollout.reward for rollout in new], groups))
     if not kept:
         log(nothing_to_learn(step, explored, n_picked))
-    if not cfg.resample_rounds:  # groups of equal rewards stay: their KL still counts
-        return explored, explored, n_picked
-    return explored, kept or new, n_picked
+    if cfg.resample_rounds:
+        return explored, kept or new, n_picked
+    return explored, explored, n_picked  # groups of equal rewards stay: their KL still counts
 
 
 # ---- 2. Score ----
@@ -208,7 +209,7 @@ def rl_loss(
     logprobs, entropy = token_logprobs(  # (T,), (T,)
         models.policy, micro, cfg.temperature, models.vocabulary, with_entropy=True
     )
-    assert entropy is not None, "it was asked for"
+    assert entropy is not None, "with_entropy returns it"
     per_token = micro.loss_weights  # (T,)
     if per_token is None:  # every action token counts the same
         per_token = mask.float()
@@ -241,9 +242,7 @@ def rl_loss(
         loss = loss - cfg.entropy_coef * (entropy * per_token).sum()
     if models.critic and micro.values is not None and micro.returns is not None:
         values = token_values(models.critic, micro)  # (T,)
-        critic_loss, clipping = rl.value_loss(
-            values, micro.values, micro.returns, mask, cfg.value_clip
-        )
-        metrics |= clipping | {"value_loss": critic_loss.detach()}
+        critic_loss, clip = rl.value_loss(values, micro.values, micro.returns, mask, cfg.value_clip)
+        metrics |= clip | {"value_loss": critic_loss.detach()}
         loss = loss + critic_loss  # policy and critic share no weights
     return loss, metrics

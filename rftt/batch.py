@@ -1,4 +1,4 @@
-"""A packed batch: documents laid end to end, no padding, one alignment for every tensor.
+"""A packed batch: documents end to end, without padding, one alignment for every tensor.
 
 T is the number of tokens of all documents. Entry t of every (T,) tensor belongs to *emitting token
 t*: its log-prob given the tokens before it in its document, the value of the state before it, the
@@ -170,5 +170,5 @@ def check_document(n_prompt: int, n_response: int, n_mask: int, name: str) -> No
     if n_prompt == 0 or n_mask != n_response:
         raise UserError(
             f"{name}: {n_prompt} prompt ids, {n_response} response ids, {n_mask} mask entries; a "
-            "prompt may not be empty and the mask covers the response."
+            "prompt must not be empty and a mask must cover its response."
         )

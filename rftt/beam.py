@@ -45,8 +45,8 @@ async def beam_search(
         claimed: list[tuple[int, Choice]] = []
         for i, nodes in enumerate(kept):
             for node in nodes:
-                wanted = width * branching // len(nodes) - len(node.children)  # known ones count
-                n = min(wanted, len(node.untried), simulations - len(claimed))
+                n_new = width * branching // len(nodes) - len(node.children)  # these count already
+                n = min(n_new, len(node.untried), simulations - len(claimed))
                 claimed += [(i, tree.claim(node)) for _ in range(n)]
         simulations -= len(claimed)
         paths = await for_each([choice for _, choice in claimed], expand, in_flight=in_flight)

@@ -8,7 +8,7 @@ simulations of many trees run at once and the engine batches them. Both phases u
    ends in a leaf, and a node's visits are the sum of its children's.
 2. Several simulations may be in flight. Each counts as a visit of value 0 (virtual loss). They land
    in the order in which they started, so the tree is a function of its seeds alone.
-3. A subtree with nothing left to try is not entered again: it could only repeat a known leaf.
+3. A subtree with nothing left to try is not entered again: it could only repeat a leaf.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed
 def graded(problem: Problem, text_of: Callable[[Sequence[Step]], str]) -> Value:
     """Return a value of paths: 1 if the answer is right. For training: it needs the gold answer."""
     if problem.answer is None:
-        raise UserError(f"problem {problem.id} has no gold answer to search with.")
+        raise UserError(f"problem {problem.id} has no gold answer, which a training search needs.")
     gold = problem.answer
 
     async def value(steps: Sequence[Step]) -> float:
@@ -91,7 +91,7 @@ def score_rollout(
     Only a `functional` policy, one with functional tokens, can be required to write whole segments.
     """
     if rollout.problem.answer is None:
-        raise UserError(f"problem {rollout.problem.id} has no gold answer to reward against.")
+        raise UserError(f"problem {rollout.problem.id} has no gold answer, which its reward needs.")
     correct, answer = solves(rollout.problem, text, rollout.finish), rollout.answer
     malformed = functional and cfg.malformed_responses == "reject" and "" in rollout.acts
     if rollout.finish == "length" or malformed:

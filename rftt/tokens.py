@@ -127,8 +127,8 @@ def add_function_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Give each delimiter one id of its own; return the tokens that were new."""
     from tokenizers import AddedToken
 
-    known = tokenizer.get_vocab()
-    new = [token for token in OPENERS + CLOSERS if token not in known]  # none after the warm-up
+    present = tokenizer.get_vocab()
+    new = [token for token in OPENERS + CLOSERS if token not in present]  # none after the warm-up
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in new])  # pyright: ignore[reportArgumentType]
     return new
 

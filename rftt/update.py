@@ -62,7 +62,7 @@ class Learner:
         debug: Path,
         log: Callable[[str], None],
     ) -> None:
-        """`modules` has a policy and maybe a critic; `debug` is for minibatches that went wrong."""
+        """`modules` has a policy and maybe a critic; `debug` is the folder for bad minibatches."""
         self._cfg, self._world, self._total_steps = cfg, world, total_steps
         self.modules = modules
         self._peak_rates = {"policy": cfg.learning_rate}

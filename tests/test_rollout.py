@@ -152,6 +152,15 @@ def test_stepwise_takes_the_most_likely_act_that_the_grammar_allows():
     assert [step.act for step in steps] == ["analysis", "subquestion"]
 
 
+def test_stepwise_asks_for_no_priors_that_a_full_response_cannot_use():
+    """Room for an opener and one token is room for an act; for the opener alone it is not."""
+    body = [165, CLOSE["analysis"]]
+    for max_tokens, n_requests in ((4, 1), (5, 3)):
+        ctx = learned([body, [165]], stepwise=True, max_tokens=max_tokens)
+        asyncio.run(expand_learned(Task(ctx, PROBLEM, [7]), choose("analysis"), -1.0))
+        assert len(ctx.engine.asked) == n_requests
+
+
 def test_stepwise_ends_where_every_act_that_may_follow_is_forbidden():
     ctx = learned([[165, CLOSE["subquestion"]]], stepwise=True,
                   forbidden=("next_step", "direct_answer"))  # fmt: skip

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rftt.run.config import EvalConfig, RLConfig
 
 
-def known_ids(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> FunctionIds | None:
+def functional_ids(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> FunctionIds | None:
     """Return the functional tokens' ids; None for a plain policy, where they are not `required`.
 
     Raise UserError where a required one is not a single id.
@@ -55,6 +55,7 @@ class Sampler:
 
     @property
     def functions(self) -> FunctionIds:
+        """The ids, where a tree or a forbidden act requires them."""
         assert self.ids is not None, "a tree over functional tokens needs them"
         return self.ids
 
@@ -171,7 +172,7 @@ def pose(
     task = Task(sampler, problem, prompt, group)
     if task.room(1) <= 0:
         raise UserError(
-            f"problem {problem.id} has {len(prompt)} prompt tokens; max_model_len is "
-            f"{sampler.engine.max_model_len}."
+            f"problem {problem.id}: a prompt of {len(prompt)} tokens leaves no room for a response "
+            f"in max_model_len={sampler.engine.max_model_len}; raise it or leave the problem out."
         )
     return task
