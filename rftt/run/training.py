@@ -118,7 +118,7 @@ class Run:
         self._checkpoints.rate(n_steps, score)
 
     def rate_if_saved(self, n_steps: int, score: float) -> None:
-        """Do so where these weights are a checkpoint's."""
+        """Rate the weights after `n_steps` steps where they are a checkpoint's."""
         if self.is_saved(n_steps):
             self.rate(n_steps, score)
 
