@@ -46,17 +46,13 @@ GOOD = {"problem": "1+1?", "answer": "2"}
             r"rows.jsonl:2 has no 'problem'.*found: text, answer\). Set prompt_key: text",
         ),
         (
-            ({"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"},),
-            r"rows.jsonl:1 has no 'problem'.*found: prompt, answer\)",
-        ),
-        (
             (GOOD, {"problem": "1+1?", "answer": ""}),
             r"1 of 2 rows have no gold .* first .*rows.jsonl:2 \(answer",
         ),
         ((GOOD, "{broken\n"), r"rows.jsonl:2 is not JSON"),
         ((GOOD, "[1]\n"), r"rows.jsonl:2 holds a list"),
     ],
-    ids=["empty", "no problem", "messages", "no gold", "broken", "not an object"],
+    ids=["empty", "no problem", "no gold", "broken", "not an object"],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
@@ -121,11 +117,11 @@ def test_seeds_are_stable_across_processes():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="benchmark files are not here")
 def test_the_grader_is_audited_on_a_data_set(tmp_path, capsys):
+    from rftt.run.audit import audit_gold
     from rftt.run.config import EvalConfig, load_config
-    from tools import audit_grader
 
     arguments = ["model_name_or_path=none", f"eval_file={SHARED / 'amc23.jsonl'}"]
-    audit_grader.main(load_config(EvalConfig, [*arguments, f"output_dir={tmp_path}"]))
+    audit_gold(load_config(EvalConfig, [*arguments, f"output_dir={tmp_path}"]))
     found = json.loads((tmp_path / "eval" / "audit.json").read_text())
     assert found["n"] == 40
     assert found["unusable"] == []

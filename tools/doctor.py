@@ -40,6 +40,7 @@ from rftt.run.data import load_problems
 from rftt.run.files import read_jsonl, write_json
 from rftt.run.log import say
 from rftt.run.precision import computes_in_bfloat16
+from rftt.run.tables import read_table
 from rftt.tokens import function_ids
 from rftt.types import UserError
 from tools.memory import Config, complaint, details, estimate, gigabytes
@@ -94,12 +95,14 @@ def gold_answers(cfg: Config) -> Finding:
     assert not isinstance(cfg, SFTConfig), "the table says so"
     file = cfg.eval_file if isinstance(cfg, EvalConfig) else cfg.train_file
     file = (isinstance(cfg, SearchConfig) and cfg.raw_file) or file
-    problems = load_problems(file, keys=(cfg.prompt_key, cfg.answer_key))
+    problems = load_problems(
+        file, keys=(cfg.prompt_key, cfg.answer_key), system_prompt=cfg.system_prompt
+    )
     odd = [p for p in problems[:500] if not grade(rf"\boxed{{{p.answer}}}", str(p.answer)).correct]
     if odd:
         told = f"{len(odd)} of the first 500 gold answers are not accepted as their own answer"
         return Finding(f"{told}, first {odd[0].id}: {odd[0].answer!r}; mend them", "warn")
-    hashes = "####" in str(read_jsonl(file)[0])
+    hashes = "####" in str(read_table(file)[0].row)
     if hashes and isinstance(cfg, EvalConfig) and cfg.answer_format == "boxed":
         return Finding("GSM8K's '####' detected; set answer_format: auto if responses, too", "warn")
     return Finding(f"{len(problems)} problems, 100 % of the gold answers parse")
@@ -227,7 +230,7 @@ def _smallest(cfg: Config) -> dict[str, Any]:
     once = {"save_steps": 0, "eval_steps": 0, "report_to": []}
     match cfg:
         case SFTConfig():
-            n = len(read_jsonl(cfg.train_file))
+            n = len(read_table(cfg.train_file))
             return once | {"num_train_epochs": 4 / n, "train_batch_size": 4, "eval_ratio": 0.0}
         case RLConfig():
             n = min(4, cfg.num_generations)

@@ -99,13 +99,15 @@ class Common:
     trust_remote_code: bool = False
     """Permission to run Python code that comes with a model folder."""
     prompt_key: str | None = None
-    """Field of the data that holds the question, where it has none of the usual names."""
+    """Column of the data that holds the question, where it has none of the usual names. With dots
+    a value inside a column (prompt.0.content), with braces a template ({Body} {Question})."""
 
 
 @config_class
 class Graded:
     answer_key: str | None = None
-    """Field of the data that holds the gold answer, where it has none of the usual names."""
+    """Column of the data that holds the gold answer, where it has none of the usual names; dots and
+    braces as in prompt_key (reward_model.ground_truth)."""
 
 
 @config_class
@@ -317,7 +319,8 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
     train_file: LocalPath
-    """JSONL of problems with gold answers."""
+    """Problems with gold answers: .jsonl, .json, .csv or .parquet, also .gz, or a data set on the
+    Hugging Face hub (hf:owner/name[:config][@split])."""
     max_problems: Count | None = None
     """Number of problems read, from the start of the file; None reads all."""
     method: Literal["mcts", "beam", "dvts", "sample", "score"] = "mcts"
@@ -389,7 +392,10 @@ class SFTConfig(Common, Training):
     """train_sft.py: offline training on curated rows (warm-up) or on pairs of them (DPO)."""
 
     train_file: LocalPath
-    """JSONL of rows: question with steps or response (sft), or with chosen and rejected (dpo)."""
+    """Rows, in any of the formats of data: question with steps or response (sft), or with chosen
+    and rejected (dpo)."""
+    response_key: str | None = None
+    """sft: column of the response, where it has none of the usual names; as in prompt_key."""
     loss: Literal["sft", "dpo"] = "sft"
     """sft: cross-entropy; dpo: the chosen response against the rejected one (Rafailov 2023)."""
     dpo_beta: Positive = 0.3
@@ -425,7 +431,8 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """train_rl.py: online RL whose explorer is a tree search over functional tokens (phase 2)."""
 
     train_file: LocalPath
-    """JSONL of problems with gold answers."""
+    """Problems with gold answers: .jsonl, .json, .csv or .parquet, also .gz, or a data set on the
+    Hugging Face hub (hf:owner/name[:config][@split])."""
     eval_file: LocalPath | None = None
     """Problems for the greedy accuracy logged every eval_steps."""
     max_eval_problems: Runtime[Count] = 500
@@ -562,7 +569,8 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
 
     eval_file: LocalPath
-    """JSONL of problems with gold answers."""
+    """Problems with gold answers: .jsonl, .json, .csv or .parquet, also .gz, or a data set on the
+    Hugging Face hub (hf:owner/name[:config][@split])."""
     max_problems: Count | None = None
     """Number of problems read, from the start of the file; None reads all."""
     num_samples: Whole = 8
@@ -585,6 +593,9 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """Problems evaluated at once."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
+    audit: bool = False
+    """Only count the gold answers that parse and equal themselves, respelled ones that the grader
+    rejects, and near misses that it accepts; no model is opened."""
 
     @model_validator(mode="after")
     def _engine_returns_ids(self) -> Self:
