@@ -43,6 +43,7 @@ from rftt.run.cli import check_same_run
 from rftt.run.data import load_problems
 from rftt.run.files import Row, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
+from rftt.run.provenance import made_from
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
 from rftt.run.tables import name_of
 from rftt.tokens import function_ids, has_function_tokens
@@ -59,7 +60,8 @@ def main(cfg: EvalConfig) -> None:
 
 def evaluate(cfg: EvalConfig, world: World) -> None:
     out, name = Path(cfg.output_dir), name_of(cfg.eval_file)
-    check_same_run(out / "config.yaml", asdict(cfg))
+    if not cfg.overwrite_output_dir:
+        check_same_run(out / "config.yaml", asdict(cfg))
     problems = load_problems(
         cfg.eval_file,
         limit=cfg.max_problems,
@@ -72,7 +74,8 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     ids = function_ids(tokenizer) if functional else None
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     file = out / "eval" / f"{name}.jsonl"
-    journal, done = open_part(file, world)
+    source = made_from(cfg, tokenizer, problems)
+    journal, done = open_part(file, world, source, anew=cfg.overwrite_output_dir)
     todo = [problem for problem in problems if problem.id not in done][world.rank :: world.size]
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
     prm = asyncio.run(open_prm(cfg, log.info))

@@ -43,7 +43,7 @@ from rftt.run.data import load_problems
 from rftt.run.files import Journal, Row, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
 from rftt.run.rejection import sample_responses, score_responses
-from rftt.run.rows import open_log, score_cache, write_data
+from rftt.run.rows import open_log, score_cache, search_source, write_data
 from rftt.run.stats import tree_record
 from rftt.types import Problem, UserError
 
@@ -63,7 +63,8 @@ def search(cfg: SearchConfig, world: World) -> None:
     )
     tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
     file = Path(cfg.output_dir) / "data" / "raw.jsonl"
-    journal, done = open_part(file, world)
+    source = search_source(cfg, tokenizer, problems)
+    journal, done = open_part(file, world, source, anew=cfg.overwrite_output_dir)
     left = [problem for problem in problems if problem.id not in done]
     log.info(f"{len(problems)} problems, {len(done)} of them done before")
     failure: UserError | None = None

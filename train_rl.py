@@ -75,6 +75,7 @@ def train(cfg: RLConfig, world: World) -> None:
     if run.is_new and cfg.sampling_method == "mcts" and not cfg.allow_cold_start:
         asyncio.run(check_warm(sampler, problems[:8], cfg.system_prompt))
     run.resume(learner)
+    run.require_same_source(problems, tokenizer)
     kl_coef = run.state.get("kl_coef", cfg.kl_coef)
     kl = rl.AdaptiveKL(kl_coef, cfg.kl_target or math.inf, cfg.kl_horizon)
     n_taken = run.state.get("problems_taken", 0)

@@ -84,6 +84,9 @@ def config_class(cls: type[C]) -> type[C]:
 class Common:
     output_dir: Runtime[LocalPath]
     """Run directory; everything the script writes is below it."""
+    overwrite_output_dir: Runtime[bool] = False
+    """Forget the checkpoints and journals in output_dir and start over, each time the script is
+    started. Without it a journal made from other problems, prompts or weights is an error."""
     model_name_or_path: LocalPath
     """Hugging Face folder or hub name of the model to start from."""
     seed: Seed = 0
@@ -152,8 +155,6 @@ class Training:
     """Steps between two checkpoints; 0 saves only at the end."""
     save_total_limit: Runtime[Whole] = 2
     """Number of newest checkpoints kept beside the best one."""
-    overwrite_output_dir: Runtime[bool] = False
-    """Forget the checkpoints in output_dir and start over, each time the script is started."""
     report_to: Runtime[list[str]] = field(default_factory=list)
     """Any of tensorboard, wandb; metrics.jsonl is always written."""
 

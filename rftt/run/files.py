@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from glob import escape
 from itertools import chain
 from pathlib import Path
@@ -154,11 +154,22 @@ def part_of(path: Path, rank: int) -> Path:
     return path.with_suffix(f".rank{rank}{path.suffix}") if rank else path
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The journals of the other ranks that are there."""
+    return sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}"))
+
+
+def forget(path: Path) -> None:
+    """Delete a journal and the parts of all ranks."""
+    for old in (path, *parts_of(path)):
+        old.unlink(missing_ok=True)
+
+
 def gather_parts(path: Path) -> Journal:
     """The journal of rank 0, closed, with the rows of all others, whose files are then gone."""
     whole = Journal(path)
     known = {row["id"] for row in whole.rows}
-    names = sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}"))
+    names = parts_of(path)
     parts = [Journal(name) for name in names]
     for row in chain.from_iterable(part.rows for part in parts):
         if row["id"] not in known:  # killed before all parts are gone, it would come again
@@ -170,11 +181,35 @@ def gather_parts(path: Path) -> Journal:
     return whole
 
 
-def open_part(path: Path, world: World) -> tuple[Journal, set[str]]:
-    """This rank's part of a journal, and the ids that any rank has done before. Collective."""
+def open_part(
+    path: Path, world: World, made_from: Mapping[str, str] | None = None, *, anew: bool = False
+) -> tuple[Journal, set[str]]:
+    """This rank's part of a journal, and the ids that any rank has done before. Collective.
+
+    `made_from` are digests of what the work depends on; they are kept beside the journal. Raise
+    UserError where it was begun with others, unless it shall be begun `anew`. Rows that carry a
+    digest of their own need none.
+    """
+    record = path.with_suffix(".made_from.json")
     if world.is_main:
+        if anew:
+            forget(path)
         gather_parts(path)
     world.barrier()
     done = {row["id"] for row in Journal(path).rows}
-    world.barrier()
+    if done and made_from is not None:
+        _require_same_source(path, record, made_from)
+    world.barrier()  # every rank has compared the record before it is written again
+    if world.is_main and made_from is not None:
+        write_json(record, dict(made_from))
     return Journal(part_of(path, world.rank)), done
+
+
+def _require_same_source(path: Path, record: Path, made_from: Mapping[str, str]) -> None:
+    before = parse_json(decode_text(read_bytes(record), record)) if record.exists() else {}
+    changed = [name for name, digest in made_from.items() if before.get(name) != digest]
+    if changed:
+        raise UserError(
+            f"{path} was made from other {' and '.join(changed)} than this run; use a new "
+            "output_dir, or overwrite_output_dir: true to begin anew."
+        )
