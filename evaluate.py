@@ -29,7 +29,7 @@ from typing import Any, Literal
 from rftt.beam import explorer
 from rftt.engines import build_engine
 from rftt.engines.base import for_each
-from rftt.engines.chat import decode, load_tokenizer
+from rftt.engines.chat import decode, open_tokenizer
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
@@ -68,7 +68,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
         keys=(cfg.prompt_key, cfg.answer_key),
         system_prompt=cfg.system_prompt,
     )
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
     functional = bool(cfg.simulations or cfg.forbidden_acts) or has_function_tokens(tokenizer)
     ids = function_ids(tokenizer) if functional else None

@@ -32,7 +32,7 @@ from urllib.parse import quote
 from rftt.beam import explorer
 from rftt.curate import curate
 from rftt.engines.base import Counters, for_each
-from rftt.engines.chat import load_tokenizer, open_chat
+from rftt.engines.chat import open_chat, open_tokenizer
 from rftt.graders import open_prm
 from rftt.graders.prm import ProcessModel, score_steps
 from rftt.learner.fsdp import World, joined
@@ -61,7 +61,7 @@ def search(cfg: SearchConfig, world: World) -> None:
     problems = load_problems(
         cfg.train_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
     )
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     file = Path(cfg.output_dir) / "data" / "raw.jsonl"
     source = search_source(cfg, tokenizer, problems)
     journal, done = open_part(file, world, source, anew=cfg.overwrite_output_dir)

@@ -31,7 +31,7 @@ from torch import Tensor
 from rftt import rl
 from rftt.batch import Batch, collate
 from rftt.engines import build_engine
-from rftt.engines.chat import load_tokenizer
+from rftt.engines.chat import open_tokenizer
 from rftt.graders import open_prm
 from rftt.graders.prm import Unscored
 from rftt.learner.fsdp import World, agreed, deal, full_weights, joined
@@ -61,7 +61,7 @@ def main(cfg: RLConfig) -> None:
 
 def train(cfg: RLConfig, world: World) -> None:
     problems, eval_problems = read_problems(cfg)
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     check_prompts(tokenizer, problems + eval_problems, cfg.system_prompt, cfg.max_model_len)
     functional = cfg.sampling_method == "mcts" or cfg.forbidden_acts
     ids = function_ids(tokenizer) if functional or has_function_tokens(tokenizer) else None

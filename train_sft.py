@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from rftt.batch import Batch
-from rftt.engines.chat import load_tokenizer
+from rftt.engines.chat import open_tokenizer
 from rftt.learner.fsdp import World, joined, per_token, shard
 from rftt.learner.logprobs import token_logprobs
 from rftt.learner.model import add_function_rows, load_policy
@@ -52,9 +52,9 @@ def main(cfg: SFTConfig) -> None:
 
 
 def train(cfg: SFTConfig, world: World) -> None:
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     new_tokens = add_function_tokens(tokenizer) if cfg.functional_tokens else []
-    train_rows, eval_rows, n_too_long = read_rows(cfg, tokenizer)
+    train_rows, eval_rows, left_out = read_rows(cfg, tokenizer)
     rows = train_rows + eval_rows
     n_rows = round(len(train_rows) * cfg.num_train_epochs)
     total_steps = math.ceil(n_rows / cfg.train_batch_size)
@@ -95,7 +95,7 @@ def train(cfg: SFTConfig, world: World) -> None:
         return collate_examples(examples, sums, names, each=len(rows[0])).to(world.device)
 
     run.info(
-        f"{len(train_rows)} rows ({n_too_long} too long), {len(eval_rows)} held out, "
+        f"{len(train_rows)} rows ({left_out}), {len(eval_rows)} held out, "
         f"{total_steps} steps from {run.first_step}"
     )
     for step in run.steps(total_steps):

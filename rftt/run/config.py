@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, field, fields
+from datetime import date
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -77,6 +78,18 @@ def config_class(cls: type[C]) -> type[C]:
     return made
 
 
+def _typed(value: Any) -> Any:
+    """Return a mapping whose text reads as JSON does: a file's `false` is not text."""
+    if isinstance(value, dict):
+        return {key: _typed(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_typed(inside) for inside in value]
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 # ---- The settings ----
 
 
@@ -99,11 +112,31 @@ class Common:
     system_prompt: str | None = None
     """System turn before every question in SFT, RL, evaluation and plain sampling, and of a qwen
     PRM in this process. Phase 1's tree search uses its own instructions."""
+    chat_template: LocalPath | None = None
+    """Jinja file instead of the model's own chat template."""
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_typed)] = field(
+        default_factory=dict
+    )
+    """Settings of the chat template, such as {enable_thinking: false}. They are written into the
+    template of the exported model."""
+    template_date: str | None = None
+    """What a chat template takes for today, as YYYY-MM-DD; None is the day on which output_dir was
+    begun. An exported model keeps it."""
     trust_remote_code: bool = False
     """Permission to run Python code that comes with a model folder."""
     prompt_key: str | None = None
     """Column of the data that holds the question, where it has none of the usual names. With dots
     a value inside a column (prompt.0.content), with braces a template ({Body} {Question})."""
+
+    @model_validator(mode="after")
+    def _date_is_one(self) -> Self:
+        try:
+            date.fromisoformat(self.template_date or "2026-01-01")
+        except ValueError as error:
+            raise UserError(
+                f"template_date must be YYYY-MM-DD, got {self.template_date!r}."
+            ) from error
+        return self
 
 
 @config_class
@@ -377,6 +410,11 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     def _api_has_a_budget(self) -> Self:
         if self.engine != "api":
             return self
+        if self.chat_template or self.chat_template_kwargs:
+            raise UserError(
+                "chat_template and chat_template_kwargs do not reach the server of engine=api; set "
+                "them there."
+            )
         if not (self.api_url and self.api_model):
             raise UserError("engine=api needs api_url, api_model.")
         prices = self.api_prompt_price + self.api_completion_price

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from rftt.engines.chat import encode_chat, eos_id
+from rftt.engines.templates import holds_control_text
 from rftt.graders.math import parse_gold, same_answer
 from rftt.prompts import question_messages
 from rftt.run.cli import load_function
@@ -140,8 +142,11 @@ def load_rows(
     max_length: int,
     prompt_key: str | None = None,
     response_key: str | None = None,
-) -> tuple[list[Example], int]:
-    """Read SFT or DPO rows; returns examples and how many rows exceed `max_length`: those are out.
+) -> tuple[list[Example], Counter[str]]:
+    """Read SFT or DPO rows; return examples, and reason -> number of rows that are left out.
+
+    Left out are rows that exceed `max_length`, and responses with text that would become a special
+    or a functional token where no step begins or ends.
 
     A row is {"question", "steps": [{"act", "text"}, …]} or, for a plain chain of thought,
     {"question", "response"}; with `pairs` {"question", "chosen", "rejected"}, each of them steps or
@@ -151,7 +156,7 @@ def load_rows(
     tokens are worth.
     """
     examples: list[Example] = []
-    too_long = 0
+    left_out: Counter[str] = Counter()
     ids = function_ids(tokenizer) if functional else None
     for record in read_table(path):
         row, where = record.row, record.place
@@ -160,6 +165,14 @@ def load_rows(
         else:
             question = question_of(row, prompt_key, where, system_prompt)
             responses = [response_in(row, response_key, where)]
+        texts = [
+            text
+            for response in responses
+            for text in ([response] if isinstance(response, str) else [s["text"] for s in response])
+        ]
+        if any(holds_control_text(tokenizer, text) for text in texts):
+            left_out["with control text"] += 1
+            continue
         prompt = encode_chat(tokenizer, question_messages(question, system_prompt))
         example: Example = ()
         for value in responses:
@@ -170,12 +183,20 @@ def load_rows(
                 response, mask = _encode_steps(value, tokenizer, ids, mask_wrong, where)
             example += ((prompt, [*response, eos_id(tokenizer)], [*mask, True]),)
         if len(prompt) + max(len(response) for _, response, _ in example) > max_length:
-            too_long += 1
+            left_out["too long"] += 1
         else:
             examples.append(example)
     if not examples:
-        raise UserError(f"{path}: all {too_long} rows exceed max_length {max_length}; raise it.")
-    return examples, too_long
+        raise UserError(
+            f"{path}: no row is left ({counted(left_out)}); raise max_length {max_length} or take "
+            "control tokens out of the responses."
+        )
+    return examples, left_out
+
+
+def counted(left_out: Counter[str]) -> str:
+    """Return counts such as `2 too long, 1 with control text`."""
+    return ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "0 left out"
 
 
 def _encode_steps(
@@ -213,10 +234,10 @@ def shuffled_epochs(n: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], int]:
-    """Training rows, rows for the evaluation loss, and how many were too long."""
+def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], str]:
+    """Training rows, rows for the evaluation loss, and how many training rows were left out."""
 
-    def read(path: str) -> tuple[list[Example], int]:
+    def read(path: str) -> tuple[list[Example], Counter[str]]:
         return load_rows(
             path,
             tokenizer,
@@ -232,7 +253,7 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], 
     def drawn(n_rows: int, n: float, seed: int) -> list[int]:
         return list(islice(shuffled_epochs(n_rows, seed), int(n)))
 
-    rows, too_long = read(cfg.train_file)
+    rows, left_out = read(cfg.train_file)
     if cfg.eval_file:
         held_out = read(cfg.eval_file)[0]
     else:
@@ -240,7 +261,7 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], 
         held_out = [rows[i] for i in sorted(chosen)]
         rows = [row for i, row in enumerate(rows) if i not in chosen]
     if cfg.mix_file:
-        more, more_too_long = read(cfg.mix_file)
+        more, more_left_out = read(cfg.mix_file)
         rows = rows + [more[i] for i in drawn(len(more), len(rows) * cfg.mix_ratio, cfg.seed + 2)]
-        too_long += more_too_long
-    return rows, held_out, too_long
+        left_out += more_left_out
+    return rows, held_out, counted(left_out)
