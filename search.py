@@ -27,7 +27,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from rftt.beam import explorer
 from rftt.curate import curate
@@ -40,7 +39,7 @@ from rftt.prompted import Prompted, prompted_tree, reply
 from rftt.prompts import Messages
 from rftt.run.config import SearchConfig
 from rftt.run.data import load_problems
-from rftt.run.files import Journal, Row, gather_parts, open_part, write_json
+from rftt.run.files import Journal, Row, file_name, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
 from rftt.run.rejection import sample_responses, score_responses
 from rftt.run.rows import open_log, score_cache, search_source, write_data
@@ -147,7 +146,7 @@ async def grow_and_curate(
     n_unscored = await score_steps(prm, tree, problem) if prm else 0
     rows, counts = await curate(tree, problem, ask, cfg)
     counts += Counter(path_unscored=n_unscored)
-    name = f"trees/{quote(problem.id, safe='')}.json"
+    name = f"trees/{file_name(problem.id)}.json"
     write_json(Path(cfg.output_dir) / name, tree_record(tree, problem))
     return {
         "rows": [row | {"tree": name} for row in rows],

@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from glob import escape
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from rftt.types import UserError
 
@@ -21,6 +23,10 @@ Row = dict[str, Any]
 
 UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 """Byte order marks; the one of little-endian UTF-32 begins like that of UTF-16."""
+
+
+MAX_NAME = 120
+"""Longest file name made from an id, in bytes: file systems allow 255, some of them 143."""
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -96,6 +102,14 @@ def parse_lines(text: str, path: str | Path) -> list[tuple[int, Row]]:
             raise UserError(f"{path}:{number} holds a {type(row).__name__}, not an object.")
         rows.append((number, row))
     return rows
+
+
+def file_name(identity: str) -> str:
+    """Return a file name for any id, at most 120 bytes long; different ids have different names."""
+    name = quote(identity, safe="")
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 17]}-{sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
