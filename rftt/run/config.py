@@ -45,6 +45,9 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Coefficient = Annotated[float, Field(ge=0, le=1000)]
+Group = Annotated[int, Field(ge=1, le=2**16)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
 Reward = Annotated[float, Field(ge=-100, le=100)]
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -160,7 +163,7 @@ class EngineKeys:
 
 @config_class
 class Training:
-    learning_rate: Positive
+    learning_rate: Rate
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
     """Shape of the learning rate after the warm-up."""
@@ -172,7 +175,7 @@ class Training:
     """Decay of the first moment (arXiv 2502.13389)."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of the second moment (arXiv 2502.13389)."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: Share = 0.0
     """AdamW, decoupled."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
     """Optimizer; adamw_8bit needs bitsandbytes and a GPU, and we have not run it."""
@@ -366,7 +369,7 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     """Passes of a tree search (arXiv 2502.13389); beam, dvts: lookaheads; sample: answers."""
     search_depth: Count = 15
     """Maximum number of steps on a path (arXiv 2502.13389)."""
-    exploration_weight: NotNegative = 2.0
+    exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
     """Simulations of one tree that run at once, kept apart by virtual loss; 1 is textbook MCTS."""
@@ -443,13 +446,13 @@ class SFTConfig(Common, Training):
     """dpo: the share of pairs that may be the wrong way round (cDPO)."""
     mix_file: LocalPath | None = None
     """More rows of the same kind, such as the original data, mixed in against forgetting."""
-    mix_ratio: NotNegative = 0.5
+    mix_ratio: Coefficient = 0.5
     """Rows of mix_file per row of train_file; those of a small file come more than once."""
     eval_file: LocalPath | None = None
     """Rows for the evaluation loss; otherwise eval_ratio of the training rows."""
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the training rows held out for the evaluation loss."""
-    num_train_epochs: Positive = 10
+    num_train_epochs: Annotated[float, Field(gt=0, le=10000)] = 10
     """Passes over the rows (arXiv 2502.13389: up to 10)."""
     train_batch_size: Count = 128
     """Rows per optimizer step over all ranks (arXiv 2502.13389)."""
@@ -485,13 +488,13 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     # -- explore
     sampling_method: Literal["mcts", "normal"] = "mcts"
     """mcts: tree over functional tokens; normal: independent responses (the official name)."""
-    rollout_batch_size: Count = 16
+    rollout_batch_size: Group = 16
     """Problems per step over all ranks (arXiv 2502.13389)."""
-    num_generations: Count = 16
+    num_generations: Group = 16
     """Rollouts per problem (arXiv 2502.13389)."""
     search_depth: Count = 18
     """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
-    exploration_weight: NotNegative = 2.0
+    exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
     """Simulations of one tree that run at once; 1 is textbook MCTS."""
@@ -523,7 +526,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     # -- learn
     advantage_estimator: Literal["ppo", "reinforce++", "grpo"] = "reinforce++"
     """ppo: critic, GAE; reinforce++: whitened returns (the paper's runs); grpo: group-relative."""
-    kl_coef: NotNegative = 0.01
+    kl_coef: Coefficient = 0.01
     """Weight of the KL to the warm-up model (arXiv 2502.13389: β)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL in the loss (grpo); the token reward uses k1 (arXiv 2502.13389)."""
@@ -535,7 +538,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """Discount (arXiv 2502.13389)."""
     lam: Share = 0.95
     """GAE's λ (arXiv 2502.13389)."""
-    epsilon: Positive = 0.2
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Clip range of the ratio (arXiv 2502.13389)."""
     epsilon_high: Positive | None = None
     """Upper clip range when it differs (clip-higher)."""
@@ -543,7 +546,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """Bound on the loss of negative advantages, as a multiple; None is off."""
     value_clip: Positive = 0.2
     """Clip range of the critic's step."""
-    critic_learning_rate: Positive = 9e-6
+    critic_learning_rate: Rate = 9e-6
     """Peak rate of the critic (OpenRLHF)."""
     whiten_rewards: bool = False
     """ppo, reinforce++: divide token rewards by their standard deviation over the batch (TRL)."""
@@ -554,7 +557,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """token: every action token counts the same (DAPO); sequence: every rollout does (GRPO)."""
     scale_rewards: bool = True
     """grpo: divide by the group's standard deviation."""
-    entropy_coef: NotNegative = 0.0
+    entropy_coef: Coefficient = 0.0
     """Weight of the entropy bonus."""
     importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
     """Upper bound on π_trainer/π_engine, which weights the loss; None is off."""
@@ -624,7 +627,7 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """How that search explores; without a PRM, paths are worth their agreement with others."""
     search_depth: Count = 18
     """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
-    exploration_weight: NotNegative = 2.0
+    exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
     """Simulations of one tree that run at once."""

@@ -264,4 +264,8 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], 
         more, more_left_out = read(cfg.mix_file)
         rows = rows + [more[i] for i in drawn(len(more), len(rows) * cfg.mix_ratio, cfg.seed + 2)]
         left_out += more_left_out
+    if round(len(rows) * cfg.num_train_epochs) < 1:
+        raise UserError(
+            f"num_train_epochs={cfg.num_train_epochs} trains on none of {len(rows)} rows; raise it."
+        )
     return rows, held_out, counted(left_out)
