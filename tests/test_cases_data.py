@@ -13,7 +13,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from rftt.engines.openai import priced
 from rftt.run.columns import as_text, pair_in, question_of, response_in
+from rftt.run.config import SearchConfig, load_config
 from rftt.run.data import load_problems
 from rftt.run.files import Journal, read_jsonl, write_jsonl
 from rftt.run.tables import name_of, read_table
@@ -416,6 +418,11 @@ def test_a_journal_holds_any_reply_and_is_read_as_it_was_written(tmp_path) -> No
     assert Journal(journal.path).rows == journal.rows
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "\udc00"}])
     assert read_jsonl(tmp_path / "rows.jsonl") == [(1, {"text": "\ufffd"})]
+
+
+def test_a_reply_with_a_lone_surrogate_can_be_sent_again(tmp_path) -> None:
+    cfg = load_config(SearchConfig, ["model_name_or_path=m", "output_dir=o", "train_file=t"])
+    assert priced(cfg, "half \ud83d of a smile", True, 1, 1).text == "half \ufffd of a smile"
 
 
 def test_nuls_of_a_power_cut_are_skipped_and_other_damage_is_named(tmp_path) -> None:
