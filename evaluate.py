@@ -1,6 +1,7 @@
 """How good is a model? Greedy, avg@k, pass@k, maj@k, best@k, per level, search at inference.
 
     python evaluate.py configs/tiny/evaluate.yaml model_name_or_path=… eval_file=… [key=value …]
+    python evaluate.py … audit=true    (count the gold answers that can be graded; opens no model)
     torchrun --nproc_per_node N evaluate.py …        (each rank takes its share of the problems)
 
 Reads any of the usual benchmark files as they are. The search never sees a gold answer: its
@@ -28,7 +29,7 @@ from typing import Any, Literal
 from rftt.beam import explorer
 from rftt.engines import build_engine
 from rftt.engines.base import for_each
-from rftt.engines.chat import decode, load_tokenizer
+from rftt.engines.chat import decode, open_tokenizer
 from rftt.engines.sampler import Sampler, functional_ids, pose, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
@@ -37,32 +38,43 @@ from rftt.learner.fsdp import World, joined
 from rftt.mcts import Value
 from rftt.rewards import solves
 from rftt.rollout import learned_tree, sample, tree_rollouts
+from rftt.run.audit import audit_gold
 from rftt.run.checks import check_prompts
 from rftt.run.cli import check_same_run
 from rftt.run.data import load_problems
 from rftt.run.files import Row, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
+from rftt.run.provenance import made_from
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
+from rftt.run.tables import name_of
 from rftt.types import Problem, Rollout, Step
 
 
 def main(cfg: EvalConfig) -> None:
+    if cfg.audit:
+        audit_gold(cfg)
+        return
     with joined(cfg.device) as world:
         evaluate(cfg, world)
 
 
 def evaluate(cfg: EvalConfig, world: World) -> None:
-    out, name = Path(cfg.output_dir), Path(cfg.eval_file).stem
-    check_same_run(out / "config.yaml", asdict(cfg))
+    out, name = Path(cfg.output_dir), name_of(cfg.eval_file)
+    if not cfg.overwrite_output_dir:
+        check_same_run(out / "config.yaml", asdict(cfg))
     problems = load_problems(
-        cfg.eval_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
+        cfg.eval_file,
+        limit=cfg.max_problems,
+        keys=(cfg.prompt_key, cfg.answer_key),
+        system_prompt=cfg.system_prompt,
     )
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
     ids = functional_ids(tokenizer, required=bool(cfg.simulations or cfg.forbidden_acts))
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     file = out / "eval" / f"{name}.jsonl"
-    journal, done = open_part(file, world)
+    source = made_from(cfg, tokenizer, problems)
+    journal, done = open_part(file, world, source, anew=cfg.overwrite_output_dir)
     todo = [problem for problem in problems if problem.id not in done][world.rank :: world.size]
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
     prm = asyncio.run(open_prm(cfg, log.info))

@@ -28,7 +28,7 @@ from torch import Tensor
 from rftt import rl
 from rftt.batch import Batch
 from rftt.engines import build_engine
-from rftt.engines.chat import load_tokenizer
+from rftt.engines.chat import open_tokenizer
 from rftt.engines.sampler import functional_ids, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.prm import Unscored, accepted
@@ -59,7 +59,7 @@ def main(cfg: RLConfig) -> None:
 
 def train(cfg: RLConfig, world: World) -> None:
     problems, eval_problems = read_problems(cfg)
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     check_prompts(tokenizer, problems + eval_problems, cfg.system_prompt, cfg.max_model_len)
     needs_acts = cfg.sampling_method == "mcts" or bool(cfg.forbidden_acts)
     ids = functional_ids(tokenizer, required=needs_acts)
@@ -73,6 +73,7 @@ def train(cfg: RLConfig, world: World) -> None:
     if run.is_new:
         check_warm(cfg, sampler, problems[:8])
     run.resume(learner)
+    run.require_same_source(problems, tokenizer)
     kl = rl.AdaptiveKL(run.state.get("kl_coef", cfg.kl_coef), cfg.kl_target, cfg.kl_horizon)
     n_taken = run.state.get("problems_taken", 0)
     stream = endless(problems, cfg.seed, skip=n_taken)

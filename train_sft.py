@@ -23,7 +23,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rftt.batch import Batch
-from rftt.engines.chat import load_tokenizer
+from rftt.engines.chat import open_tokenizer
 from rftt.learner.fsdp import World, joined, per_token
 from rftt.learner.logprobs import token_logprobs
 from rftt.learner.offline import Sums, eval_metrics, offline_loss, reference_logprobs
@@ -45,9 +45,9 @@ def main(cfg: SFTConfig) -> None:
 
 
 def train(cfg: SFTConfig, world: World) -> None:
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     new_tokens = add_function_tokens(tokenizer) if cfg.functional_tokens else []
-    train_rows, eval_rows, n_too_long = read_rows(cfg, tokenizer)
+    train_rows, eval_rows, left_out = read_rows(cfg, tokenizer)
     rows = train_rows + eval_rows
     held_out = range(len(train_rows), len(rows))
     n_rows = round(len(train_rows) * cfg.num_train_epochs)  # seen in all
@@ -73,7 +73,7 @@ def train(cfg: SFTConfig, world: World) -> None:
     run.resume(learner)
     run.require_same_rows(rows)
     run.info(
-        f"{len(train_rows)} rows ({n_too_long} too long), {len(eval_rows)} held out, "
+        f"{len(train_rows)} rows ({left_out}), {len(eval_rows)} held out, "
         f"{total_steps} steps from {run.first_step}"
     )
 

@@ -4,6 +4,7 @@ import asyncio
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import pytest
 
@@ -33,6 +34,10 @@ class Letters:
 
     eos_token_id = EOS
     bos_token_id = None
+    added_tokens_decoder: ClassVar = {}
+
+    def __len__(self):
+        return 300
 
     def encode(self, text):
         return [100 + ord(letter) for letter in text]

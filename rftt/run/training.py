@@ -6,7 +6,6 @@ to continue exactly where it was. 2N steps equal N steps, a resume and N more, b
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from rftt.run.cli import STOPPED, check_same_run, stop_on_sigterm
 from rftt.run.config import RLConfig, SFTConfig
 from rftt.run.files import write_json, write_jsonl
 from rftt.run.log import Clock, RunLog
+from rftt.run.provenance import MadeFrom, digest, made_from
 from rftt.run.stats import examples, tree_record
 from rftt.types import Problem, Rollout, UserError
 
@@ -79,10 +79,22 @@ class Run:
 
     def require_same_rows(self, rows: Sequence[object]) -> None:
         """Raise UserError where the run was begun with other rows than these."""
-        digest = hashlib.sha256(repr(rows).encode()).hexdigest()
-        if self.state.setdefault("data", digest) != digest:
+        self._require_same("source", {"rows": digest(map(repr, rows))})
+
+    def require_same_source(
+        self, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Raise UserError where the run was begun with other problems, prompts or first weights."""
+        assert isinstance(self._cfg, RLConfig), "offline training has no problems"
+        self._require_same("source", made_from(self._cfg, tokenizer, problems))
+
+    def _require_same(self, name: str, digests: MadeFrom) -> None:
+        before = self.state.setdefault(name, digests)
+        changed = [what for what, digest in digests.items() if before.get(what) != digest]
+        if changed:
             raise UserError(
-                f"{self.folder} was begun with other rows; use a new output_dir for these."
+                f"{self.folder} was begun with other {' and '.join(changed)}; use a new output_dir "
+                "for these, or overwrite_output_dir: true."
             )
 
     def steps(self, total: int, max_tokens: int | None = None) -> Iterator[int]:
