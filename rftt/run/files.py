@@ -1,4 +1,7 @@
-"""JSONL and JSON on disk: whole files or none, and journals that survive a kill. No torch here."""
+"""Read and write JSONL and JSON: whole files or none, and journals that survive a kill.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def read_jsonl(path: str | Path) -> list[tuple[int, Row]]:
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Write all lines or none: a temporary file takes the name only when it is whole."""
+    """Write all lines or none: a temporary file is renamed only after it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -52,18 +55,20 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write one JSON object per line, all of them or none."""
     write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """One readable value."""
+    """Write one indented JSON value, completely or not at all."""
     write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1)])
 
 
 class Journal:
-    """An append-only JSONL of finished work: a killed job reopens it and does only the rest.
+    """An append-only JSONL file of finished work. A killed job reopens it and continues there.
 
-    One line per unit, flushed before the next is begun; a last line cut off by a kill is dropped.
+    Each unit of work is one line, flushed before the next unit starts. An incomplete last line,
+    which a kill can leave, is dropped.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -77,12 +82,13 @@ class Journal:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
 
     def append(self, row: Row) -> None:
+        """Write one row and flush it, so that it survives a kill of this process."""
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
         self.rows.append(row)
 
     def close(self) -> None:
-        """What was appended is on the disk then, whatever happens to the machine."""
+        """Force all rows to the disk, so that they survive a crash of the machine, and close."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -90,18 +96,21 @@ class Journal:
 
 
 def part_of(path: Path, rank: int) -> Path:
-    """The journal of one rank among several; rank 0 writes the whole one."""
+    """Return the path of one rank's journal. Rank 0 uses `path` itself."""
     return path.with_suffix(f".rank{rank}{path.suffix}") if rank else path
 
 
 def gather_parts(path: Path) -> Journal:
-    """The journal of rank 0, closed, with the rows of all others, whose files are then gone."""
+    """Merge the journals of all ranks into that of rank 0, delete the others and return it.
+
+    The returned journal is closed.
+    """
     whole = Journal(path)
     known = {row["id"] for row in whole.rows}
     names = sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}"))
     parts = [Journal(name) for name in names]
     for row in chain.from_iterable(part.rows for part in parts):
-        if row["id"] not in known:  # killed before all parts are gone, it would come again
+        if row["id"] not in known:  # a kill before all parts are deleted merges them twice
             whole.append(row)
     for journal in (whole, *parts):
         journal.close()
@@ -111,7 +120,7 @@ def gather_parts(path: Path) -> Journal:
 
 
 def open_part(path: Path, world: World) -> tuple[Journal, set[str]]:
-    """This rank's part of a journal, and the ids that any rank has done before. Collective."""
+    """Return this rank's part of a journal and the ids that any rank has finished. Collective."""
     if world.is_main:
         gather_parts(path)
     world.barrier()
