@@ -75,7 +75,7 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "no use": ("train_rl", ["advantage_estimator=grpo", "whiten_rewards=true"],
         ["whiten_rewards does nothing with grpo", "use scale_rewards"]),
     "filter of nothing": ("search", ["method=beam", "n_best_to_keep=1"],
-        ["n_best_to_keep: only method=sample and score filter by it", "beam curates trees"]),
+        ["n_best_to_keep: only method=sample and method=score", "got method=beam; remove"]),
     "no PRM to use": ("train_rl", ["use_prm=true"],
         ["use_prm: true needs prm_model_name_or_path or prm_url."]),
     "NaN": ("train_sft", ["train_file={bad}/rows.jsonl", "learning_rate=1e30", "eval_ratio=0"],

@@ -138,7 +138,7 @@ def test_impossible_combinations_are_one_line(schema: type) -> None:
         UserError, match=r"^use_prm: true needs prm_model_name_or_path or prm_url\.$"
     ):
         load_config(schema, [*needed, "use_prm=true"])
-    with pytest.raises(UserError, match="both set; choose one"):
+    with pytest.raises(UserError, match="both set; remove one"):
         load_config(schema, [*needed, "prm_url=http://x", "prm_model_name_or_path=p"])
     assert build_prm(load_config(schema, [*needed, "prm_url=http://x"])) is None
 

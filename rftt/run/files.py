@@ -82,7 +82,6 @@ class Journal:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
 
     def append(self, row: Row) -> None:
-        """Write one row and flush it, so that it survives a kill of this process."""
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
         self.rows.append(row)
@@ -120,7 +119,7 @@ def gather_parts(path: Path) -> Journal:
 
 
 def open_part(path: Path, world: World) -> tuple[Journal, set[str]]:
-    """Return this rank's part of a journal and the ids that any rank has finished. Collective."""
+    """This rank's part of a journal, and the ids that any rank has done before. Collective."""
     if world.is_main:
         gather_parts(path)
     world.barrier()
