@@ -200,7 +200,7 @@ def test_plain_yaml_scalars_of_a_text_field_are_text(tmp_path: Path) -> None:
         ("engine=api", "only search.py supports it"),
         (
             "nowhere.yaml",
-            "nowhere.yaml does not exist; check the path, or write settings as key=value",
+            "nowhere.yaml does not exist; check the path, or write settings",
         ),
     ],
 )
@@ -238,7 +238,7 @@ ALIASES = "".join(
         (b"seed: 1\nlam: 1\nseed: 3", "seed is set twice (line 1, line 3)"),
         (b'{"seed": 1, "seed": 2}', "seed is set twice"),
         (b'{"system_prompt": "\\ud83d"}', "`system_prompt` must be valid Unicode"),
-        ("system_prompt: é".encode("latin-1"), "must be UTF-8, byte 15 is not"),
+        ("system_prompt: é".encode("latin-1"), "must be UTF-8, but byte 15 is not"),
         ("seed: 1".encode("utf-16"), "must be UTF-8"),
         (b"a: " + b"[" * 5000, "nested too deeply"),
         (b'{"a":' * 9000, "nested too deeply"),
