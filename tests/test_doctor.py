@@ -73,7 +73,7 @@ FAULTS: dict[str, tuple[str, list[str], str, str]] = {
     "PRM": ("search", ["use_prm=true", "prm_url=http://127.0.0.1:9", "prm_tries=1"], "fail",
         "not reachable"),
     "tokens": ("train_rl", ["model_name_or_path={world}/base"], "fail", "'<clarify>' encodes to"),
-    "no model": ("train_rl", ["model_name_or_path={bad}/nowhere"], "fail", "neither a folder"),
+    "no model": ("train_rl", ["model_name_or_path={bad}/nowhere"], "fail", "must be a folder"),
     "hub": ("train_rl", ["model_name_or_path={bad}/hub/hf", "system_prompt=Think."],
         "fail", "use its system_prompt (None)"),
     "bos": ("evaluate", ["model_name_or_path={bad}/doubled"], "fail", "two BOS tokens"),
