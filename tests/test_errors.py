@@ -198,7 +198,7 @@ def test_vllm_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.delitem(sys.modules, "rftt.engines.vllm", raising=False)
     line = fails("search", "engine=vllm")
-    assert "engine=vllm but vllm is not installed" in line
+    assert "engine=vllm needs vllm, which is not installed" in line
     assert "set engine=hf" in line
 
 
