@@ -229,7 +229,7 @@ def test_too_long_is_refused_with_its_length_and_the_others_are_scored(
     found = scores_of(local(folders["value"]), (QUESTION, STEPS), (QUESTION, STEPS * 12))
     assert len(found[0]) == 3
     assert isinstance(found[1], Unscored)
-    assert "tokens; the process reward model reads 256" in str(found[1])
+    assert "tokens; the process reward model accepts 256" in str(found[1])
 
 
 def test_a_broken_model_is_an_error_and_no_number(folders: dict[str, Path]) -> None:
@@ -251,7 +251,7 @@ def test_labels_are_two_ids_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("math_shepherd", {"prm_family": "qwen"}, "has no score, v_head or classifier head"),
+        ("math_shepherd", {"prm_family": "qwen"}, "needs a score, v_head or classifier head"),
         ("math_shepherd", {"prm_good_token": "good"}, "must be one id each"),
     ],
 )
@@ -299,7 +299,7 @@ def test_a_model_that_ranks_backwards_is_warned_about(tmp_path: Path) -> None:
     assert asyncio.run(ranking_warning(Fixed({"2": 0.7, "3": 0.6}), str(own))) is None
     assert f"a right one on {own};" in str(asyncio.run(ranking_warning(Fixed({}), str(own))))
     own.write_text('{"question": "1+1?"}')
-    with pytest.raises(UserError, match="must hold question, good and bad"):
+    with pytest.raises(UserError, match="must contain question"):
         asyncio.run(ranking_warning(Fixed({}), str(own)))
 
 
