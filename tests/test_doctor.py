@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[str, list[str], str, str]] = {
     "device": ("train_rl", ["device=cuda"], "fail", "use auto or cpu"),
     "gold": ("search", ["train_file={bad}/gold.jsonl"], "fail", "1 of 2 rows have no gold answer"),
     "odd gold": ("search", ["train_file={bad}/odd.jsonl"], "warn", "not accepted as their own"),
-    "gsm8k": ("evaluate", ["eval_file={bad}/gsm8k.jsonl"], "warn", "GSM8K's '####' detected"),
+    "gsm8k": ("evaluate", ["eval_file={bad}/gsm8k.jsonl"], "warn", "gold answers use GSM8K's '####'"),
     "PRM": ("search", ["use_prm=true", "prm_url=http://127.0.0.1:9", "prm_tries=1"], "fail",
         "not reachable"),
     "tokens": ("train_rl", ["model_name_or_path={world}/base"], "fail", "'<clarify>' encodes to"),

@@ -365,10 +365,10 @@ def test_the_server_scores_as_the_model_does(folders: dict[str, Path], served: s
         (b"[]", 422, 'must be {"input"'),
         (b"{}", 422, 'must be {"input"'),
         (b'{"input": 3}', 422, 'must be {"input"'),
-        (b'{"input": "no tag"}', 422, "each step ended by"),
+        (b'{"input": "no tag"}', 422, "at the end of each step"),
         (b'{"input": "\\ud800"}', 422, "surrogate"),
-        ('{"input": "Q Step 1: a ки and more"}'.encode(), 422, "each step ended by"),
-        (json.dumps(body_of(STEPS * 12)).encode(), 422, "model reads 256"),
+        ('{"input": "Q Step 1: a ки and more"}'.encode(), 422, "at the end of each step"),
+        (json.dumps(body_of(STEPS * 12)).encode(), 422, "model accepts 256"),
         (json.dumps({"input": "ки" * 300 + "Step 1:" + "ки" * 300}).encode(), 422, "each step"),
         (json.dumps({"input": "Q Step 1:" + "ки" * 300}).encode(), 422, "300 steps"),
         (json.dumps({"input": " " * 9_000}).encode(), 422, "9000 characters; the limit is 2048"),
@@ -526,7 +526,10 @@ def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path], tmp_p
 
 def test_serve_without_a_model_is_one_line() -> None:
     done = run(sys.executable, "tools/prm_serve.py", "--port", "1", check=False)
-    assert (done.returncode, done.stderr) == (2, "error: serve needs --model FOLDER.\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: prm_serve.py needs a model; add --model FOLDER.\n",
+    )
 
 
 # ---- Remote ----
@@ -737,7 +740,7 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
              for b, w in zip(scores, right, strict=True) if not w]  # fmt: skip
     expected = sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
     assert auc(scores, right) == pytest.approx(expected)
-    with pytest.raises(UserError, match="all right or all wrong"):
+    with pytest.raises(UserError, match="must include right and wrong ones"):
         auc([0.1], [True])
 
 
