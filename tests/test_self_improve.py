@@ -152,14 +152,14 @@ def test_loop_settings_follow_the_iteration_and_keep_the_rest() -> None:
         ("iterate_from=best", r"must be one of base, last, last_full_state, got 'best'"),
         ("search=8", r"`search` must be a mapping, got '8'"),
         ("guard_files=[a/test.jsonl]", r"must have distinct names"),
-        ("search.output_dir=mine", r"search\.output_dir must not be set, because the loop sets it"),
+        ("search.output_dir=mine", r"search\.output_dir must not be set, because the loop"),
         (
             "train.initial_state=mine",
-            r"train\.initial_state must not be set, because the loop sets it",
+            r"train\.initial_state must not be set, because the loop",
         ),
         (
             "evaluate.eval_file=mine",
-            r"evaluate\.eval_file must not be set, because the loop sets it",
+            r"evaluate\.eval_file must not be set, because the loop",
         ),
         ("evaluate.num_samples=0; metric=sampled", r"num_samples of at least 1"),
     ],
