@@ -193,12 +193,15 @@ def test_plain_yaml_scalars_of_a_text_field_are_text(tmp_path: Path) -> None:
         ("seed=true", "`seed` must be an integer of at least 0 and at most 4294967295, got 'true'"),
         ("report_to=wandb", "`report_to` must be a list such as [a, b], each item text, got"),
         ("forbidden_acts=[guess]", "`forbidden_acts[0]` must be one of clarify,"),
-        ("train_batch_size=48", "256 is not divisible by train_batch_size 48; nearest: 32, 64."),
+        ("train_batch_size=48", "256 must be divisible by train_batch_size 48; nearest: 32, 64."),
         ("top_p=0.9", "top_p=0.9 biases the policy ratio; set top_p: 1.0"),
         ("kl_target=0.1 kl_coef=0", "kl_target needs a kl_coef above 0"),
         ("output_dir=", "`output_dir` is not set"),
         ("engine=api", "only search.py supports it"),
-        ("nowhere.yaml", "nowhere.yaml does not exist; settings are written as key=value"),
+        (
+            "nowhere.yaml",
+            "nowhere.yaml does not exist; check the path, or write settings",
+        ),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_fix(argument: str, message: str) -> None:
@@ -212,7 +215,7 @@ def test_missing_key_is_named() -> None:
 
 @pytest.mark.parametrize("keys", ["hard_query_threshold=0.9 easy_query_threshold=0.1"])
 def test_a_filter_that_keeps_nothing_is_an_error(keys: str) -> None:
-    assert "keeps no row" in refusal(SearchConfig, *NEEDED[:3], "method=sample", *keys.split())
+    assert "must not exceed" in refusal(SearchConfig, *NEEDED[:3], "method=sample", *keys.split())
 
 
 ALIASES = "".join(
@@ -223,8 +226,8 @@ ALIASES = "".join(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"- a list", "must contain `key: value` lines"),
-        (b"a word", "must contain `key: value` lines"),
+        (b"- a list", "must contain `key: value` lines, got a list"),
+        (b"a word", "must contain `key: value` lines, got a str"),
         (b"", "is empty; write `key: value` lines"),
         (b"# only a comment\n", "is empty"),
         (b"a: [1", "is not YAML"),
@@ -235,7 +238,7 @@ ALIASES = "".join(
         (b"seed: 1\nlam: 1\nseed: 3", "seed is set twice (line 1, line 3)"),
         (b'{"seed": 1, "seed": 2}', "seed is set twice"),
         (b'{"system_prompt": "\\ud83d"}', "`system_prompt` must be valid Unicode"),
-        ("system_prompt: é".encode("latin-1"), "must be UTF-8, byte 15 is not"),
+        ("system_prompt: é".encode("latin-1"), "must be UTF-8, but byte 15 is not"),
         ("seed: 1".encode("utf-16"), "must be UTF-8"),
         (b"a: " + b"[" * 5000, "nested too deeply"),
         (b'{"a":' * 9000, "nested too deeply"),

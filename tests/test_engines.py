@@ -332,8 +332,8 @@ def test_interrupted_event_loop_leaves_a_working_engine(engine: Engine) -> None:
         ([], Sampling(max_tokens=1), "at least one prompt token"),
         ([20], Sampling(max_tokens=0), "max_tokens of at least 1"),
         ([20] * 100, Sampling(max_tokens=29), "max_model_len=128"),
-        ([N_TOKENS], Sampling(max_tokens=1), "outside the tokenizer"),
-        ([20], Sampling(max_tokens=1, stop_ids=(-1,)), "outside the tokenizer"),
+        ([N_TOKENS], Sampling(max_tokens=1), "token ids must be from 0 to"),
+        ([20], Sampling(max_tokens=1, stop_ids=(-1,)), "token ids must be from 0 to"),
     ],
 )
 def test_impossible_request_is_one_clear_error(

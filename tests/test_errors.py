@@ -75,7 +75,7 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "no use": ("train_rl", ["advantage_estimator=grpo", "whiten_rewards=true"],
         ["whiten_rewards does nothing with grpo", "use scale_rewards"]),
     "filter of nothing": ("search", ["method=beam", "n_best_to_keep=1"],
-        ["n_best_to_keep: only method=sample and score filter by it", "beam curates trees"]),
+        ["n_best_to_keep: only method=sample and method=score", "got method=beam; remove"]),
     "no PRM to use": ("train_rl", ["use_prm=true"],
         ["use_prm: true needs prm_model_name_or_path or prm_url."]),
     "NaN": ("train_sft", ["train_file={bad}/rows.jsonl", "learning_rate=1e30", "eval_ratio=0"],
@@ -94,7 +94,7 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "unparsable gold": ("train_rl", ["train_file={bad}/gold.jsonl"],
         ["2 of 3 rows have no gold answer", "gold.jsonl:2", "Set answer_key: worked"]),
     "no model": ("search", ["model_name_or_path={bad}/nowhere"],
-        ["model_name_or_path", "nowhere", "neither a folder with a tokenizer nor a hub model"]),
+        ["model_name_or_path", "nowhere", "a folder with a tokenizer or a reachable hub name"]),
     "no weights": ("evaluate", ["model_name_or_path={bad}/adapter"], ["no model at", "adapter"]),
     "nothing to train": ("train_sft", ["train_file={bad}/rows.jsonl",
         "model_name_or_path={bad}/adapter"], ["no model at", "adapter"]),
@@ -103,11 +103,11 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "tokens not single ids": ("train_rl", ["model_name_or_path={world}/base"],
         ["functional token '<clarify>' encodes to", "base", "train_sft.py first"]),
     "checkpoint and vocabulary": ("train_rl", ["model_name_or_path={bad}/short"],
-        ["ids, its embedding", "short", "saved without resized embeddings"]),
+        ["must have a row for each", "short", "saved without resized embeddings"]),
     "no warm-up": ("train_rl", ["allow_cold_start=false"],
         ["total probability to functional tokens", "speaks", "set allow_cold_start: true"]),
     "doubled BOS": ("evaluate", ["model_name_or_path={bad}/doubled"],
-        ["two BOS tokens", "doubled", "take the other out"]),
+        ["two BOS tokens", "doubled", "remove one"]),
     "not enough memory": ("evaluate", ["max_num_seqs=1000000000000"],
         ["not enough memory", "max_num_seqs", "tools/doctor.py"]),
     "prompt too long in RL": ("train_rl", ["max_model_len=4"],
@@ -198,7 +198,7 @@ def test_vllm_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.delitem(sys.modules, "rftt.engines.vllm", raising=False)
     line = fails("search", "engine=vllm")
-    assert "engine=vllm but vllm is not installed" in line
+    assert "engine=vllm needs vllm, which is not installed" in line
     assert "set engine=hf" in line
 
 
@@ -210,7 +210,7 @@ def test_an_engine_out_of_step_is_named(
     monkeypatch.setattr(
         train_rl, "full_weights", lambda model: (w for w in whole(model) if w[0] != lost)
     )
-    assert f"load_weights: {lost} never came: the engine is a step behind" in fails("train_rl")
+    assert f"load_weights: {lost} never came, so the engine keeps old weights" in fails("train_rl")
 
 
 def test_a_step_from_which_nothing_can_be_learnt_is_told(world: Path, tmp_path: Path) -> None:

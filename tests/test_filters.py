@@ -121,14 +121,14 @@ def test_custom_filter_is_called_with_each_row(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     rows = [row("a"), row("b" * 9)]
     assert reasons(rows, custom_filter="mine_for_rftt:short") == {"custom": 1, "kept": 1}
-    with pytest.raises(UserError, match="mine_for_rftt:odd returned 'yes', not a bool"):
+    with pytest.raises(UserError, match="mine_for_rftt:odd must return a bool, got 'yes'"):
         select(rows, config(custom_filter="mine_for_rftt:odd"))
     for name, message in {
-        "mine_for_rftt:none": r"mine_for_rftt:none is no module:function \(.*no attribute 'none'",
-        "no_such_module:f": r"no_such_module:f is no module:function \(No module named",
-        "short": r"=short is no module:function",
-        "": "= is no module:function",
-        "mine_for_rftt:N": "is a int, not a function",
+        "mine_for_rftt:none": r"module:function, got 'mine_for_rftt:none' \(.*no attribute 'none'",
+        "no_such_module:f": r"module:function, got 'no_such_module:f' \(No module named",
+        "short": r"module:function, got 'short'",
+        "": "module:function, got ''",
+        "mine_for_rftt:N": "must name a function, got 'mine_for_rftt:N', which is of type int",
     }.items():
         with pytest.raises(UserError, match=message):
             load_function("custom_filter", name)

@@ -139,6 +139,6 @@ def test_only_a_run_of_bad_updates_stops_the_run(world: World, tmp_path: Path) -
     for bad in ["loss"] * (LIMIT - 1) + [""] + ["loss"] * (LIMIT - 1):
         step(batch, bad)
     assert learner.metrics()["updates_skipped"] == 2 * LIMIT - 2
-    with pytest.raises(UserError, match=r"sample id p2\).*It is update 3 in a row"):
+    with pytest.raises(UserError, match=r"sample id p2\).*This is update 3 in a row"):
         step(batch, "loss")
     assert len(said) == 2 * LIMIT - 2

@@ -138,7 +138,8 @@ def test_report_to_names_what_is_wrong_or_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
-        UserError, match="report_to must name tensorboard, wandb, trackio, got 'mlflow'"
+        UserError,
+        match="`report_to` must be a list of any of tensorboard, wandb, trackio, got 'mlflow'",
     ):
         RunLog(tmp_path, CONFIG, enabled=True, report_to=["mlflow"])
     monkeypatch.setattr(log_module, "find_spec", lambda name: None)

@@ -231,7 +231,7 @@ def test_no_answer_is_never_no_gold() -> None:
 
 
 def test_an_unknown_format_is_one_clear_error() -> None:
-    with pytest.raises(UserError, match="use boxed, gsm8k or auto"):
+    with pytest.raises(UserError, match="must be boxed, gsm8k or auto"):
         extract("7", "latex")
 
 

@@ -506,7 +506,7 @@ def test_search_out_of_budget_stops_cleanly_and_goes_on_with_more(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"api_model": None}, "api_url, api_model"),
+        ({"api_model": None}, "api_url and api_model"),
         ({"api_max_tokens": None}, "needs a budget"),
         ({"api_max_cost": 1.0}, "with prices"),
     ],

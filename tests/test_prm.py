@@ -138,7 +138,7 @@ def test_impossible_combinations_are_one_line(schema: type) -> None:
         UserError, match=r"^use_prm: true needs prm_model_name_or_path or prm_url\.$"
     ):
         load_config(schema, [*needed, "use_prm=true"])
-    with pytest.raises(UserError, match="both set; choose one"):
+    with pytest.raises(UserError, match="both set; remove one"):
         load_config(schema, [*needed, "prm_url=http://x", "prm_model_name_or_path=p"])
     assert build_prm(load_config(schema, [*needed, "prm_url=http://x"])) is None
 
@@ -229,7 +229,7 @@ def test_too_long_is_refused_with_its_length_and_the_others_are_scored(
     found = scores_of(local(folders["value"]), (QUESTION, STEPS), (QUESTION, STEPS * 12))
     assert len(found[0]) == 3
     assert isinstance(found[1], Unscored)
-    assert "tokens; the process reward model reads 256" in str(found[1])
+    assert "tokens; the process reward model accepts 256" in str(found[1])
 
 
 def test_a_broken_model_is_an_error_and_no_number(folders: dict[str, Path]) -> None:
@@ -251,7 +251,7 @@ def test_labels_are_two_ids_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("math_shepherd", {"prm_family": "qwen"}, "has no score, v_head or classifier head"),
+        ("math_shepherd", {"prm_family": "qwen"}, "needs a score, v_head or classifier head"),
         ("math_shepherd", {"prm_good_token": "good"}, "must be one id each"),
     ],
 )
@@ -299,7 +299,7 @@ def test_a_model_that_ranks_backwards_is_warned_about(tmp_path: Path) -> None:
     assert asyncio.run(ranking_warning(Fixed({"2": 0.7, "3": 0.6}), str(own))) is None
     assert f"a right one on {own};" in str(asyncio.run(ranking_warning(Fixed({}), str(own))))
     own.write_text('{"question": "1+1?"}')
-    with pytest.raises(UserError, match="must hold question, good and bad"):
+    with pytest.raises(UserError, match="must contain question"):
         asyncio.run(ranking_warning(Fixed({}), str(own)))
 
 
@@ -365,10 +365,10 @@ def test_the_server_scores_as_the_model_does(folders: dict[str, Path], served: s
         (b"[]", 422, 'must be {"input"'),
         (b"{}", 422, 'must be {"input"'),
         (b'{"input": 3}', 422, 'must be {"input"'),
-        (b'{"input": "no tag"}', 422, "each step ended by"),
+        (b'{"input": "no tag"}', 422, "at the end of each step"),
         (b'{"input": "\\ud800"}', 422, "surrogate"),
-        ('{"input": "Q Step 1: a ки and more"}'.encode(), 422, "each step ended by"),
-        (json.dumps(body_of(STEPS * 12)).encode(), 422, "model reads 256"),
+        ('{"input": "Q Step 1: a ки and more"}'.encode(), 422, "at the end of each step"),
+        (json.dumps(body_of(STEPS * 12)).encode(), 422, "model accepts 256"),
         (json.dumps({"input": "ки" * 300 + "Step 1:" + "ки" * 300}).encode(), 422, "each step"),
         (json.dumps({"input": "Q Step 1:" + "ки" * 300}).encode(), 422, "300 steps"),
         (json.dumps({"input": " " * 9_000}).encode(), 422, "9000 characters; the limit is 2048"),
@@ -526,7 +526,10 @@ def test_the_command_serves_and_ends_on_a_signal(folders: dict[str, Path], tmp_p
 
 def test_serve_without_a_model_is_one_line() -> None:
     done = run(sys.executable, "tools/prm_serve.py", "--port", "1", check=False)
-    assert (done.returncode, done.stderr) == (2, "error: serve needs --model FOLDER.\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: prm_serve.py needs a model; add --model FOLDER.\n",
+    )
 
 
 # ---- Remote ----
@@ -737,7 +740,7 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
              for b, w in zip(scores, right, strict=True) if not w]  # fmt: skip
     expected = sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
     assert auc(scores, right) == pytest.approx(expected)
-    with pytest.raises(UserError, match="all right or all wrong"):
+    with pytest.raises(UserError, match="must include right and wrong ones"):
         auc([0.1], [True])
 
 

@@ -282,10 +282,10 @@ def test_what_is_no_cache_is_named(tmp_path, row, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"raw_file": "null"}, "method=score needs a raw_file"),
-        ({"method": "sample"}, "raw_file is for method=score only"),
+        ({"raw_file": "null"}, "method=score needs raw_file"),
+        ({"method": "sample"}, "raw_file needs method=score, got method=sample"),
         ({"prm_threshold": 0.9}, r"prm_threshold=0.9 needs process scores; set use_prm: true"),
-        ({"custom_filter": "nowhere:f"}, "nowhere:f is no module:function"),
+        ({"custom_filter": "nowhere:f"}, "module:function, got 'nowhere:f'"),
     ],
 )
 def test_impossible_wishes_end_in_one_line(tmp_path, cache, changes, message):

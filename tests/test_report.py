@@ -168,4 +168,7 @@ def test_the_command_names_runs_apart(tmp_path: Path, capsys: pytest.CaptureFixt
         text=True,
     )
     assert result.returncode == 2
-    assert result.stderr == f"error: run directory {tmp_path / 'none'} does not exist.\n"
+    assert (
+        result.stderr
+        == f"error: run directory {tmp_path / 'none'} does not exist; check the path.\n"
+    )

@@ -182,7 +182,7 @@ def test_gains_add_up_to_the_outcome_however_long_the_response(spoken):
     first, second, third = scored.step_rewards
     assert first + second + third == pytest.approx(1.0)
     assert second == pytest.approx(scored.step_scores[1] - scored.step_scores[0])
-    with pytest.raises(UserError, match=r"gain tells steps apart and grpo adds them up"):
+    with pytest.raises(UserError, match=r"gain rewards single steps, but grpo sums the rewards"):
         config(reward_scheme="gain", advantage_estimator="grpo")
 
 

@@ -151,10 +151,16 @@ def test_loop_settings_follow_the_iteration_and_keep_the_rest() -> None:
         ("seed.x=1", r"`seed` must be an integer"),
         ("iterate_from=best", r"must be one of base, last, last_full_state, got 'best'"),
         ("search=8", r"`search` must be a mapping, got '8'"),
-        ("guard_files=[a/test.jsonl]", r"need distinct names"),
-        ("search.output_dir=mine", r"search\.output_dir: the loop itself sets it"),
-        ("train.initial_state=mine", r"train\.initial_state: the loop itself sets it"),
-        ("evaluate.eval_file=mine", r"evaluate\.eval_file: the loop itself sets it"),
+        ("guard_files=[a/test.jsonl]", r"must have distinct names"),
+        ("search.output_dir=mine", r"search\.output_dir must not be set, because the loop"),
+        (
+            "train.initial_state=mine",
+            r"train\.initial_state must not be set, because the loop",
+        ),
+        (
+            "evaluate.eval_file=mine",
+            r"evaluate\.eval_file must not be set, because the loop",
+        ),
         ("evaluate.num_samples=0; metric=sampled", r"num_samples of at least 1"),
     ],
 )
@@ -342,7 +348,8 @@ def test_loop_names_the_step_that_failed(world: Path) -> None:
     done = run(*loop_command(world, "failed", "target_file=nowhere.jsonl"), check=False)
     assert done.returncode == 2
     assert "nowhere.jsonl does not exist" in done.stderr
-    assert done.stderr.endswith("error: iteration 0: eval-nowhere ended with code 2; see above.\n")
+    line = "error: iteration 0: eval-nowhere ended with code 2; correct the error above and "
+    assert done.stderr.endswith(f"{line}start the loop again.\n")
 
 
 @pytest.mark.invariant

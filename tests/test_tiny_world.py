@@ -229,7 +229,7 @@ def test_one_seed_gives_one_world(worlds):
 
 def test_a_world_is_not_overwritten_by_another(worlds):
     before = (worlds[0] / "train.jsonl").read_bytes()
-    with pytest.raises(UserError, match="base exists; remove it"):
+    with pytest.raises(UserError, match="base already exists; remove it"):
         tiny.main(tiny.TinyConfig(output_dir=str(worlds[0]), seed=1, train_steps=1))
     assert (worlds[0] / "train.jsonl").read_bytes() == before
 

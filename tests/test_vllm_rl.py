@@ -97,7 +97,7 @@ def test_vllm_refuses_in_one_line_what_it_cannot_run(world: Path, tmp_path: Path
     narrow = random_qwen2(len(tokenizer), num_attention_heads=4, num_key_value_heads=4)
     narrow.save_pretrained(tmp_path / "narrow")
     for change, message in (
-        ({"model_name_or_path": tmp_path / "narrow"}, "attention heads of 16"),
+        ({"model_name_or_path": tmp_path / "narrow"}, "heads of 16"),
         ({"max_model_len": 4096}, "max_model_len (4096) is greater than"),
     ):
         done = run(sys.executable, *arguments(world, tmp_path / "x", **change), check=False)
@@ -108,5 +108,5 @@ def test_vllm_refuses_in_one_line_what_it_cannot_run(world: Path, tmp_path: Path
 
 def test_ranks_that_hold_different_weights_stop_the_run() -> None:
     assert agreed([5.0, 5.0 + 1e-12]) == 5.0
-    with pytest.raises(UserError, match="hold different weights"):
+    with pytest.raises(UserError, match="must have the same weights"):
         agreed([5.0, 5.001])

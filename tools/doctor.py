@@ -1,10 +1,10 @@
-"""Before hours are lost: will this run work here?
+"""Check that a run will work on this machine, before it costs hours.
 
     python tools/doctor.py config.yaml [key=value …]
 
-One line per check: ok, warn or fail, what was found, and how to mend it. A check is a function that
-returns its finding; one that raises UserError has failed with that line. The last check runs the
-script itself on one problem, in a folder that is removed again. Exit code 1 where a check failed.
+Each check prints one line: ok, warn or fail, what was found, and how to correct it. A check is a
+function that returns its finding. If it raises UserError, the check has failed. The last check runs
+the script itself on one problem, in a temporary folder. The exit code is 1 if a check has failed.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ SCRIPTS: dict[type, str] = {
     EvalConfig: "evaluate.py",
 }
 FIGURES = ("loss", "accuracy", "reward", "response_length", "mismatch_kl", "grad_norm")
-"""What is told of the first step; all must be finite."""
+"""Metrics of the first step that are printed. All of them must be finite."""
 MISMATCH = 0.01
-"""Nats per token between engine and trainer, above which their kernels or weights differ."""
+"""Nats per token between engine and trainer above which their kernels or weights differ."""
 
 
 class Finding(NamedTuple):
+    """The result of a check."""
+
     found: str
+    """Text of the line."""
     level: str = "ok"
     """ok, warn or fail"""
 
@@ -68,17 +71,18 @@ class Finding(NamedTuple):
 
 
 def versions(_cfg: Config) -> Finding:
-    """What is installed against what requirements.txt pins."""
+    """Compare the installed versions with the pins of requirements.txt."""
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").lower().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     have = {d.name.lower(): d.version.split("+")[0] for d in distributions()}
-    off = [f"{n} {have.get(n)}, not {pin}" for n, pin in pins.items() if have.get(n) != pin]
+    off = [f"{n} {have.get(n)} instead of {pin}" for n, pin in pins.items() if have.get(n) != pin]
     if off:
         return Finding(f"{'; '.join(off)}: pip install -r requirements.txt", "warn")
     return Finding(f"Python {sys.version.split()[0]}, torch {have['torch']}, all as tested")
 
 
 def device(cfg: Config) -> Finding:
+    """Check that the device exists and computes in `dtype`."""
     import torch
 
     n = torch.cuda.device_count() if cfg.device != "cpu" else 0
@@ -91,7 +95,7 @@ def device(cfg: Config) -> Finding:
 
 
 def gold_answers(cfg: Config) -> Finding:
-    """They parse (load_problems), and the grader accepts each as the answer to itself."""
+    """Check that gold answers parse and that the grader accepts each of them as an answer."""
     assert not isinstance(cfg, SFTConfig), "the table says so"
     file = cfg.eval_file if isinstance(cfg, EvalConfig) else cfg.train_file
     file = (isinstance(cfg, SearchConfig) and cfg.raw_file) or file
@@ -104,7 +108,7 @@ def gold_answers(cfg: Config) -> Finding:
         return Finding(f"{told}, first {odd[0].id}: {odd[0].answer!r}; mend them", "warn")
     hashes = "####" in str(read_table(file)[0].row)
     if hashes and isinstance(cfg, EvalConfig) and cfg.answer_format == "boxed":
-        return Finding("GSM8K's '####' detected; set answer_format: auto if responses, too", "warn")
+        return Finding("gold answers use GSM8K's '####'; set answer_format: auto", "warn")
     return Finding(f"{len(problems)} problems, 100 % of the gold answers parse")
 
 
@@ -118,7 +122,7 @@ def delimiters(cfg: Config) -> Finding:
 
 
 def prompts(cfg: Config) -> Finding:
-    """No doubled BOS (encode_chat); the model is asked with the ids that it was trained on."""
+    """Check for a doubled BOS, and that prompts have the same ids as in the training before."""
     import yaml
 
     def ids(own: Config) -> list[int]:
@@ -138,13 +142,14 @@ def prompts(cfg: Config) -> Finding:
     trained = replace(cfg, model_name_or_path=at_hand, system_prompt=system_prompt, **template)
     if ids(trained) != ours:
         raise UserError(
-            f"{run} was trained on other prompts than this run will sample from: use its "
-            f"system_prompt ({system_prompt!r}) and the chat template of {model}."
+            f"this run must use the same prompts as {run}, which trained its model, but they "
+            f"differ; use system_prompt {system_prompt!r} and the chat template of {model}."
         )
     return Finding(f"no doubled BOS, the same ids as in {run}")
 
 
 def process_rewards(cfg: SearchConfig | RLConfig | EvalConfig) -> Finding:
+    """Check that the process reward model ranks a right solution above a wrong one."""
     from rftt.graders import build_prm
     from rftt.graders.prm import ranking_warning
 
@@ -158,6 +163,7 @@ def process_rewards(cfg: SearchConfig | RLConfig | EvalConfig) -> Finding:
 
 
 def memory(cfg: Config) -> Finding:
+    """Compare the estimated memory of each phase with the device's."""
     import torch
 
     from rftt.learner.logprobs import CHUNK_LOGITS, KEPT_LOGITS
@@ -179,19 +185,19 @@ def memory(cfg: Config) -> Finding:
 
 
 def disk(cfg: Config) -> Finding:
-    """Room for the checkpoints that are kept and two more: weights, moments, an export."""
+    """Check the space for all kept checkpoints and two more: weights, moments, an export."""
     saves = isinstance(cfg, SFTConfig | RLConfig)
     needed = 1e9 + (16 * model_of(cfg)[1] * (cfg.save_total_limit + 2) if saves else 0)
     if (free := shutil.disk_usage(_existing(cfg.output_dir)).free) < needed:
         raise UserError(
-            f"output_dir {cfg.output_dir} has {gigabytes(free)}, checkpoints may need "
-            f"{gigabytes(needed)}; use another disk or a smaller save_total_limit."
+            f"output_dir {cfg.output_dir} must have {gigabytes(needed)} free for checkpoints, got "
+            f"{gigabytes(free)}; use another disk or a smaller save_total_limit."
         )
     return Finding(f"{gigabytes(free)} free, at most {gigabytes(needed)} needed")
 
 
 def one_step(cfg: Config) -> Finding:
-    """The script itself: one prompt through engine, grader and, where there is one, a step."""
+    """Run the script itself on one prompt: engine, grader and, in training, one step."""
     script, begin = SCRIPTS[type(cfg)], time.monotonic()
     with TemporaryDirectory(dir=_existing(cfg.output_dir), prefix=".doctor-") as folder:
         small = asdict(cfg) | _smallest(cfg) | {"output_dir": folder}
@@ -206,7 +212,8 @@ def one_step(cfg: Config) -> Finding:
     figures = {key: row[key] for key in FIGURES if key in row}
     if None in figures.values():
         raise UserError(
-            f"{script}: a figure of the first step is not finite, {figures}; see dtype."
+            f"{script}: all metrics of the first step must be finite, got {figures}; set another "
+            "dtype."
         )
     told = ", ".join(f"{key} {value:.3g}" for key, value in figures.items())
     if figures.get("mismatch_kl", 0.0) > MISMATCH:
@@ -214,11 +221,11 @@ def one_step(cfg: Config) -> Finding:
     return Finding(f"{script} on one problem in {time.monotonic() - begin:.0f} s {told}")
 
 
-# ---- What they read ----
+# ---- Helpers of the checks ----
 
 
 def model_of(cfg: Config) -> tuple[Any, int]:
-    """The model's config and how many parameters it has; no weights are read."""
+    """Return the model's config and its number of parameters, without reading weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -230,7 +237,7 @@ def model_of(cfg: Config) -> tuple[Any, int]:
 
 
 def _smallest(cfg: Config) -> dict[str, Any]:
-    """Settings of a run of `cfg` that is over after one problem or step."""
+    """Return settings with which `cfg` ends after one problem or step."""
     once = {"save_steps": 0, "eval_steps": 0, "report_to": []}
     match cfg:
         case SFTConfig():
@@ -245,12 +252,12 @@ def _smallest(cfg: Config) -> dict[str, Any]:
 
 
 def _existing(path: str) -> Path:
-    """The nearest folder above `path` that is there."""
+    """Return the nearest existing folder at or above `path`."""
     whole = Path(path).absolute()
     return next(folder for folder in (whole, *whole.parents) if folder.is_dir())
 
 
-# ---- All of them ----
+# ---- The command ----
 
 EVERY, GRADED = tuple(SCRIPTS), (SearchConfig, RLConfig, EvalConfig)
 CHECKS: dict[str, tuple[Callable[[Any], Finding], tuple[type, ...]]] = {
@@ -264,17 +271,18 @@ CHECKS: dict[str, tuple[Callable[[Any], Finding], tuple[type, ...]]] = {
     "disk": (disk, EVERY),
     "one step": (one_step, EVERY),
 }
-"""Name -> check and whose configs it is for; the last one only where nothing failed before."""
+"""Name -> the check and the configs that it supports. The last one runs only if none failed."""
 
 
 def main(cfg: Config) -> None:
+    """Run all checks of a config and print one line for each."""
     failed = False
     for name, (check, kinds) in CHECKS.items():
         if not isinstance(cfg, kinds) or (failed and check is one_step):
             continue
         try:
             found, level = check(cfg)
-        except (UserError, OSError, ValueError) as error:  # the last two: there is no such model
+        except (UserError, OSError, ValueError) as error:  # transformers raises the last two
             found, level = " ".join(str(error).split()), "fail"
         failed |= level == "fail"
         say(f"{level:5} {name:13} {found}")
@@ -283,11 +291,11 @@ def main(cfg: Config) -> None:
 
 
 def schema_of(argv: Sequence[str]) -> type:
-    """Whose config this is: the class that knows most of its keys and misses fewest."""
+    """Return the class that fits the keys best: few unknown keys, few missing ones."""
     try:
         keys = set(given(argv))
     except UserError:
-        keys = set()  # `cli` reads it again and reports the mistake
+        keys = set()  # `cli` reads the arguments again and reports the mistake
 
     def strangeness(schema: type) -> int:
         missing = set(required_keys(schema)) - keys

@@ -1,10 +1,10 @@
-"""How much memory a run needs, by arithmetic, before anything is loaded. No torch here.
+"""Estimate the memory of a run by arithmetic, before anything is loaded and without torch.
 
 Two phases share a device and do not overlap: `explore` (the engine samples) and `learn` (forward,
-backward, update). Bytes are those that this code keeps: float32 weights, moments and gradients,
-bfloat16 or float32 compute (learner/fsdp.py), and what Llama-like layers save for the backward
-pass, counted with saved-tensor hooks in tests/test_doctor.py. What libraries keep beside it
-(allocator, CUDA context, NCCL: a few GB on a GPU) is not in it.
+backward, update). The estimate counts float32 weights, moments and gradients, and compute in
+bfloat16 or float32 (learner/fsdp.py). It also counts the tensors that Llama-like layers save for
+the backward pass, which tests/test_doctor.py measures with saved-tensor hooks. It does not count
+the allocator, the CUDA context and NCCL, which take a few GB on a GPU.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ CURES = {
     "activations": "gradient_checkpointing: true or a smaller max_tokens_per_microbatch",
     "KV": "a smaller max_num_seqs or max_model_len",
 }
-"""What fills the memory -> what to try against it."""
+"""Kind of memory -> settings that reduce it."""
 
 
 def estimate(
     model: Any, n_params: int, cfg: Config, *, ranks: int, logits: tuple[int, int], gpu_bytes: float
 ) -> dict[str, Parts]:
-    """phase -> what for -> bytes on one rank's device, at worst.
+    """Return phase -> kind -> bytes on the device of one rank, in the worst case.
 
-    `model` is the Hugging Face config of a decoder with gated feed-forward layers, `logits` are
-    learner/logprobs.py's bounds (at one time, kept), `gpu_bytes` the device's memory, 0 without
-    one.
+    `model` is the Hugging Face config of a decoder with gated feed-forward layers. `logits` are the
+    bounds of learner/logprobs.py (at one time, kept). `gpu_bytes` is the memory of the GPU, or 0.
     """
     compute = 2 if cfg.dtype == "bfloat16" else 4
     parts, phases = dict.fromkeys(CURES, 0.0), dict[str, Parts]()
@@ -41,7 +40,7 @@ def estimate(
         learners = n_params * (2 if rl and cfg.advantage_estimator == "ppo" else 1)
         reference = compute * n_params if rl and cfg.kl_coef else 0
         share = 0 if cfg.fsdp_cpu_offload and gpu_bytes else 1 / ranks
-        # FSDP holds the vocabulary and two layers whole, the one at work and the next.
+        # FSDP keeps the vocabulary and two layers unsharded, the current and the next one.
         vocabulary = model.vocab_size * model.hidden_size
         whole = vocabulary + 2 * (n_params - vocabulary) / model.num_hidden_layers
         parts["params"] = share * (4 * learners + reference) + compute * whole
@@ -54,7 +53,7 @@ def estimate(
         held = compute * n_params
         width = model.num_key_value_heads * head_size(model)
         cache = compute * 2 * model.num_hidden_layers * width * _kv_tokens(cfg)
-        if cfg.engine == "vllm" and gpu_bytes:  # and it gives all of it back to the learner
+        if cfg.engine == "vllm" and gpu_bytes:  # vLLM sleeps during `learn` and frees its memory
             cache = cfg.gpu_memory_utilization * gpu_bytes - held
         else:
             learn["params"] += held
@@ -63,7 +62,7 @@ def estimate(
 
 
 def complaint(phases: dict[str, Parts], available: float, where: str) -> str | None:
-    """What to say where a phase does not fit into `available` bytes; None where all do."""
+    """Return an error if a phase needs more than `available` bytes, otherwise None."""
     phase, parts = max(phases.items(), key=lambda item: sum(item[1].values()))
     if sum(parts.values()) <= available:
         return None
@@ -75,15 +74,17 @@ def complaint(phases: dict[str, Parts], available: float, where: str) -> str | N
 
 
 def details(parts: Parts) -> str:
+    """Format each kind of memory in GB."""
     return ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in parts.items())
 
 
 def gigabytes(size: float) -> str:
+    """Format a number of bytes in GB."""
     return f"{size / 1e9:.3g} GB"
 
 
 def _kv_tokens(cfg: SearchConfig | RLConfig | EvalConfig) -> int:
-    """Columns of the key/value slots: engines/slots.py keeps up to twice the rows that run."""
+    """Return the columns of the key/value slots. engines/slots.py has up to twice the rows."""
     problems = cfg.rollout_batch_size if isinstance(cfg, RLConfig) else cfg.problems_in_flight
     samples = {RLConfig: "num_generations", SearchConfig: "simulations", EvalConfig: "num_samples"}
     plain = getattr(cfg, samples[type(cfg)])
@@ -93,17 +94,18 @@ def _kv_tokens(cfg: SearchConfig | RLConfig | EvalConfig) -> int:
 
 
 def head_size(model: Any) -> int:
+    """Return the width of an attention head."""
     return getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
 
 
 def _activations(
     model: Any, cfg: SFTConfig | RLConfig, compute: int, logits: tuple[int, int]
 ) -> float:
-    """Of one microbatch: what each layer saves (or its input alone), and the chunk of logits."""
+    """Return the bytes of one microbatch: tensors that layers save, and the chunk of logits."""
     tokens, width = cfg.max_tokens_per_microbatch, model.hidden_size
     heads = head_size(model) * (3 * model.num_attention_heads + 2 * model.num_key_value_heads)
-    # Norms normalise in float32, the rest is in the compute type. A gated MLP keeps two of its four
-    # tensors, or all while a checkpointed layer is computed again (learner/model.py).
+    # Norms use float32, other tensors the compute type. A gated MLP keeps two of its four tensors,
+    # or all of them while a checkpointed layer is computed again (learner/model.py).
     mlp = (4 if cfg.gradient_checkpointing else 2) * model.intermediate_size
     layer = compute * (mlp + heads + 4 * width) + 8 * width
     layers = model.num_hidden_layers * layer

@@ -1,9 +1,9 @@
-"""Self-contained HTML pages for what no tracker shows: search trees, and rollouts by segment.
+"""Write self-contained HTML pages of search trees and of rollouts, coloured by segment.
 
-Curves and tables are in report.md, and in TensorBoard, wandb or trackio. Data goes into the
-templates report.html and tree.html as JSON that cannot end its script element. Their scripts put
-every text on the page as text and never as markup: a model's output is only ever shown. A
-Content-Security-Policy in the pages forbids them to load anything from the network.
+Curves and tables are in report.md, and in TensorBoard, wandb or trackio. Data is inserted into the
+templates report.html and tree.html as JSON that cannot end its script element. The scripts of the
+pages insert every text as text and never as markup, so a model's output cannot act as code. A
+Content-Security-Policy forbids the pages to load anything from the network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tools.run_folder import Run
 
 TEMPLATES = Path(__file__).parent
 N_TREES = 40
-"""How many of a run's trees the report links."""
+"""Number of a run's trees that the report links."""
 
 
 def filled(template: str, data: Row) -> str:
@@ -49,7 +49,7 @@ def write_page(runs: Sequence[Run], out: Path, *, n_samples: int) -> None:
 
 
 def about(env: Row) -> str:
-    """Return where a run was made; env.json has more."""
+    """Return the commit, device and torch version of a run. env.json has more."""
     if not env:
         return "no env.json"
     commit = (env["commit"] or "no commit")[:10] + (" with changes" if env["modified"] else "")
@@ -57,7 +57,7 @@ def about(env: Row) -> str:
 
 
 def write_tree_pages(run: Run) -> list[Path]:
-    """Write a page beside every tree of a run, with the training rows that came from it."""
+    """Write a page beside every tree of a run, with the training rows made from it."""
     by_tree: dict[str, list[Row]] = {}
     for row in run.rows:
         if "steps" in row:

@@ -1,15 +1,15 @@
-"""A process reward model behind a URL: one local PRM for many clients.
+"""Serve a local process reward model (PRM) at a URL, for many clients.
 
     python tools/prm_serve.py --model FOLDER [--port 8008] [--prm_family qwen …]
 
 POST /get_reward with `{"input": "QUESTION Step 1: TEXT ки\\nStep 2: TEXT ки"}` returns
-`{"score": [0.9, 0.4]}`. Every error is JSON with a reason: 422 for a malformed request or a path
-that is too long, 413 for a body over the limit. FastAPI and uvicorn read and write in one event
-loop. The model scores in the event loop of a thread, so that concurrent requests share a batch and
-a long forward pass delays no connection.
+`{"score": [0.9, 0.4]}`. Every error is JSON with a reason. The status is 422 for a malformed
+request or a path that is too long, and 413 for a body over the limit. FastAPI and uvicorn read and
+write in one event loop. The model scores in the event loop of another thread. Concurrent requests
+therefore share a batch, and a long forward pass does not delay connections.
 
-The server binds to loopback by default because it has no authentication. It refuses web pages,
-which may otherwise reach a loopback address: they send an Origin or another content type.
+The server binds to loopback by default because it has no authentication. Web pages can reach a
+loopback address, so requests with an Origin or another content type are rejected.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from rftt.run.log import say
 from rftt.types import UserError
 
 IDLE_S = 60
-"""Time for a whole request, in seconds; slower connections are closed."""
+"""Time for a whole request, in seconds. Slower connections are closed."""
 SHUTDOWN_S = 10
 """Time for requests under way when the server is stopped, in seconds."""
 BACKLOG = 1024
-"""Connections that may wait to be accepted."""
+"""Number of connections that may wait to be accepted."""
 MAX_CHARS_PER_TOKEN = 8
-"""Bound on the length of a path before it is tokenized; mathematical text has three or four."""
+"""Bound on the characters per token before tokenization. Mathematical text has three or four."""
 PATH = "/get_reward"
 Score = Callable[[str, Sequence[str]], Awaitable[list[float]]]
 
@@ -54,14 +54,16 @@ Score = Callable[[str, Sequence[str]], Awaitable[list[float]]]
 
 
 def from_wire(text: str) -> tuple[str, list[str]]:
-    """Return question and steps of an official `input` in linear time.
+    """Return question and steps of an `input` in the official format, in linear time.
 
     Raises Unscored if `text` has another format.
     """
     *parts, rest = text.split(TAG)
     question, opener, first = parts[0].partition("Step 1:") if parts else ("", "", "")
     if not opener or rest.strip():
-        raise Unscored(f"input is not 'QUESTION Step 1: TEXT {TAG}', each step ended by {TAG!r}")
+        raise Unscored(
+            f"input must be 'QUESTION Step 1: TEXT {TAG}', with {TAG!r} at the end of each step"
+        )
     others = (part.lstrip().removeprefix(f"Step {n}:") for n, part in enumerate(parts[1:], 2))
     return question.rstrip(), [step.strip() for step in (first, *others)]
 
@@ -69,7 +71,7 @@ def from_wire(text: str) -> tuple[str, list[str]]:
 def parse(body: bytes, max_tokens: int) -> tuple[str, list[str]]:
     """Return question and steps of a request. Raises Unscored unless it can be scored.
 
-    Only work linear in the length of the body is done before the path is known to be short.
+    Before the length of the path is checked, all work is linear in the length of the body.
     """
     try:
         request = json.loads(body)
@@ -81,25 +83,25 @@ def parse(body: bytes, max_tokens: int) -> tuple[str, list[str]]:
     if len(text) > MAX_CHARS_PER_TOKEN * max_tokens:
         raise Unscored(
             f"path of {len(text)} characters; the limit is {MAX_CHARS_PER_TOKEN * max_tokens} "
-            f"for the {max_tokens} tokens that are read"
+            f"for {max_tokens} tokens"
         )
     try:
         text.encode()  # Half of a surrogate pair is valid JSON but not valid text.
     except UnicodeEncodeError as error:
         raise Unscored(str(error)) from error
     question, steps = from_wire(text)
-    if len(steps) > max_tokens:  # every step takes a token at least
-        raise Unscored(f"path of {len(steps)} steps; {max_tokens} tokens are read")
+    if len(steps) > max_tokens:  # every step has at least one token
+        raise Unscored(f"path of {len(steps)} steps; the limit is {max_tokens} tokens")
     return question, steps
 
 
 def refusal(status: int, detail: str) -> HTTPException:
-    """Return a JSON error after which the connection is closed: its body may not have been read."""
+    """Return a JSON error that closes the connection, because its body may be unread."""
     return HTTPException(status, detail, {"connection": "close"})
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the body. Raises HTTPException as soon as it is too long, slow or from a web page."""
+    """Return the body. Raises HTTPException if it is too long, too slow or from a web page."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if "origin" in request.headers:
         raise refusal(403, "requests from web pages are not accepted")
@@ -117,7 +119,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     except TimeoutError as error:
         raise refusal(408, f"the body did not arrive within {IDLE_S} s") from error
     except ClientDisconnect as error:
-        raise refusal(400, "the client has gone") from error
+        raise refusal(400, "the client has disconnected") from error
     return bytes(body)
 
 
@@ -125,7 +127,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def build_app(score: Score, *, max_body_bytes: int, max_tokens: int) -> FastAPI:
-    """Return the application, without FastAPI's pages about itself."""
+    """Return the application, without FastAPI's documentation pages."""
     app = FastAPI(openapi_url=None)
 
     @app.post(PATH)
@@ -171,7 +173,10 @@ def open_server(
 
 
 async def drop_idle(server: uvicorn.Server) -> None:
-    """Close connections that send no new request between two looks; uvicorn waits for ever."""
+    """Close idle connections regularly, because uvicorn itself never does.
+
+    A connection is idle if it sends no new request between two checks.
+    """
     before: set[object] = set()
     while True:
         await asyncio.sleep(IDLE_S)
@@ -184,19 +189,20 @@ async def drop_idle(server: uvicorn.Server) -> None:
 
 
 def serve(cfg: ServeConfig) -> None:
+    """Load the model and serve it until SIGINT or SIGTERM."""
     if cfg.prm_model_name_or_path is None:
-        raise UserError("serve needs --model FOLDER.")
+        raise UserError("prm_serve.py needs a model; add --model FOLDER.")
     from rftt.graders.prm_local import LocalPRM
 
     prm, loop = LocalPRM(cfg), asyncio.new_event_loop()
-    # One request is never longer than a batch: it would delay all others.
+    # A request must fit one batch, because a longer one would delay all others.
     prm.max_length = min(prm.max_length, cfg.prm_max_tokens_per_batch)
     server, listener = open_server(prm, loop, cfg, prm.max_length)
 
     def stop(_signal: int, _frame: object) -> None:
         server.should_exit = True
 
-    # uvicorn has handlers of its own, and raises the signal again for these when it has ended.
+    # uvicorn installs its own handlers. After its end it raises the signal again for these.
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, stop)
     if warning := loop.run_until_complete(ranking_warning(prm, cfg.prm_check_file)):
@@ -214,7 +220,7 @@ def serve(cfg: ServeConfig) -> None:
 
 
 def main() -> None:
-    """`--model FOLDER --port 8008`: the other scripts' `name=value`, with dashes."""
+    """Convert `--model FOLDER --port 8008` to `name=value`, and run the server."""
     words = sys.argv[1:]
     names = iter([word.removeprefix("--") for word in words])
     given = [word if "=" in word else f"{word}={next(names, '')}" for word in names]

@@ -1,14 +1,15 @@
-"""Train a process reward model on our own search trees, like Math-Shepherd (arXiv 2312.08935).
+"""Train a process reward model on the trees of search.py, like Math-Shepherd (arXiv 2312.08935).
 
     python tools/prm_train.py search_dir=outputs/tiny/search \\
         model_name_or_path=outputs/tiny/base output_dir=outputs/tiny/prm
 
 Labels need no annotator: a node's label is the share of right answers below it. Rows are the paths
-of the trees, where each node counts once, and the merged rows of data/sft.jsonl, because only these
-contain checks. The model is the instruct model with a two-class head at `<extra_0>`, saved in the
-layout of Qwen2.5-Math-PRM. It departs from Math-Shepherd in two points: labels are soft, and a
-path's answer is repeated as an output step, which prompted trees lack. Training is one process in
-float32.
+of the trees, where each node counts once. The merged rows of data/sft.jsonl are added, because only
+they contain checks. The model is the instruct model with a two-class head at `<extra_0>`, saved in
+the layout of Qwen2.5-Math-PRM.
+
+Two points differ from Math-Shepherd. Labels are soft, and a path's answer is repeated as an output
+step, which prompted trees lack. Training is one process in float32.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rftt.run.files import read_jsonl, write_json
 from rftt.types import UserError
 
 Labelled = tuple[str, list[str], list[float | None]]
-"""Question, steps, and per step the share of right answers below; None: counted elsewhere."""
+"""(question, steps, share of right answers below each step). None: the step counts elsewhere."""
 
 
 @config_class
@@ -46,15 +47,15 @@ class PRMTrainConfig:
     output_dir: LocalPath
     """Folder that receives the model."""
     seed: Seed = 0
-    """Decides the head's first weights and the order of the rows."""
+    """Seed of the head's initial weights and of the order of the rows."""
     num_train_epochs: Count = 3
     """Passes over the rows."""
     learning_rate: Positive = 1e-3
-    """Peak learning rate; it falls to 0 along a cosine."""
+    """Peak learning rate, which falls to 0 along a cosine."""
     train_batch_size: Count = 32
     """Paths per optimizer step."""
     eval_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the problems that is held out for the AUC."""
+    """Share of the problems held out for the AUC."""
 
 
 def label_trees(search_dir: Path) -> list[list[Labelled]]:
@@ -94,7 +95,10 @@ def _paths(tree: dict[str, Any]) -> Iterator[Labelled]:
 
 
 def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
-    """Return the AUC: how often a right step outscores a wrong one; a tie counts half."""
+    """Return the AUC: the share of (right, wrong) pairs in which the right step scores higher.
+
+    A tie counts half. Raises UserError if the steps are all right or all wrong.
+    """
     ranked = sorted(zip(scores, right, strict=True))
     place, total = 0, 0.0
     while place < len(ranked):
@@ -106,11 +110,15 @@ def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
     n_right = sum(right)
     n_wrong = len(ranked) - n_right
     if not n_right or not n_wrong:
-        raise UserError("the held-out steps are all right or all wrong; hold out more problems.")
+        raise UserError(
+            f"the held-out steps must include right and wrong ones, got {n_right} right and "
+            f"{n_wrong} wrong; raise eval_ratio."
+        )
     return (total - n_right * (n_right + 1) / 2) / (n_right * n_wrong)
 
 
 def main(cfg: PRMTrainConfig) -> None:
+    """Train the model, write it to output_dir, and write its held-out AUC to heldout.json."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModel
@@ -146,7 +154,7 @@ def main(cfg: PRMTrainConfig) -> None:
 
 
 def _train(cfg: PRMTrainConfig, model: Any, head: Any, examples: list[Any]) -> None:
-    """Return the cross-entropy against the share of right answers, at labelled marks."""
+    """Minimise the cross-entropy against the share of right answers at labelled marks."""
     import torch
     from torch.nn.functional import binary_cross_entropy_with_logits
     from torch.nn.utils.rnn import pad_sequence
@@ -154,7 +162,7 @@ def _train(cfg: PRMTrainConfig, model: Any, head: Any, examples: list[Any]) -> N
 
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.learning_rate, weight_decay=0.0)
-    examples.sort(key=lambda example: len(example[0]))  # paths of like length share a batch
+    examples.sort(key=lambda example: len(example[0]))  # batches of paths of similar length
     size = cfg.train_batch_size
     batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     n = cfg.num_train_epochs * len(batches)
@@ -183,7 +191,7 @@ def _train(cfg: PRMTrainConfig, model: Any, head: Any, examples: list[Any]) -> N
 
 
 def _judge(folder: Path, rows: list[Labelled]) -> dict[str, float]:
-    """Return the AUC of the steps of held-out problems, scored through the public interface."""
+    """Return the AUC of the steps of held-out problems, scored by LocalPRM as in a run."""
     from rftt.graders.prm import score_paths
     from rftt.graders.prm_local import LocalPRM
 

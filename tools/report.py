@@ -1,12 +1,12 @@
-"""report.md with plots/*.png, and report.html, of one run or of several side by side.
+"""Write report.md with plots/*.png, and report.html, for one run or for several side by side.
 
     python tools/report.py <run> [<run> …] [--out folder]
 
-Reads what the scripts left in their run directories (metrics.jsonl, eval/summary.json, stats.json,
-samples/, trees/) and changes none of it. report.md has the curves (the paper's four panels, the
-health of the learner, the acts, accuracy over search simulations) and the tables. report.html has
-the last rollouts with a colour per segment, and links to a page beside every search tree. What a
-run lacks is left out and named.
+Input is the content of run directories: metrics.jsonl, eval/summary.json, stats.json, samples/ and
+trees/. None of it is changed. report.md contains the tables and the curves: the paper's four
+panels, the health of the learner, the acts, and accuracy over search simulations. report.html
+contains the last rollouts with a colour per segment, and links to a page beside every search tree.
+Missing parts of a run are listed at the end.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 FINAL = tuple(key for panels in CURVES.values() for _, _, keys in panels for key in keys)
 N_SAMPLES = 4
-"""How many of a run's last rollouts are shown."""
+"""Number of a run's last rollouts that are shown."""
 
 
 def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
-    """Write `out`/report.html, report.md and plots/*.png; return the path of report.md."""
+    """Write `out`/report.html, report.md and plots/*.png. Return the path of report.md."""
     runs = [read_run(name, path) for name, path in run_dirs.items()]
     (out / "plots").mkdir(parents=True, exist_ok=True)
     lines = [f"# {', '.join(run_dirs)}", ""]
@@ -57,10 +57,11 @@ def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
     return report
 
 
-# ---- Tables: a run's cells by column; columns that no run has do not appear ----
+# ---- Tables: cells of a run by column. Columns that no run has are omitted. ----
 
 
 def training_cells(run: Run) -> dict[str, str]:
+    """Return the means of metrics over the first and over the last tenth of the steps."""
     cells = {"steps": str(len(run.metrics))} if run.metrics else {}
     for key in FINAL:
         values = run.series(key)[1]
@@ -71,6 +72,7 @@ def training_cells(run: Run) -> dict[str, str]:
 
 
 def evaluation_cells(run: Run) -> dict[str, str]:
+    """Return the accuracies of an evaluation with their intervals."""
     cells = {key: str(run.summary[key]) for key in ("set", "n") if key in run.summary}
     cells |= {k: interval(run.summary[k]) for k in ("greedy", "sampled") if run.summary.get(k)}
     for kind in ("pass@", "maj@", "best@"):
@@ -79,6 +81,7 @@ def evaluation_cells(run: Run) -> dict[str, str]:
 
 
 def stats_cells(run: Run) -> dict[str, str]:
+    """Return the counts of a search."""
     flat = run.stats | run.stats.get("counts", {})
     return {key: number(value) for key, value in flat.items() if isinstance(value, int | float)}
 
@@ -105,7 +108,7 @@ TABLES: dict[str, Callable[[Run], dict[str, str]]] = {
 
 
 def markdown_table(title: str, cells: Mapping[str, dict[str, str]]) -> list[str]:
-    """Return Markdown lines with one row per run; none if no run has a cell."""
+    """Return Markdown lines with one row per run, or [] if no run has a cell."""
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     if not columns:
         return []
@@ -145,7 +148,7 @@ def new_figure(n_panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def draw_curves(runs: Sequence[Run], panels: Sequence[Panel]) -> Figure | None:
-    """Draw metrics over steps, one colour per run; a panel's second key is dashed with dots."""
+    """Draw metrics over steps, one colour per run. A panel's second key is dashed with dots."""
     drawn = [p for p in panels if any(run.series(key)[0] for run in runs for key in p[2])]
     if not drawn:
         return None
@@ -163,7 +166,7 @@ def draw_curves(runs: Sequence[Run], panels: Sequence[Panel]) -> Figure | None:
 
 
 def draw_acts(runs: Sequence[Run]) -> Figure | None:
-    """Draw the share of each act among the rollouts' steps, stacked; white is outside segments."""
+    """Draw the stacked share of each act among the rollouts' steps. White is outside segments."""
     keys = [f"acts/{act}" for act in ACTS]
     rows_of = {run.name: [r for r in run.metrics if not r.keys().isdisjoint(keys)] for run in runs}
     drawn = [(name, rows) for name, rows in rows_of.items() if rows]
@@ -213,6 +216,7 @@ def draw_search(runs: Sequence[Run]) -> Figure | None:
 
 
 def main(argv: Sequence[str]) -> None:
+    """Write the report of the run directories on the command line and print its path."""
     parser = argparse.ArgumentParser("python tools/report.py")
     parser.add_argument("runs", nargs="+", type=Path, help="run directories")
     parser.add_argument("--out", type=Path, help="folder of report.md (default: the first run's)")

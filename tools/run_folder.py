@@ -1,4 +1,4 @@
-"""Read a run directory for the report, and list the panels that are drawn from it."""
+"""Read a run directory for the report, and define the panels of its figures."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CURVES: dict[str, tuple[Panel, ...]] = {
     ),
     "loss": (("Loss", "nats per token", ("loss", "eval_loss")),),
 }
-"""Figure -> panels (title, unit, keys of metrics.jsonl); a panel that no run has is left out."""
+"""Figure -> panels (title, unit, keys of metrics.jsonl). Panels without data are omitted."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Contents of one run directory; missing parts are empty."""
+    """Contents of one run directory. Missing parts are empty."""
 
     name: str
     path: Path
@@ -50,9 +50,9 @@ class Run:
 
 
 def read_run(name: str, path: Path) -> Run:
-    """Read a run directory. Raise UserError if it does not exist."""
+    """Read a run directory. Raises UserError if it does not exist."""
     if not path.is_dir():
-        raise UserError(f"run directory {path} does not exist.")
+        raise UserError(f"run directory {path} does not exist; check the path.")
     samples = max(path.glob("samples/step_*.jsonl"), default=path / "none")
     return Run(
         name=name,
@@ -73,10 +73,12 @@ def whole_rows(path: Path) -> list[Row]:
 
 
 def read_json(path: Path) -> Row:
+    """Return the value of a JSON file, or {} if the file does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def missing(run: Run) -> str:
+    """Return the names of the parts that a run lacks."""
     parts = {"metrics.jsonl": run.metrics, "eval/summary.json": run.summary}
     parts |= {"stats.json": run.stats, "samples/": run.samples}
     return ", ".join(part for part, content in parts.items() if not content) or "nothing"

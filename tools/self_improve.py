@@ -1,13 +1,14 @@
-"""The self-improvement loop of ms-swift's RFT: generate, score, filter, train, evaluate, N times.
+"""Improve a model with its own samples: generate, score, filter, train, evaluate (ms-swift's RFT).
 
     python tools/self_improve.py configs/tiny/self_improve.yaml [key=value …] [train.loss=dpo …]
 
-A step is one of the other scripts in a process of its own, with its own config file and overrides:
-what they can do, the loop can. Every model is evaluated on a target set and on guard sets; the best
-on the target is kept unless a guard set has fallen too far. Writes iteration_<n>/<step>/ (0 is the
-base model's evaluation), table.md and best.json below output_dir. Interrupted anywhere, it goes on:
-finished steps are in steps.jsonl, a script begun continues by itself, and all that the loop decides
-is a function of the evaluations. Models are named, never deleted.
+Each step runs one of the other scripts in its own process, with its own config file and overrides.
+Every model is evaluated on a target set and on guard sets. The best one on the target set is kept
+unless a guard set has dropped too far. Models are never deleted. Output is iteration_<n>/<step>/
+(0 is the evaluation of the base model), table.md and best.json in output_dir.
+
+An interrupted loop continues: finished steps are in steps.jsonl, an unfinished script resumes by
+itself, and all decisions of the loop depend on the evaluations only.
 """
 
 from __future__ import annotations
@@ -52,41 +53,44 @@ class LoopConfig:
     """tools/self_improve.py: generate, score, filter, train, evaluate, N times (ms-swift's RFT)."""
 
     output_dir: Runtime[LocalPath]
-    """Run directory; every step has a folder of its own below it."""
+    """Run directory with one folder per step."""
     model_name_or_path: LocalPath
-    """The base model: where the first iteration begins."""
+    """Base model, with which the first iteration starts."""
     seed: Seed = 0
-    """Iteration n samples and trains with seed + n, unless a step sets its own."""
+    """Seed. Iteration n samples and trains with seed + n, unless a step sets another one."""
     iterations: Runtime[Count] = 3
-    """Rounds of generating and training; a finished loop may be continued with more."""
+    """Number of iterations. A finished loop may be continued with more."""
     iterate_from: Literal["base", "last", "last_full_state"] = "base"
-    """What is trained: the base anew, the last model, or that with its optimizer's moments. What
-    generates is always the last model (ms-swift's RFT)."""
+    """Model to train: the base model, the last model, or the last model with its optimizer's
+    moments. The last model always generates (ms-swift's RFT)."""
     search: dict[str, Any]
-    """Keys of search.py, with `config` naming its file. In every step any number may be an
-    expression of iter, the number of finished iterations: `temperature: 0.7 + 0.1*iter`."""
+    """Keys of search.py. `config` names its file. In every step a number may be an expression of
+    iter, the number of finished iterations: `temperature: 0.7 + 0.1*iter`."""
     train: dict[str, Any]
     """Keys of train_sft.py."""
     evaluate: dict[str, Any]
     """Keys of evaluate.py."""
     target_file: LocalPath
-    """Problems whose accuracy decides which model is best."""
+    """Problems whose accuracy decides which model is the best."""
     guard_files: list[LocalPath] = field(default_factory=list)
-    """Problems of other kinds, on which training should cost nothing."""
+    """Problems of other kinds, whose accuracy should not drop."""
     metric: Literal["greedy", "sampled"] = "greedy"
-    """Accuracy of the likeliest response, or the mean over num_samples samples."""
+    """Accuracy of the greedy response, or the mean over num_samples samples."""
     guard_max_drop: Share = 0.02
-    """A model more than this share below the base on any guard set is not kept as the best."""
+    """Largest drop below the base model on a guard set with which a model may be the best."""
     on_guard_drop: Literal["warn", "stop", "roll_back"] = "warn"
-    """And then: go on from it, end the loop, or go on from the best model so far."""
+    """Reaction to a larger drop: continue from this model, end the loop, or continue from the best
+    model so far."""
     launch: list[str] = field(default_factory=list)
-    """What starts each script instead of python, such as [torchrun, --nproc_per_node, "8"]."""
+    """Command that replaces python for each script, such as [torchrun, --nproc_per_node, "8"]."""
 
     @model_validator(mode="after")
     def _distinct_names(self) -> Self:
         names = [Path(file).stem for file in (self.target_file, *self.guard_files)]
         if len(names) > len(set(names)):
-            raise UserError(f"target_file and guard_files need distinct names, not {names}.")
+            raise UserError(
+                f"target_file and guard_files must have distinct names, got {names}; rename a file."
+            )
         return self
 
 
@@ -95,27 +99,28 @@ STEPS: dict[str, tuple[str, type, tuple[str, ...]]] = {
     "train": ("train_sft.py", SFTConfig, ("train_file", "initial_state")),
     "evaluate": ("evaluate.py", EvalConfig, ("eval_file",)),
 }
-"""Step, as LoopConfig names it -> its script, what that reads, and the files that the loop sets."""
+"""Name of a step in LoopConfig -> its script, its config class, and the keys that the loop sets."""
 NUMBERS = (int, float, int | None, float | None)
 Run = Callable[[int, str, str, dict[str, Any]], Path]
-"""(iteration, step, name of its folder, keys that the loop sets) -> its folder, work done."""
+"""(iteration, step, name of its folder, keys that the loop sets) -> its folder, after its end."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """A model and its accuracy: of iteration 1, 2, … or, as 0, of the base."""
+    """The model of an iteration and its accuracies. Iteration 0 is the base model."""
 
     iteration: int
     model: str
     state: str | None
-    """Its last checkpoint: what `iterate_from: last_full_state` goes on from."""
+    """Last checkpoint of its training, from which `iterate_from: last_full_state` continues."""
     rows: int
-    """Training rows it has seen in its iteration."""
+    """Number of training rows of its iteration."""
     scores: dict[str, list[float]]
     """set -> accuracy on each of its problems, in the order of their ids."""
 
 
 def main(cfg: LoopConfig) -> None:
+    """Run all iterations that are not finished, and write table.md and best.json after each."""
     from rftt.run.log import RunLog, say
 
     out = Path(cfg.output_dir)
@@ -123,11 +128,12 @@ def main(cfg: LoopConfig) -> None:
     check_steps(cfg)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as lock:
-        # Steps inherit it: one that has outlived a killed loop is waited for, not started twice.
+        # Steps inherit the lock. If a step outlives a killed loop, the next loop waits for it and
+        # does not start it twice.
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for what still runs in {out}")
+            say(f"waiting for a step that still runs in {out}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         log = RunLog(out, asdict(cfg), enabled=True)
         done = Journal(out / "steps.jsonl")
@@ -142,7 +148,10 @@ def main(cfg: LoopConfig) -> None:
                 command = [*(cfg.launch or [sys.executable]), str(script), *own]
                 code = subprocess.run(command, pass_fds=[lock.fileno()]).returncode
                 if code:
-                    raise UserError(f"iteration {n}: {name} ended with code {code}; see above.")
+                    raise UserError(
+                        f"iteration {n}: {name} ended with code {code}; correct the error above "
+                        "and start the loop again."
+                    )
                 done.append(row)
             return folder
 
@@ -163,7 +172,7 @@ def main(cfg: LoopConfig) -> None:
 
 
 def iterate(cfg: LoopConfig, run: Run, n: int, rounds: list[Round]) -> Round:
-    """One iteration after those in `rounds`; 0 only evaluates the base model."""
+    """Run iteration n after those in `rounds`. Iteration 0 only evaluates the base model."""
     model, state, n_rows = cfg.model_name_or_path, None, 0
     if n:
         rolled = cfg.on_guard_drop == "roll_back" and fallen_guards(cfg, rounds[0], rounds[-1])
@@ -183,7 +192,7 @@ def iterate(cfg: LoopConfig, run: Run, n: int, rounds: list[Round]) -> Round:
         name = name_of(file)
         folder = run(n, "evaluate", f"eval-{name}", chosen)
         rows = [row for _, row in read_jsonl(folder / "eval" / f"{name}.jsonl")]
-        rows.sort(key=lambda row: row["id"])  # they were written as they finished
+        rows.sort(key=lambda row: row["id"])  # the file is in order of completion
         if cfg.metric == "greedy":
             scores[name] = [float(row["greedy"]["correct"]) for row in rows]
         else:
@@ -195,12 +204,15 @@ def iterate(cfg: LoopConfig, run: Run, n: int, rounds: list[Round]) -> Round:
 
 
 def own_keys(cfg: LoopConfig, step: str) -> dict[str, Any]:
+    """Return the keys that the user has set for a step."""
     return {"search": cfg.search, "train": cfg.train, "evaluate": cfg.evaluate}[step]
 
 
 def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> list[str]:
-    """Return the command line of a step in iteration n: its file, its keys with expressions
-    evaluated, and what the loop itself sets."""
+    """Return the arguments of a step in iteration n: config file, keys, and keys of the loop.
+
+    Expressions are evaluated.
+    """
     hints = typing.get_type_hints(STEPS[step][1])
     keys: dict[str, Any] = {"seed": cfg.seed + (n if step != "evaluate" else 0)}
     keys |= own_keys(cfg, step) | chosen
@@ -214,11 +226,11 @@ def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> lis
 
 
 def settings(cfg: LoopConfig, step: str, n: int) -> Any:
-    """Return a step of iteration n as its script reads it, without the keys that the loop sets."""
+    """Return the checked config of a step in iteration n, with dummies for keys of the loop."""
     _, schema, files = STEPS[step]
     ours = dict.fromkeys(("output_dir", "model_name_or_path", *files), "-")
     if both := ours.keys() & own_keys(cfg, step).keys():
-        raise UserError(f"{step}.{min(both)}: the loop itself sets it; leave it out.")
+        raise UserError(f"{step}.{min(both)} must not be set, because the loop sets it; remove it.")
     try:
         return load_config(schema, arguments(cfg, step, n, ours))
     except UserError as error:
@@ -226,17 +238,17 @@ def settings(cfg: LoopConfig, step: str, n: int) -> Any:
 
 
 def check_steps(cfg: LoopConfig) -> None:
-    """Read every step of every iteration, before hours are spent on it."""
+    """Check the config of every step in every iteration, before the first one starts."""
     for n in range(1, cfg.iterations + 1):
         found = {step: settings(cfg, step, n) for step in STEPS}
         if cfg.metric == "sampled" and found["evaluate"].num_samples == 0:
-            raise UserError("metric=sampled needs evaluate.num_samples of at least 1.")
+            raise UserError("metric=sampled needs evaluate.num_samples of at least 1, got 0.")
 
 
 # ---- Numbers that change from one iteration to the next ----
 
 MAX_LENGTH, MAX_VALUE, MAX_EXPONENT = 100, 1e15, 64
-"""Characters of an expression, size of every intermediate value, exponent of **."""
+"""Bounds on the characters of an expression, on every intermediate value, and on exponents."""
 OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -250,9 +262,9 @@ FUNCTIONS: dict[str, Callable[[list[Any]], Any]] = {"min": min, "max": max}
 
 
 def value_at(key: str, text: str, iteration: int) -> float:
-    """Return the value of the expression `text`, set for `key`, when `iter` is `iteration`.
+    """Return the value of the expression `text` for `key`, with `iter` equal to `iteration`.
 
-    Nothing is executed: the parsed text is walked, and all bounds above hold on the way.
+    The text is parsed and evaluated within the bounds above, and never executed as code.
     """
     try:
         if len(text) > MAX_LENGTH:
@@ -292,26 +304,31 @@ def _value(node: ast.expr, iteration: int) -> Any:
     return result
 
 
-# ---- What is kept, and what is shown ----
+# ---- The best model and the table ----
 
 
 def fallen_guards(cfg: LoopConfig, base: Round, now: Round) -> list[str]:
-    """Guard sets on which `now` is more than guard_max_drop below the base model."""
+    """Return the guard sets on which `now` is more than guard_max_drop below the base model."""
     names = [Path(file).stem for file in cfg.guard_files]
     lost = {name: fmean(base.scores[name]) - fmean(now.scores[name]) for name in names}
-    rounding = 1e-9  # 270 right of 300, then 264, is a drop of 0.02 and not of more
+    rounding = 1e-9  # 270 of 300, then 264, is a drop of exactly 0.02, which is allowed
     return [name for name in names if lost[name] > cfg.guard_max_drop + rounding]
 
 
 def best_of(cfg: LoopConfig, rounds: list[Round]) -> Round:
-    """The best on the target set among those whose guard sets stand; the first of equals."""
+    """Return the best round on the target set whose guard sets have not dropped too far.
+
+    Among equals it is the first one.
+    """
     kept = [now for now in rounds if not fallen_guards(cfg, rounds[0], now)]
     return max(kept, key=lambda now: fmean(now.scores[Path(cfg.target_file).stem]))
 
 
 def rounds_table(cfg: LoopConfig, rounds: list[Round]) -> str:
-    """Markdown: accuracy of every model on every set, and its change since the base model, both in
-    per cent with 95 % bootstrap intervals over problems (the change: paired)."""
+    """Return a Markdown table of every model's accuracy and its change from the base model.
+
+    Both are in per cent with 95 % bootstrap intervals over problems. The change is paired.
+    """
 
     def figures(name: str, now: Round) -> str:
         scores, before = now.scores[name], rounds[0].scores[name]

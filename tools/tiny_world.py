@@ -1,10 +1,10 @@
-"""The embedded demo world: word problems, a tokenizer, and a Qwen2 model trained on the spot.
+"""Make the demo world: word problems, a tokenizer, and a Qwen2 model trained from scratch.
 
     python tools/tiny_world.py output_dir=outputs/tiny [seed=0] [train_steps=2500]
 
-writes `base/` (an ordinary Hugging Face folder), `train.jsonl`, `test.jsonl` and `guard.jsonl`. The
-model learns to reply to the prompts of rftt/prompts.py until it is an imperfect instruct model: it
-follows every instruction and makes mistakes of its own. No code in rftt/ depends on this world.
+This writes `base/` (a Hugging Face folder), `train.jsonl`, `test.jsonl` and `guard.jsonl`. The
+model is trained on replies to the prompts of rftt/prompts.py. It becomes an imperfect instruct
+model, which follows every instruction but makes mistakes. No code in rftt/ depends on this world.
 
 Acts differ in reliability, so that choosing among them matters (arXiv 2502.13389). `analysis` and
 `subquestion` spell sums out ("19*3=57"). `next_step` and `direct_answer` only name results, which
@@ -52,7 +52,7 @@ class TinyConfig:
     n_test: Count = 500
     """Held-out problems, which occur neither in train.jsonl nor in the base model's examples."""
     n_guard: Whole = 300
-    """Problems of another family, to measure what the model forgets."""
+    """Problems of another family, to measure forgetting."""
 
 
 # ---- Problems ----
@@ -67,12 +67,13 @@ MAX_OPERATIONS, MAX_VALUE, MAX_AMOUNT = 4, 99, 9
 
 @dataclass(frozen=True)
 class Change:
-    """One operation: `verb` as the question says it ("sells 3"), and its sum ("-3")."""
+    """One operation: `verb` as in the question ("sells 3"), and its arithmetic, `sum` ("-3")."""
 
     verb: str
     sum: str
 
     def apply(self, value: int) -> int:
+        """Return the quantity after this change."""
         return APPLY[self.sum[0]](value, int(self.sum[1:]))
 
 
@@ -87,6 +88,7 @@ class Tale:
 
     @property
     def question(self) -> str:
+        """Text of the problem."""
         told = ", ".join(change.verb for change in self.changes)
         return f"{self.name} has {self.start} {self.thing}, {told}. How many now?"
 
@@ -100,7 +102,10 @@ class Tale:
 
 
 def make_tale(rng: Random, seen: set[str]) -> Tale:
-    """Each verb once, values in 1 … MAX_VALUE, the answer unlike them, the question not `seen`."""
+    """Return a random problem whose question is not in `seen`.
+
+    Verbs are distinct, values are in 1 … MAX_VALUE, and no earlier value equals the answer.
+    """
     n = rng.randint(1, MAX_OPERATIONS)
     while True:
         verbs = rng.sample(list(VERBS), n)
@@ -126,15 +131,15 @@ def make_guard(rng: Random, seen: set[str]) -> tuple[str, str]:
 
 # ---- Replies ----
 
-Point = tuple[int, int]  # how many changes are done, and the value then
+Point = tuple[int, int]  # number of changes done, and the value after them
 SHARES = {"clarify": 1, "analysis": 3, "subquestion": 4, "next_step": 1, "direct_answer": 0.5}
-"""How often the model sees each act; terse acts are rare, so that it performs them badly."""
+"""Relative frequency of each act in the examples. Terse acts are rare, hence less reliable."""
 Slip = tuple[int, int]  # index of the wrong change, and its error
 Lines = list["Line"]
 
 
 class Line(NamedTuple):
-    """One reply, and where in the tale it begins and ends."""
+    """One reply, with the points of the tale at which it begins and ends."""
 
     act: str
     text: str
@@ -143,7 +148,7 @@ class Line(NamedTuple):
 
 
 def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> Line:
-    """Write a good solver's reply to `act` at `begin`; `slip` makes one of its results wrong."""
+    """Write a correct reply to `act` at `begin`. `slip` makes one of its results wrong."""
     (done, value), left = begin, len(tale.changes) - begin[0]
     reach = {"analysis": min(2, left - 1), "direct_answer": left}
     reach |= dict.fromkeys(("subquestion", "next_step"), min(1, left))
@@ -173,7 +178,7 @@ def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> 
 
 
 def write_path(tale: Tale, at: Point, act: str | None, rng: Random, slip: Slip | None) -> Lines:
-    """Walk at random through phase 1's allowed acts from `at`, after `act`, to a boxed answer."""
+    """Write a random path of phase 1's allowed acts from `at`, after `act`, to a boxed answer."""
     lines: Lines = []
     while not (lines and "\\boxed" in lines[-1].text):
         (act,) = rng.choices(acts := successors(act, "prompted"), [SHARES[a] for a in acts])
@@ -183,11 +188,15 @@ def write_path(tale: Tale, at: Point, act: str | None, rng: Random, slip: Slip |
 
 
 def text_of(lines: Lines) -> str:
+    """Return the replies as text, one per line."""
     return "\n".join(line.text for line in lines)
 
 
 def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
-    """Spell the changes out from `begin` to the wrong one, without the last result."""
+    """Write a check that spells out the changes from `begin` to the wrong one.
+
+    The last result is omitted, so that the check does not contain the answer.
+    """
     value, sums = begin[1], []
     for change in tale.changes[begin[0] : slip[0] + 1]:
         sums.append(f"{value}{change.sum}={(value := change.apply(value))}")
@@ -203,18 +212,20 @@ PAIRS = {"act": 68, "plain": 2, "verify": 12, "refine": 4, "output": 3, "guard":
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
 SO_FAR = ask("output", "", "\0")[0]["content"].split("\0")[0]
 """Heading of the solution so far."""
-IGNORED, BATCH = -100, 24  # label of tokens that are not learnt; pairs per optimizer step
+IGNORED, BATCH = -100, 24  # label of tokens without loss, and pairs per optimizer step
 
 
 class Pair(NamedTuple):
+    """One training example of the base model: a prompt and its reply."""
+
     messages: Messages
     reply: str
     sound: bool = False
-    """The solution so far is right, so it is learnt as well as the reply."""
+    """Whether the solution so far is right, so that it is trained on like the reply."""
 
 
 def make_pair(rng: Random, seen: set[str]) -> Pair:
-    """Make one training example of the base model; questions in `seen` are not used."""
+    """Make one training example of the base model. Questions in `seen` are not used."""
     tale = make_tale(rng, seen)
     question, root = tale.question, (0, tale.start)
     (kind,) = rng.choices(list(PAIRS), list(PAIRS.values()))
@@ -255,8 +266,8 @@ PAD, END = "<|pad|>", "<|end|>"
 def build_tokenizer() -> PreTrainedTokenizerBase:
     """Build Qwen2's tokenizer over bytes, plus one entry for every phrase of this world.
 
-    Phrases keep sequences short; digits are never merged; any other text falls back to bytes. It is
-    Qwen2's own class because AutoTokenizer opens no other for a Qwen2 folder.
+    Phrases keep sequences short, digits are never merged, and other text is encoded as bytes. The
+    class is Qwen2's, because AutoTokenizer uses no other one for a Qwen2 folder.
     """
     from tokenizers import pre_tokenizers
     from transformers import AddedToken, Qwen2Tokenizer
@@ -347,8 +358,8 @@ def train_model(
 class Muon(torch.optim.Optimizer):
     """Muon in float32 for 2-D matrices (Jordan 2024, kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon orthogonalizes in bfloat16. A CPU without bfloat16 instructions emulates that,
-    and one of its steps then takes 0.51 s instead of 0.026 s.
+    torch.optim.Muon orthogonalizes in bfloat16. A CPU without bfloat16 instructions emulates it, so
+    that a step takes 0.51 s instead of 0.026 s.
     """
 
     def __init__(self, matrices: Sequence[Tensor], lr: float) -> None:
@@ -387,7 +398,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 def _batches(
     config: TinyConfig, tokenizer: PreTrainedTokenizerBase, pairs: Iterator[Pair]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (ids, labels), both (BATCH, T), right-padded; pairs of like length together."""
+    """Yield (ids, labels), both (BATCH, T) and right-padded, with pairs of similar length."""
     from torch.nn.utils.rnn import pad_sequence
 
     rng, pad = Random(config.seed), tokenizer.get_vocab()[PAD]
@@ -416,9 +427,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], 
 
 
 def main(config: TinyConfig) -> None:
+    """Write the problem files, train the base model and write it last."""
     folder, rng, seen = Path(config.output_dir), Random(config.seed), set[str]()
-    if (folder / "base").exists():  # its problem files belong to it
-        raise UserError(f"{folder}/base exists; remove it or use another output_dir.")
+    if (folder / "base").exists():  # new problem files would not fit the existing model
+        raise UserError(f"{folder}/base already exists; remove it or use another output_dir.")
     for name, n in (("test", config.n_test), ("train", config.n_train)):
         rows = []
         for i in range(n):

@@ -1,7 +1,7 @@
-"""The interface of a sampling engine: token ids in, token ids out, awaited.
+"""Define the interface of a sampling engine: token ids in, token ids out, asynchronously.
 
-Text, problems and trees are unknown to an engine. Thousands of coroutines may await `generate` at
-once. Batching happens inside the engine and nowhere else.
+An engine does not depend on text, problems or trees. Thousands of coroutines may await `generate`
+at once. Only the engine forms batches.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request is sampled. RL keeps top_p = 1: its log-probs must be the policy's own."""
+    """Settings of one request. RL requires top_p = 1, so that log-probs are the policy's own."""
 
     max_tokens: int
     temperature: float = 1.0
-    """0 is greedy; log-probs are then those of temperature 1."""
+    """0 means greedy decoding, with the log-probs of temperature 1."""
     top_p: float = 1.0
     seed: int = 0
-    """Makes the request's tokens independent of the batch it happens to share (`seed_for`)."""
+    """Seed of this request (`seed_for`): its tokens do not depend on others in its batch."""
     stop_ids: tuple[int, ...] = ()
-    """Generation ends with the first of these; it stays in `token_ids`."""
+    """Ids that end the generation. The first one found remains in `token_ids`."""
     banned_ids: tuple[int, ...] = ()
-    """Never sampled; log-probs are normalised over the other ids."""
+    """Ids that are never sampled. Log-probs are normalised over the other ids."""
     watch_ids: tuple[int, ...] = ()
     """Ids (the openers) whose log-probs are returned wherever a segment may begin."""
     watch_after: tuple[int, ...] = ()
@@ -46,65 +46,72 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply of the instruct model in phase 1: text, from an engine or from an API."""
+    """A text reply of the instruct model in phase 1, from an engine or an API."""
 
     text: str
     whole: bool
-    """False if cut off by max_tokens."""
+    """False if the reply was cut off by max_tokens."""
     n_prompt: int = 0
+    """Number of prompt tokens."""
     n_generated: int = 0
+    """Number of generated tokens."""
     cost: float = 0.0
     """Cost in the currency of the API's prices."""
     logprob: float | None = None
-    """log π of the whole text as it was sampled; None from an API."""
+    """log π of the whole text as it was sampled. None if the reply came from an API."""
 
     @property
     def tokens(self) -> int:
+        """Number of prompt and generated tokens."""
         return self.n_prompt + self.n_generated
 
 
 @dataclass
 class Counters:
-    """Running totals of one engine; take the difference of two `snapshot`s to measure a stretch."""
+    """Running totals of one engine. A difference of two copies measures the time between them."""
 
     requests: int = 0
     generated_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Prompt tokens that the prefix cache saved."""
+    """Prompt tokens that the prefix cache made unnecessary to compute."""
     steps: int = 0
-    """Forward passes that generated tokens: generated_tokens / steps is the mean batch."""
+    """Forward passes that generated tokens. generated_tokens / steps is the mean batch size."""
 
 
 class Engine(Protocol):
+    """A model that continues token ids, with weights that can be replaced."""
+
     counters: Counters
     max_model_len: int
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """Sample one continuation. Cancelling the awaiting task frees its place in the batch.
 
-        Raise UserError if prompt and max_tokens do not fit `max_model_len`: shortening a budget is
-        the caller's decision.
+        Raises UserError if prompt and max_tokens do not fit `max_model_len`. An engine never
+        shortens a request by itself.
         """
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> float:
         """Replace every weight by the learner's, streamed as (Hugging Face name, full tensor).
 
-        Drop cached prefixes, verify a checksum of all weights and return it. Must not be called
-        while requests run.
+        Cached prefixes are dropped, because they belong to the old weights. Returns the verified
+        checksum of all weights. Raises UserError while requests run or if the weights do not fit.
         """
         ...
 
     def sleep(self) -> None:
-        """Give the device's memory back to the learner, if the platform supports it."""
+        """Release the device's memory for the learner, if the platform supports it."""
         ...
 
     def wake(self) -> None:
-        """Take the memory again, before `load_weights`."""
+        """Allocate the memory again, before `load_weights`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release all resources. The engine cannot be used afterwards."""
+        ...
 
 
 def check_request(
@@ -114,18 +121,24 @@ def check_request(
     ids = (*prompt_ids, *sampling.stop_ids, *sampling.watch_ids, *sampling.watch_after)
     ids += sampling.banned_ids
     if not prompt_ids or sampling.max_tokens < 1:
-        raise UserError("an engine needs at least one prompt token and max_tokens of at least 1.")
+        raise UserError(
+            f"a request needs at least one prompt token and max_tokens of at least 1, got "
+            f"{len(prompt_ids)} and {sampling.max_tokens}."
+        )
     if len(prompt_ids) + sampling.max_tokens > max_model_len:
         raise UserError(
             f"prompt of {len(prompt_ids)} tokens + max_tokens={sampling.max_tokens} exceeds "
             f"max_model_len={max_model_len}; shorten one or raise the other."
         )
     if min(ids) < 0 or max(ids) >= n_tokens:
-        raise UserError(f"token id outside the tokenizer: {min(ids)} … {max(ids)} of {n_tokens}.")
+        raise UserError(
+            f"token ids must be from 0 to {n_tokens - 1}, got {min(ids)} … {max(ids)}; encode the "
+            "prompt with the tokenizer of this model."
+        )
 
 
 def checksum(tensor: Tensor) -> float:
-    """Return the sum of magnitudes in float64: cheap, deterministic, changed by a lost block."""
+    """Return the sum of magnitudes in float64. It is deterministic, and a lost block changes it."""
     import torch  # the interface itself does not need it
 
     return torch.linalg.vector_norm(tensor.detach(), 1, dtype=torch.float64).item()
@@ -134,10 +147,10 @@ def checksum(tensor: Tensor) -> float:
 async def for_each(
     items: Sequence[T], work: Callable[[T], Awaitable[R]], *, in_flight: int
 ) -> list[R]:
-    """Await `work` on every item, at most `in_flight` at once; results keep the order of the items.
+    """Await `work` on every item, at most `in_flight` at once. Results are in order of the items.
 
-    The first failure cancels the other tasks and is raised unchanged: a failed call never becomes
-    a value.
+    The first failure cancels the other tasks and is raised unchanged, so that a failed call never
+    becomes a value.
     """
     gate = asyncio.Semaphore(in_flight)
 

@@ -1,4 +1,4 @@
-"""From messages to ids and from ids to text, and the one callable that phase 1 needs: a `Chat`."""
+"""Convert messages to ids and ids to text, and provide a `Chat`, which phase 1 samples with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rftt.run.config import Common, SearchConfig
 
 Chat = Callable[[Messages, Sampling], Awaitable[Reply]]
-"""All that phase 1 asks of a model; the reply is empty where the messages leave no room for one."""
+"""The only interface of phase 1 to a model. The reply is empty if the messages leave no room."""
 
 
 # ---- Tokenizers ----
@@ -41,15 +41,15 @@ Chat = Callable[[Messages, Sampling], Awaitable[Reply]]
 def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, chat: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Raises UserError where there is none, or where `chat` needs a template that it lacks."""
+    """Load a tokenizer. Raises UserError if it is missing or, with `chat`, has no chat template."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model_name_or_path {path} is neither a folder with a tokenizer nor a hub model that "
-            f"can be reached ({str(error).splitlines()[0]})."
+            f"model_name_or_path must be a folder with a tokenizer or a reachable hub name, got "
+            f"{path!r} ({str(error).splitlines()[0]})."
         ) from error
     if chat:
         tokenizer.chat_template = single_template(tokenizer, None)
@@ -71,7 +71,7 @@ def open_tokenizer(cfg: Common) -> PreTrainedTokenizerBase:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Prompt ids up to where the reply begins: the one way from messages to ids.
+    """Return the prompt ids up to the start of the reply. Prompts are encoded only here.
 
     A user's text that reads like a control token stays text. Raises UserError where the template
     refuses the messages or doubles the BOS token.
@@ -96,8 +96,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
     bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
         raise UserError(
-            f"prompt starts with two BOS tokens; the chat template of {tokenizer.name_or_path} "
-            "already adds one: take the other out of it, or out of system_prompt."
+            f"a prompt must start with one BOS token, got two BOS tokens from the chat template of "
+            f"{tokenizer.name_or_path}; remove one from the template or from system_prompt."
         )
     return cast(list[int], list(ids))
 
@@ -105,13 +105,17 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
 def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special: bool = False
 ) -> str:
-    """The text of `ids`; functional tokens are not special and stay."""
+    """Return the text of `ids`. Functional tokens are not special tokens and remain."""
     return cast(str, tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the EOS token. Raises UserError if there is not exactly one."""
     if not isinstance(tokenizer.eos_token_id, int):
-        raise UserError(f"the tokenizer of {tokenizer.name_or_path} has no single EOS token.")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} must have one EOS token, got "
+            f"{tokenizer.eos_token_id!r}; set eos_token in its tokenizer_config.json."
+        )
     return tokenizer.eos_token_id
 
 
@@ -122,9 +126,10 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 async def open_chat(
     cfg: SearchConfig, tokenizer: PreTrainedTokenizerBase, ledger: Path, say: Callable[[str], None]
 ) -> AsyncIterator[Chat]:
-    """The instruct model of a search: an engine of our own, or an API with its `ledger`.
+    """Open the instruct model of a search: a local engine, or an API with its `ledger`.
 
-    The API's model has another tokenizer; `max_model_len` is held by the count of ours.
+    The API's model has another tokenizer. `max_model_len` is therefore enforced with the token
+    counts of the local one.
     """
     if cfg.engine != "api":
         engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
@@ -151,7 +156,7 @@ async def open_chat(
 async def engine_chat(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, messages: Messages, sampling: Sampling
 ) -> Reply:
-    """A `Chat` with a local model."""
+    """Return the reply of a local model. With its first two arguments bound it is a `Chat`."""
     prompt, stop = encode_chat(tokenizer, messages), (eos_id(tokenizer),)
     room = engine.max_model_len - len(prompt)
     if room <= 0:

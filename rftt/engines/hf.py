@@ -1,7 +1,7 @@
-"""Sampling with plain transformers forwards: continuous batching on any device, nothing to install.
+"""Sample with plain transformers forward passes: continuous batching on any device.
 
 Each step (loop.py) admits waiting requests, decodes one token for every running row (slots.py) and
-retires the finished ones.
+retires the finished rows. No package beyond transformers is needed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rftt.engines.base import EngineConfig
 
 PREFILL_TOKENS = 16_384
-"""Padded prompt tokens of one prefill forward; bounds its memory."""
+"""Padded prompt tokens of one prefill pass. This bounds its memory."""
 ADMIT_SHARE = 4
-"""Prefill once the waiting requests are 1/4 of the running ones: a prefill costs about a step."""
+"""Prefill once the waiting requests are 1/4 of the running ones, because it costs about a step."""
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class _Request:
 
 
 class HFEngine:
-    """Engine protocol (base.py) over one transformers causal LM."""
+    """Implementation of base.Engine with one transformers causal LM."""
 
     def __init__(self, cfg: EngineConfig, model_path: str, n_tokens: int) -> None:
         self.model = load_model(cfg, model_path)
@@ -99,7 +99,7 @@ class HFEngine:
             self._running += chunk
 
     def _retire(self, slots: list[int]) -> None:
-        """Resolve the requests in `slots`, unless they were cancelled, and free their slots."""
+        """Return results for the requests in `slots` that are not cancelled, and free the slots."""
         if not slots:
             return
         for slot, (ids, logprobs) in zip(slots, self._slots.outputs(slots), strict=True):
@@ -121,18 +121,21 @@ class HFEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> float:
         """See base.Engine. A tied parameter may come under either name or both."""
         if self._loop.pending:
-            raise UserError("load_weights while requests run: await them first.")
+            raise UserError("load_weights must not be called while requests run; await them first.")
         self._slots.forget()
         own = dict(self.model.named_parameters(remove_duplicate=False))
         missing = {id(parameter): name for name, parameter in own.items()}
         for name, tensor in weights:
             parameter = own.get(name)
             if parameter is None:
-                raise UserError(f"load_weights: the engine's model has no parameter {name}.")
+                raise UserError(
+                    f"load_weights: the engine's model has no parameter {name}; use one "
+                    "model_name_or_path for engine and learner."
+                )
             if parameter.shape != tensor.shape:
                 raise UserError(
                     f"load_weights: {name} is {tuple(tensor.shape)} in the learner but "
-                    f"{tuple(parameter.shape)} in the engine."
+                    f"{tuple(parameter.shape)} in the engine; use one model_name_or_path for both."
                 )
             parameter.data.copy_(tensor)
             if checksum(parameter.data) != checksum(tensor.to(parameter.data)):
@@ -140,17 +143,18 @@ class HFEngine:
             missing.pop(id(parameter), None)
         if missing:
             raise UserError(
-                f"load_weights: {', '.join(sorted(missing.values()))} never came: the engine is a "
-                "step behind; is model_name_or_path one model for both?"
+                f"load_weights: {', '.join(sorted(missing.values()))} never came, so the engine "
+                "keeps old weights; use one model_name_or_path for engine and learner."
             )
         return sum(map(checksum, self.model.parameters()))
 
     def sleep(self) -> None:
-        """Drop the key/value slots; the next request allocates them again."""
+        """Free the key/value slots. The next request allocates them again."""
         self._slots.drop()
 
     def wake(self) -> None:
-        """Do nothing: the weights never left."""
+        """Do nothing, because `sleep` keeps the weights."""
 
     def close(self) -> None:
+        """See base.Engine."""
         self._slots.drop()

@@ -1,4 +1,4 @@
-"""A transport for servers that are not trusted: bounded replies, bounded time, a named proxy."""
+"""Transport requests to untrusted servers: replies and times are bounded, a proxy is named."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import httpx2
 CONNECT_S = 30.0
 """Time to connect, in seconds."""
 MAX_REPLY_BYTES = 16 << 20
-"""Size of a reply; longer ones are errors."""
+"""Maximum size of a reply. A longer one is an error."""
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Statuses after which a server may succeed later and has billed nothing."""
+"""HTTP statuses after which a retry may succeed. The failed attempt was not billed."""
 
 
 class Bounded(httpx2.AsyncBaseTransport):
-    """Reads every reply whole, within `deadline_s` and MAX_REPLY_BYTES.
+    """A transport that reads each reply completely, within `deadline_s` and MAX_REPLY_BYTES.
 
-    Neither dripped bytes nor an endless or compressed body get around these bounds.
+    The bounds also hold for slow, endless and compressed bodies.
     """
 
     def __init__(self, url: str, *, deadline_s: float, max_connections: int) -> None:
@@ -36,7 +36,8 @@ class Bounded(httpx2.AsyncBaseTransport):
         """Send `request` and return its reply. Raises httpx2.TransportError only."""
         request.headers["accept-encoding"] = "identity"
         connect_s = min(CONNECT_S, self._deadline_s / 2)
-        request.extensions["timeout"] = {"connect": connect_s}  # all else: the deadline
+        # Only connecting has its own limit. The deadline below covers everything else.
+        request.extensions["timeout"] = {"connect": connect_s}
         body = bytearray()
         try:
             async with asyncio.timeout(self._deadline_s):
@@ -58,11 +59,12 @@ class Bounded(httpx2.AsyncBaseTransport):
         )
 
     async def aclose(self) -> None:
+        """Close all connections."""
         await self._inner.aclose()
 
 
 def proxy_of(url: str) -> str | None:
-    """Return the proxy that the environment names for `url`; None for a loopback address."""
+    """Return the environment's proxy for `url`, or None. A loopback address never uses one."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     if is_loopback(host) or proxy_bypass(host):

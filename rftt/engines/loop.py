@@ -1,5 +1,6 @@
-"""The one asyncio task in which a local engine works. No threads and no clock: the same requests,
-submitted in the same order, make the same batches.
+"""Run a local engine in a single asyncio task.
+
+Without threads and clocks, equal requests in the same order always form the same batches.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 
 class StepLoop:
-    """Calls `step` as long as a request is pending, letting coroutines submit between two steps."""
+    """A task that calls `step` while a request is pending. Coroutines may submit in between."""
 
     def __init__(self, step: Callable[[], None], reset: Callable[[], None]) -> None:
         self.pending: set[asyncio.Future[Any]] = set()
@@ -18,7 +19,7 @@ class StepLoop:
         self._task: asyncio.Task[None] | None = None
 
     def submit(self) -> asyncio.Future[Any]:
-        """A future for `step` to resolve. Starts the task where this event loop has none."""
+        """Return a future that `step` resolves. Start the task if this event loop has none."""
         loop = asyncio.get_running_loop()
         if self._task is not None and self._task.done():
             self._release(self._task)
@@ -40,8 +41,8 @@ class StepLoop:
             await asyncio.sleep(0)
 
     def _release(self, task: asyncio.Task[None]) -> None:
-        """Resolve every waiting request, however the task ended."""
-        if task is not self._task:  # `submit` was here before this callback
+        """End every waiting request with the task's error or, without one, by cancelling it."""
+        if task is not self._task:  # `submit` has already released this task
             return
         error = None if task.cancelled() else task.exception()
         waiting = [future for future in self.pending if not future.done()]

@@ -1,14 +1,15 @@
-"""Any OpenAI-compatible URL as the instruct model of a prompted search: messages in, text out.
+"""Use an OpenAI-compatible URL as the instruct model of a prompted search: messages in, text out.
 
-This is not an Engine: such servers return text and hide token ids, so only phase 1 (distilling from
-a bigger model) can use one. The `openai` client retries and waits. The ledger and the budget are
-ours, and they sit in the transport, which sees every attempt:
+This is not an Engine. Such servers return text without token ids, so only phase 1 (distilling from
+a bigger model) can use one. The `openai` client retries and waits. The ledger and the budget belong
+to this module. They are part of the transport, because it handles every attempt:
 
-1. A reply is on disk before it is used, and requests under way are awaited when a run stops. The
-   same command therefore pays for nothing twice.
-2. The budget is hard. A request waits, or fails, while its worst case does not fit. An attempt
-   without a reply is booked at its worst case, and so is a reply with an implausible usage.
-3. The key and the body are all that is sent: the client's own headers come from the environment.
+1. A reply is written to disk before it is used. When a run stops, requests under way are awaited.
+   The same command therefore never pays twice for a reply.
+2. The budget is a hard limit. A request waits, or fails, while its worst case does not fit. An
+   attempt without a reply, or with an implausible usage, is booked at its worst case.
+3. Only the key and the body are sent. Other headers of the client come from the environment and are
+   dropped.
 """
 
 from __future__ import annotations
@@ -37,23 +38,25 @@ from rftt.types import UserError
 try:
     import openai
 except ModuleNotFoundError:
-    raise UserError("engine=api needs the client: pip install -r requirements-api.txt") from None
+    raise UserError(
+        "engine=api needs the package openai; pip install -r requirements-api.txt."
+    ) from None
 
 if TYPE_CHECKING:
     from rftt.run.config import Api
 
 MESSAGE_OVERHEAD = 64
-"""Tokens that a chat template may add to one message; generous, for the worst case."""
+"""Upper bound on the tokens that a chat template adds to one message."""
 PLAUSIBLE = 16
-"""A usage up to this multiple of the worst case is believed: servers add prompts of their own."""
+"""A usage up to this multiple of the worst case is accepted: servers add their own prompts."""
 FINISHED = frozenset({"stop", "eos", "eos_token", "stop_sequence", "end_turn"})
-"""Finish reasons of a whole reply; the others cut it off or keep it back."""
+"""Finish reasons of a complete reply. Others mean that it was cut off or withheld."""
 
 UNSENT = (
     *(httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError),
     *(httpx2.UnsupportedProtocol, httpx2.LocalProtocolError),
 )
-"""Failures before a request has left this machine: nothing is billed."""
+"""Failures before a request leaves this machine. They are not billed."""
 
 
 @dataclass
@@ -62,13 +65,14 @@ class Spending:
 
     requests: int = 0
     unanswered: int = 0
-    """Requests that may have been served and billed; they count with their worst case."""
+    """Requests without a reply that the server may have billed. Their worst case is booked."""
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cost: float = 0.0
 
     @property
     def tokens(self) -> int:
+        """Number of prompt and generated tokens."""
         return self.prompt_tokens + self.generated_tokens
 
     def __str__(self) -> str:
@@ -80,10 +84,12 @@ class Spending:
 
 @dataclass(frozen=True)
 class Order:
-    """What the transport must know of the request that the client sends."""
+    """Data about a request that the transport needs and the client does not pass on."""
 
     key: str
+    """Key of the reply in the ledger."""
     worst: Reply
+    """Most tokens and highest cost that the reply can have."""
 
 
 ORDER: ContextVar[Order] = ContextVar("order")
@@ -94,7 +100,7 @@ ORDER: ContextVar[Order] = ContextVar("order")
 
 @dataclass
 class Account:
-    """Replies on disk, and the budget over them and over the requests under way."""
+    """The replies on disk and the budget, which covers them and the requests under way."""
 
     cfg: Api
     ledger: Journal
@@ -115,7 +121,7 @@ class Account:
             self.flying.append(worst)
 
     async def release(self, worst: Reply) -> None:
-        """Give back what `reserve` took."""
+        """Release what `reserve` reserved, so that waiting requests are checked again."""
         self.flying.remove(worst)
         async with self.room:
             self.room.notify_all()
@@ -129,14 +135,14 @@ class Account:
             if limit is not None and so_far + worst[-1] > limit:
                 raise UserError(
                     f"{name}={limit} is used up: {spent}; the next request may need {worst[-1]:g}. "
-                    "Finished work is kept; raise the budget and start again to resume."
+                    "Finished work is saved; raise the budget and start again to resume."
                 )
             if limit is not None and so_far + sum(worst) > limit:
                 return False
         return len(flying) <= cfg.api_max_concurrent
 
     def book(self, key: str | None, reply: Reply) -> None:
-        """Write a reply to the ledger; an attempt without a reply has no key."""
+        """Write a reply to the ledger. An attempt without a reply has the key None."""
         self.ledger.append({"key": key, **asdict(reply)})
         self._count(key, reply)
 
@@ -164,11 +170,11 @@ def read_reply(cfg: Api, body: bytes, worst: Reply) -> Reply:
         content, finish = choice["message"]["content"], choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(repr(error)) from error
-    if isinstance(content, list):  # parts, some of them thoughts
+    if isinstance(content, list):  # some servers return parts, such as thoughts and text
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         content = "".join(part for part in parts if isinstance(part, str))
     if not isinstance(content, str | None):
-        raise ValueError(f"content is a {type(content).__name__}")
+        raise ValueError(f"content must be text, got {type(content).__name__}")
     # Half of a surrogate pair cannot be written to any file.
     text = (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     usage = usage if isinstance(usage, dict) else {}
@@ -179,14 +185,14 @@ def read_reply(cfg: Api, body: bytes, worst: Reply) -> Reply:
 
 
 def plausible(tokens: object, worst: int) -> int:
-    """Return a server's token count, or the worst case if it cannot be true."""
+    """Return a server's token count, or the worst case if the count is implausible."""
     if type(tokens) is int and 0 < tokens <= PLAUSIBLE * worst:
         return tokens
     return worst
 
 
 class Metered(httpx2.AsyncBaseTransport):
-    """Reserves and books every attempt of the client, its retries included."""
+    """A transport that reserves and books every attempt of the client, including retries."""
 
     def __init__(self, account: Account, inner: Bounded, key: str) -> None:
         self.account, self.inner, self._key = account, inner, key
@@ -194,7 +200,7 @@ class Metered(httpx2.AsyncBaseTransport):
         """Requests under way."""
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send one attempt as soon as it fits. Once sent, it outlives whoever waits for it."""
+        """Send one attempt as soon as it fits. Cancelling the caller does not cancel it."""
         order, headers = ORDER.get(), {"content-type": "application/json"}
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
@@ -206,7 +212,7 @@ class Metered(httpx2.AsyncBaseTransport):
         return await asyncio.shield(task)
 
     async def _send(self, request: httpx2.Request, order: Order) -> httpx2.Response:
-        """Send a request and book its cost before anyone sees the reply."""
+        """Send a request and book its cost before the reply is returned."""
         account, worst = self.account, order.worst
         try:
             response = await self.inner.handle_async_request(request)
@@ -225,7 +231,7 @@ class Metered(httpx2.AsyncBaseTransport):
             await account.release(worst)
 
     async def aclose(self) -> None:
-        """Wait for the requests under way, which are paid for."""
+        """Wait for the requests under way, because they will be billed, and close."""
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.inner.aclose()
 
@@ -237,8 +243,8 @@ class Metered(httpx2.AsyncBaseTransport):
 async def open_api(cfg: Api, ledger: Path) -> AsyncIterator[ChatAPI]:
     """Yield a chat with the replies of earlier runs and a connection for new ones.
 
-    `ledger` is JSONL of every reply with its tokens and cost; its key is null for an attempt
-    without a reply.
+    `ledger` is a JSONL file with every reply, its tokens and its cost. An attempt without a reply
+    has the key null.
     """
     key, url = read_key(cfg.api_key_env), str(cfg.api_url).rstrip("/")
     account = Account(cfg, Journal(ledger))
@@ -258,19 +264,22 @@ async def open_api(cfg: Api, ledger: Path) -> AsyncIterator[ChatAPI]:
 
 
 def read_key(variable: str | None) -> str:
-    """Return the API key in an environment variable, "" without one. Raises UserError, unseen."""
+    """Return the API key in an environment variable, or "" if `variable` is not set.
+
+    Raises UserError for a malformed key, without showing it.
+    """
     if not variable:
         return ""
     if variable not in os.environ:
-        raise UserError(f"environment variable {variable} with the API key is not set.")
+        raise UserError(f"environment variable {variable} must contain the API key; set it.")
     key = os.environ[variable].strip()
     if not key.isascii() or not key.isprintable() or " " in key or not key:
-        raise UserError(f"the API key in {variable} must be one word of printable ASCII.")
+        raise UserError(f"the API key in {variable} must be one word of printable ASCII; check it.")
     return key
 
 
 class ChatAPI:
-    """`chat` with a server, and what it has cost."""
+    """A chat with a server, with its spending."""
 
     def __init__(self, cfg: Api, client: openai.AsyncOpenAI, transport: Metered, key: str) -> None:
         self.cfg, self.account, self._client = cfg, transport.account, client
@@ -278,7 +287,11 @@ class ChatAPI:
         self._where, self._key = f"{cfg.api_url}{transport.inner.route}", key
 
     async def chat(self, messages: Messages, sampling: Sampling) -> Reply:
-        """Return one reply. Raises UserError when refused, out of budget, or after all retries."""
+        """Return one reply, from the ledger if it has one.
+
+        Raises UserError if the server rejects the request, if the budget is used up, or after the
+        last retry.
+        """
         asked: dict[str, Any] = {
             "model": self.cfg.api_model,
             "messages": messages,
@@ -290,7 +303,7 @@ class ChatAPI:
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if key in self.account.known:
             return self.account.known[key]
-        # What is sent may say less: the ledger's key stays that of the whole request.
+        # The body may omit fields, but the ledger's key always covers the whole request.
         body = {name: value for name, value in asked.items() if name not in ("max_tokens", "seed")}
         body[self.cfg.api_max_tokens_key] = sampling.max_tokens
         if self.cfg.api_seed:
@@ -302,7 +315,7 @@ class ChatAPI:
         except openai.APIStatusError as error:
             status = f"HTTP {error.status_code}: {self._shown(error.response.text)}"
             if error.status_code not in RETRIED:
-                raise UserError(f"{self._where}: {status}") from None
+                raise UserError(f"{self._where} rejected a request: {status}") from None
             raise self._failed(status) from None
         except openai.APIConnectionError as error:
             raise self._failed(self._shown(repr(error.__cause__), quote=False)) from None

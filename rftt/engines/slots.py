@@ -1,15 +1,15 @@
-"""The tensor half of the transformers engine: key/value slots, one decoding step, sampling.
+"""Implement the tensors of the transformers engine: key/value slots, decoding, sampling.
 
 Departures from `model.generate`:
-1. A row's tokens start at column 0 of its slot and each row writes at its own length; a retired row
-   is overwritten by the last one. Nothing is padded, shifted or concatenated while decoding.
+1. A row's tokens start at column 0 of its slot, and each row writes at its own length. The last
+   running row replaces a retired one. Decoding never pads, shifts or concatenates.
 2. The query heads of a group share one attention call instead of copies of their keys.
-3. A prompt is prefilled without its last token, which is decoded like any other, so that sampling
-   happens in one place; equal prompts that arrive together are prefilled once.
-4. Finished rows stay in the free slots until these are needed. A new prompt takes the longest
-   beginning that it shares with any slot, token by token, and prefills the rest.
-5. Randomness is one uniform per (seed, position) through the inverse CDF: what a request samples
-   does not depend on its neighbours.
+3. A prompt is prefilled without its last token. That token is decoded like any other, so sampling
+   happens in one place. Equal prompts that arrive together are prefilled once.
+4. Finished rows remain in free slots until these are needed. A new prompt copies the longest prefix
+   that it shares with any slot and prefills only the remaining tokens.
+5. A sampled token depends on one uniform number per (seed, position), through the inverse CDF. It
+   does not depend on other rows of the batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def load_model(cfg: EngineConfig, path: str) -> PreTrainedModel:
         trust_remote_code=cfg.trust_remote_code,
     )
     if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-        raise UserError(f"engine=hf has no sliding-window attention, which {path} uses; try vllm.")
+        raise UserError(
+            f"engine=hf does not support sliding-window attention, which {path} uses; set "
+            "engine=vllm."
+        )
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda is not available here; use auto or cpu.")
     if cfg.device != "cpu" and torch.cuda.is_available():
@@ -61,7 +64,7 @@ def grouped_attention(
     scaling: float,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """SDPA where the query heads of a group are more queries of its one key head.
+    """Compute SDPA with the query heads of a group as further queries of its single key head.
 
     query (B, H, T, D), key and value (B, H_kv, W, D), mask (1 or B, 1, T, W) -> (B, T, H, D).
     """
@@ -74,10 +77,10 @@ def grouped_attention(
 
 
 class Slots:
-    """State of all rows on the device; slots 0 … n-1 are running, later ones hold finished rows.
+    """State of all rows on the device. Slots 0 … n-1 run, later ones may contain finished rows.
 
-    Shapes: S slots, M = max_len, C columns, K kinds, V = n_tokens. It stands in for a transformers
-    cache (`update`).
+    Shapes: S slots, M = max_len, C columns, K kinds, V = n_tokens. With its method `update` it
+    replaces a transformers cache.
     """
 
     def __init__(self, model: PreTrainedModel, n_tokens: int, n_slots: int, max_len: int) -> None:
@@ -87,11 +90,11 @@ class Slots:
             return torch.empty(shape, dtype=dtype, device=model.device)
 
         self.every = torch.arange(n_slots, device=model.device)
-        self.length = empty(n_slots)  # columns filled: those of `tokens[:length]`
-        # Prompt and response; `tokens[length]` is decoded next.
+        self.length = empty(n_slots)  # (S,) filled columns: those of `tokens[:length]`
+        # (S, M) prompt and response. `tokens[length]` is decoded next.
         self.tokens = empty(n_slots, max_len)
         self.drop()
-        self.count, self.limit = empty(n_slots), empty(n_slots)  # tokens sampled; max_tokens
+        self.count, self.limit = empty(n_slots), empty(n_slots)  # sampled tokens and max_tokens
         self.kind = empty(n_slots)  # row of the tables below
         self.begins = empty(n_slots, dtype=torch.bool)  # a segment may begin with the next token
         self.temperature = empty(n_slots, dtype=torch.float)
@@ -105,22 +108,22 @@ class Slots:
         self.generator = torch.Generator()
 
     def forget(self) -> None:
-        """Stop all rows and invalidate the contents of all slots."""
+        """Stop all rows and mark all slots as empty."""
         self.n = 0
         self.length.zero_()
 
     def drop(self) -> None:
-        """Free the keys and values; (≤ S, layers, 2, H_kv, C, D), `_reserve` grows them again."""
+        """Free the keys and values (≤ S, layers, 2, H_kv, C, D). `_reserve` allocates new ones."""
         config = self.model.config
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (0, config.num_hidden_layers, 2, config.num_key_value_heads, 0, dim)
         self.kv = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         self.forget()
 
-    # ---- Rows come ----
+    # ---- New rows ----
 
     def admit(self, prompts: Sequence[tuple[int, ...]], samplings: Sequence[Sampling]) -> list[int]:
-        """Run `prompts` in the next slots; return how many tokens of each were cached."""
+        """Start `prompts` in the next slots. Return the number of cached tokens of each."""
         new = slice(self.n, self.n + len(prompts))
         prefixes = [prompt[:-1] for prompt in prompts]
         shared = self._prefill(new.start, prefixes)
@@ -141,7 +144,10 @@ class Slots:
         return shared
 
     def _prefill(self, first: int, prefixes: Sequence[tuple[int, ...]]) -> list[int]:
-        """Fill slots `first` … with `prefixes`, each distinct one once; return cached lengths."""
+        """Fill the slots from `first` on with `prefixes`, computing equal ones once.
+
+        Returns the number of cached tokens of each.
+        """
         slot_of = {prefix: first + i for i, prefix in reversed(list(enumerate(prefixes)))}
         last, longest = first + len(prefixes), max(map(len, prefixes))
         self._reserve(last, longest)
@@ -180,9 +186,9 @@ class Slots:
         self._forward(torch.tensor(ids, device=device), torch.tensor(slots, device=device), columns)
 
     def _forward(self, ids: Tensor, slots: Tensor | slice, columns: Tensor) -> Tensor:
-        """Put `ids` (B, T) into `columns` (B, T) of B slots; return logits (B, V) after the last.
+        """Put `ids` (B, T) into `columns` (B, T) of B slots. Return logits (B, V) after the last.
 
-        A slice of slots saves the attention a copy of their keys and values.
+        If `slots` is a slice, the attention reads keys and values without copying them.
         """
         width = int(columns.max()) + 1
         self._reserve(self.n, width)
@@ -198,7 +204,7 @@ class Slots:
         ).logits[:, -1, : self.n_tokens]
 
     def _reserve(self, slots: int, columns: int) -> None:
-        """Double the key/value slots or columns if `slots` or `columns` do not fit."""
+        """Enlarge the keys and values, about twofold, if `slots` or `columns` do not fit."""
         old = self.kv
         shape = list(old.shape)
         if slots > shape[0]:
@@ -210,7 +216,10 @@ class Slots:
             self.kv[: old.shape[0], :, :, :, : old.shape[4]] = old
 
     def _kind(self, sampling: Sampling) -> int:
-        """Return the row of `stops`, `closers`, `banned` for these ids; few requests differ."""
+        """Return the row of `stops`, `closers` and `banned` for these ids.
+
+        Most requests have the same ids, so these tables stay small.
+        """
         key = (sampling.stop_ids, sampling.watch_ids, sampling.watch_after, sampling.banned_ids)
         if key not in self.kinds:
             self.kinds[key] = len(self.kinds)
@@ -226,7 +235,7 @@ class Slots:
     # ---- One token for every row ----
 
     def decode(self) -> tuple[list[int], Watched]:
-        """Sample one token in every running slot; return the finished slots and watched values."""
+        """Sample one token in every running slot. Return the finished slots and watched values."""
         run = slice(self.n)
         slots = self.every[run]
         length, count = self.length[run], self.count[run]
@@ -247,7 +256,7 @@ class Slots:
         return done.nonzero()[:, 0].tolist(), watched
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; return all of them, each (B, H_kv, W, D)."""
+        """Store a layer's new keys and values. Return all of them, each (B, H_kv, W, D)."""
         slots, columns, width = self.write
         kv, rows = self.kv[:, layer], self.every[slots][:, None]
         kv[rows, 0, :, columns] = key.transpose(1, 2)
@@ -264,7 +273,7 @@ class Slots:
             watched += zip(slots.tolist(), positions, map(tuple, values), strict=True)
         return watched
 
-    # ---- Rows go ----
+    # ---- Finished rows ----
 
     def outputs(self, slots: list[int]) -> list[tuple[list[int], list[float]]]:
         """Return the (ids, log-probs) that each of `slots` has sampled."""
@@ -275,7 +284,7 @@ class Slots:
         ]
 
     def retire(self, slots: list[int]) -> list[int]:
-        """Swap `slots` with the last running ones; return where each slot now comes from."""
+        """Swap `slots` with the last running ones. Return the old slot of each running row."""
         gone, n = set(slots), self.n - len(set(slots))
         movers = [slot for slot in range(n, self.n) if slot not in gone]
         origin = [movers.pop() if slot in gone else slot for slot in range(n)] + slots
@@ -293,7 +302,8 @@ class Slots:
 def pick(logprobs: Tensor, uniform: Tensor, top_p: Tensor, greedy: Tensor) -> Tensor:
     """Pick one token per row by inverse CDF, or the most likely one where `greedy`.
 
-    logprobs (n, V); uniform in [0, 1), top_p and greedy (n,) -> ids (n,).
+    Arguments are logprobs (n, V), uniform (n,) in [0, 1), top_p (n,) and greedy (n,). Returns ids
+    (n,). Raises UserError for logits that are not finite.
     """
     likeliest = logprobs.argmax(-1)
     if greedy.all():
@@ -306,7 +316,10 @@ def pick(logprobs: Tensor, uniform: Tensor, top_p: Tensor, greedy: Tensor) -> Te
     cdf = probs.cumsum(-1)
     total = cdf[:, -1]
     if not total.isfinite().all():
-        raise UserError("engine=hf: the model's logits are not finite; its weights are damaged.")
+        raise UserError(
+            "engine=hf: the model's logits must be finite, got NaN or infinity; its weights are "
+            "damaged, so use an earlier checkpoint."
+        )
     # Strictly below the total even after rounding, so that the id found has probability.
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     drawn = torch.searchsorted(cdf, target[:, None], right=True)[:, 0]

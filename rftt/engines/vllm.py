@@ -1,13 +1,13 @@
-# type: ignore  # where vLLM is not installed, a checker takes this file for it
-"""Sampling with vLLM 0.32 inside this process: one engine per rank, the same code on CPU and GPU.
+# type: ignore  # without vLLM, a checker resolves `import vllm` to this file
+"""Sample with vLLM 0.32 inside this process: one engine per rank, the same code on CPU and GPU.
 
-Particularities, each found by trial. Nothing here has run on a GPU.
-1. There is no child process: weights are loaded in place, so `load_weights` copies nothing twice.
-2. vLLM cuts its own padding off the logits. With the tokenizer's size as `org_vocab_size` it also
-   cuts the ids that only the model has, at no cost.
-3. With top_p < 1 the log-probs are those of the nucleus. RL requires top_p = 1.
+These properties of vLLM were found by experiment. Nothing here has run on a GPU.
+1. There is no child process. `load_weights` writes into vLLM's own tensors without a second copy.
+2. vLLM removes its padding from the logits. With the tokenizer's size as `org_vocab_size` it also
+   removes the ids that only the model has, at no cost.
+3. With top_p < 1 the log-probs are those of the nucleus. RL therefore requires top_p = 1.
 4. Start it after `torch.distributed`, on all ranks at once. `close` also ends the process group.
-5. Building an engine reseeds and sets environment variables; `_undone_on_exit` restores both.
+5. Building an engine sets seeds and environment variables. `_undone_on_exit` restores both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-"""vLLM reads its environment when it is imported."""
+"""Settings that vLLM reads when it is imported, hence before the import below."""
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from rftt.engines.base import EngineConfig
 
 CPU_KV_BYTES = 256 << 20
-"""Key/value cache on CPU, touched at once; vLLM's own default is most of the machine's memory."""
+"""Size of the key/value cache on a CPU. vLLM's default would use most of the machine's memory."""
 
 
 class VLLMEngine:
-    """Engine protocol (base.py) over one in-process vLLM."""
+    """Implementation of base.Engine with a vLLM inside this process."""
 
     def __init__(self, cfg: EngineConfig, model_path: str, n_tokens: int) -> None:
         self.n_tokens, self.max_model_len = n_tokens, cfg.max_model_len
@@ -79,7 +79,7 @@ class VLLMEngine:
                 )
         except ValueError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"vLLM cannot open {model_path}: {reason}") from error
+            raise UserError(f"vLLM cannot open {model_path}: {reason}; set engine=hf.") from error
         if not self._gpu:
             self._check_heads(model_path)
         self._engine = self._llm.llm_engine
@@ -92,10 +92,10 @@ class VLLMEngine:
         if self._gpu:
             return {"gpu_memory_utilization": cfg.gpu_memory_utilization, "enable_sleep_mode": True}
         logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it has no Triton
-        # The CPU build packs every Linear into a handle that new weights cannot be copied into. Its
-        # own reload silently leaves a tied head stale. So packing is switched off.
+        # The CPU build packs every Linear into a handle that does not accept new weights. Its own
+        # reload silently keeps the old weights of a tied head. Packing is therefore disabled.
         vllm_layers.dispatch_cpu_unquantized_gemm = _keep_linear
-        current_platform.simple_compile_backend = "eager"  # 10 s of C++ for one comparison
+        current_platform.simple_compile_backend = "eager"  # avoids 10 s of C++ compilation
         return {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_BYTES, "block_size": 32}
 
     def _check_heads(self, model_path: str) -> None:
@@ -106,8 +106,8 @@ class VLLMEngine:
         size = self._llm.model_config.get_head_size()
         if size not in sizes:
             raise UserError(
-                f"{model_path} has attention heads of {size}, vLLM's CPU build takes {sizes} only; "
-                "set engine=hf."
+                f"vLLM's CPU build supports attention heads of {sizes}, but {model_path} has heads "
+                f"of {size}; set engine=hf."
             )
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
@@ -138,20 +138,20 @@ class VLLMEngine:
                 future.set_result(completion)
 
     def _abort_all(self) -> None:
-        """Abort what a dead event loop has left behind."""
+        """Abort the requests that an ended event loop has left running."""
         if self._running:
             self._engine.abort_request(list(self._running))
             self._running.clear()
 
     def _apply(self, function: Callable[[Any], Any]) -> Any:
-        """Return `function` of vLLM's own model, in this process."""
+        """Return the result of `function` on vLLM's model."""
         return self._llm.apply_model(function)[0]
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> float:
-        """See base.Engine. vLLM fuses tensors, so the checksums compared are those of the whole."""
+        """See base.Engine. vLLM fuses tensors, so one checksum over all of them is compared."""
         if self._loop.pending:
-            raise UserError("load_weights while requests run: await them first.")
+            raise UserError("load_weights must not be called while requests run; await them first.")
         tied = self._llm.model_config.hf_config.tie_word_embeddings
         came, last = [0.0], ["nothing"]
 
@@ -165,35 +165,44 @@ class VLLMEngine:
         try:
             loaded = self._apply(lambda model: model.load_weights(noted()))
         except (AssertionError, KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"load_weights: vLLM refused {last[0]}: {error!r}.") from error
+            raise UserError(
+                f"load_weights: vLLM rejected {last[0]} ({error!r}); set engine=hf."
+            ) from error
         own: dict[str, Tensor] = self._apply(lambda model: dict(model.named_parameters()))
         if missing := set(own) - loaded:
             raise UserError(
-                f"load_weights: {', '.join(sorted(missing))} never came: the engine is a step "
-                "behind; set engine=hf."
+                f"load_weights: {', '.join(sorted(missing))} never came, so the engine keeps old "
+                "weights; set engine=hf."
             )
         stored = sum(map(checksum, own.values()))
         if abs(stored - came[0]) > 1e-9 * stored:
-            raise UserError(f"load_weights: checksum {stored} of the engine, {came[0]} came.")
+            raise UserError(
+                f"load_weights: weight checksum mismatch: engine {stored}, learner {came[0]}; set "
+                "engine=hf."
+            )
         if self._asleep:
             self._engine.wake_up(["kv_cache"])
             self._asleep = False
         if not self._engine.reset_prefix_cache():
-            raise UserError("load_weights: vLLM did not drop its cached prefixes.")
+            raise UserError(
+                "load_weights: vLLM must drop its cached prefixes, but kept them; await all "
+                "requests first."
+            )
         return stored
 
     def sleep(self) -> None:
-        """Free weights and cache on a GPU; the CPU build does not support sleep mode."""
+        """Free weights and cache on a GPU. The CPU build does not support sleep mode."""
         if self._gpu:
             self._engine.sleep(level=2)
             self._asleep = True
 
     def wake(self) -> None:
-        """Make room for the weights; `load_weights` must follow and brings the cache back."""
+        """Allocate the weights. `load_weights` must follow, which allocates the cache."""
         if self._asleep:
             self._engine.wake_up(["weights"])
 
     def close(self) -> None:
+        """See base.Engine. This also ends the process group."""
         self._engine.engine_core.shutdown()
 
 
@@ -216,7 +225,7 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
 
 
 def _completion(output: RequestOutput, sampling: Sampling) -> Completion:
-    """Keep watched log-probs only where a segment may begin; vLLM reports all positions."""
+    """Convert vLLM's output. Watched log-probs are kept only where a segment may begin."""
     [sample] = output.outputs
     ids, table = tuple(sample.token_ids), sample.logprobs
     assert isinstance(table, FlatLogprobs), "_sampling_params asks for flat log-probs"
@@ -241,7 +250,7 @@ def _keep_linear(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001
 
 @contextmanager
 def _undone_on_exit() -> Iterator[None]:
-    """Undo vLLM's reseeding, its `set_num_threads`, and variables subprocesses would inherit."""
+    """Restore the random state, `set_num_threads` and the environment, all changed by vLLM."""
     environment, set_threads, state = dict(os.environ), torch.set_num_threads, random.getstate()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

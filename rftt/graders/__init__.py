@@ -1,4 +1,4 @@
-"""What judges a response. `build_prm` is the only place that knows which PRMs exist."""
+"""Judge responses. Only `build_prm` refers to the implementations of process reward models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def build_prm(cfg: ProcessConfig) -> ProcessModel | None:
-    """The process reward model of a run; None without one."""
+    """Build the process reward model of a run. Return None if the run does not use one."""
     if not cfg.use_prm:
         return None
     if cfg.prm_url is not None:
@@ -23,7 +23,10 @@ def build_prm(cfg: ProcessConfig) -> ProcessModel | None:
 
 
 async def open_prm(cfg: ProcessConfig, warn: Callable[[str], None]) -> ProcessModel | None:
-    """`build_prm`, for a script: it must answer, and rank an example, or `warn` hears of it."""
+    """Build the process reward model and check that it ranks an example correctly.
+
+    A wrong order is reported through `warn`. Raises UserError if the model cannot score at all.
+    """
     from rftt.graders.prm import ranking_warning
 
     prm = build_prm(cfg)

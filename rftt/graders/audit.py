@@ -1,4 +1,4 @@
-"""Audit the grader before a run depends on it: which gold answers of a data set can it grade?
+"""Audit the grader before a run depends on it: find gold answers that it cannot grade.
 
 `main` is the command `python -m rftt.graders.math FILE.jsonl`: it grades labelled rows and prints
 a table. With `second_judge=sympy` it also names the answers that the grader calls different and
@@ -105,7 +105,7 @@ def table(arguments: list[str]) -> None:
     files = [a for a in arguments if "=" not in a]
     known = {*options} <= {"answer_format", "second_judge"}
     if len(files) != 1 or not known or options.get("second_judge", "sympy") != "sympy":
-        raise UserError(f"usage: {_USAGE}")
+        raise UserError(f"arguments must be one file and known options; usage: {_USAGE}")
     with open(files[0], encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines if line.strip()]
     counts: dict[str, Counter[str]] = {}
@@ -174,6 +174,7 @@ def _second_judgement(different: list[tuple[Any, str, str]]) -> int:
 
 
 def main() -> None:
+    """Print the table for the command line's arguments. A user's mistake is one line."""
     try:
         table(sys.argv[1:])
     except (UserError, OSError) as problem:

@@ -38,7 +38,7 @@ from rftt.types import UserError
 
 # ---- Bounds: beyond one of them, only equal text is equal ----
 
-MAX_DEPTH = 100  # of nested expressions; a level takes at most seven frames of Python's stack
+MAX_DEPTH = 100  # of nested expressions. A level takes at most seven frames of Python's stack.
 MAX_ITEMS = 60  # of a set
 MAX_STEPS = 5_000  # operations per evaluation
 MAX_BITS = 2_150  # of a number, and the largest exponent
@@ -54,19 +54,22 @@ TOLERANCE = MP.mpf(10) ** -650
 for _constant in (MP.pi, MP.e, MP.ln2, MP.ln10):
     _constant(prec=8_000)  # mpmath caches constants; compute them before any thread starts
 
-# What parsing or evaluating raises for a text that is not mathematics.
+# Exceptions that parsing or evaluating raises for a text that is not mathematics.
 _NOT_MATHS = (SyntaxError, TypeError, ValueError, LookupError, AssertionError, AttributeError)
 
 
 class Verdict(NamedTuple):
+    """The result of grading one response."""
+
     correct: bool
     extracted: str | None
+    """Final answer of the response, as written. None if there is none."""
     answer_form: str
     """Canonical form of the extracted answer."""
     gold_form: str
     """Canonical form of the gold answer."""
     rule: str
-    """What decided: same text, value, words, time, copied, too big, no answer or no gold."""
+    """Rule that decided: same text, value, words, time, copied, too big, no answer or no gold."""
 
 
 # ---- 1. Find the answer ----
@@ -186,7 +189,7 @@ def extract(response: str, answer_format: str = "boxed") -> str | None:
     an answer in any format.
     """
     if answer_format not in ("boxed", "gsm8k", "auto"):
-        raise UserError(f"answer_format={answer_format!r}: use boxed, gsm8k or auto")
+        raise UserError(f"`answer_format` must be boxed, gsm8k or auto, got {answer_format!r}.")
     text = response.rpartition("<output>")[2]
     text = text.replace("I hope it is correct.", "").replace("I hope it is correct", "")
     if answer_format == "boxed" or (answer_format == "auto" and _BOX.search(text)):
@@ -255,6 +258,8 @@ class Numeral:
 
 @dataclass(frozen=True)
 class Equation:
+    """An equation, which may state the value of a name."""
+
     value: Value | None
     """The side opposite a name: x = 5 has the value 5."""
     difference: Number | None
@@ -391,7 +396,7 @@ _BASE_UNITS: dict[str, tuple[str, Number]] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands between two commas: an expression, an equation or an inequality."""
+    """The text between two commas: an expression, an equation or an inequality."""
 
     sides: tuple[ast.expr, ...]
     signs: str
@@ -405,22 +410,30 @@ Rows = tuple[tuple[Cell, ...], ...]  # only a matrix has more than one row
 
 @dataclass(frozen=True)
 class Constant:
+    """A numeral or a named constant, such as π."""
+
     token: str
     value: Value
 
 
 @dataclass(frozen=True)
 class Name:
+    """A variable, for which numbers are drawn."""
+
     token: str
 
 
 @dataclass(frozen=True)
 class Unit:
+    """A unit, such as a quoted word or %."""
+
     token: str
 
 
 @dataclass(frozen=True)
 class Bracket:
+    """A pair of brackets and its contents."""
+
     brackets: str
     """The opening and the closing bracket: "()", "[)", "||", or "⟦⟧" of a matrix."""
     rows: Rows
@@ -428,6 +441,8 @@ class Bracket:
 
 @dataclass(frozen=True)
 class Call:
+    """A function with its arguments."""
+
     function: str
     """A name such as "sin", or notation that is parsed like a function, such as "frac" or "!"."""
     arguments: tuple[ast.expr, ...]
@@ -438,9 +453,11 @@ Part = Constant | Name | Unit | Bracket | Call
 
 
 class Parsed(NamedTuple):
+    """A parsed answer: expressions over keys, and the meaning of every key."""
+
     rows: Rows
     parts: dict[str, Part]
-    """What every key in the expressions stands for."""
+    """Key in the expressions -> the part that it replaces."""
 
 
 # The first letter of a key is its kind: n number, v name, u unit, f call, b bracket, s square
@@ -516,7 +533,7 @@ def _leaf(token: str, before: str) -> tuple[str, Part]:
 
 
 def _innermost_part(text: str) -> re.Match[str] | None:
-    """Return the next text to replace by a key: whatever encloses nothing that is unparsed."""
+    """Return the next text to replace by a key. It contains only keys and no unparsed text."""
     for pattern in _REDUCTIONS:
         if found := pattern.search(text):
             return found
@@ -714,7 +731,7 @@ class Evaluator:
         # k, m and n are usually whole; x, y, z and t are usually not.
         if token[0] in "kmn" or (self.about_whole_numbers and token[0] not in "xyzt"):
             return MP.mpf(1 + drawn % 19)
-        # Only the last four points may be negative: before, √(x^2) has the value x.
+        # Only the last four points may be negative. At positive points √(x^2) has the value x.
         negative = self.point >= POINTS - 4 and drawn % 2 == 1
         magnitude = MP.mpf(1 + drawn // 2 % 1800) / 256
         return -magnitude if negative else magnitude

@@ -1,15 +1,15 @@
-"""Process reward models: how good is each step of a solution, as one number in [0, 1]?
+"""Score each step of a solution with a process reward model (PRM), as a number in [0, 1].
 
-arXiv 2502.13389 pays for them beside the outcome. Everyone asks through `ProcessModel`; a path's
-steps go in as separate texts, so that what ends a step is known and never searched for. A failure
-is never a number: a path that cannot be scored raises `Unscored`, and a model or server that is
-down raises UserError.
+arXiv 2502.13389 adds these scores to the reward of the outcome. `ProcessModel` is the interface. It
+receives the steps of a path as separate texts, so it need not search for their ends. A failure
+never becomes a number: a path that cannot be scored raises `Unscored`, and a model or server that
+does not work raises UserError.
 
 1. The wire format is the official one: `{"input": "QUESTION Step 1: TEXT ки\\nStep 2: TEXT ки"}` ->
-   `{"score": [0.9, 0.4]}`. The official server answers 0.2 per step when a path is too long for it;
-   ours refuses with a reason (tools/prm_serve.py).
-2. HTTP runs in a thread with an event loop of its own, for an engine in the caller's loop works
-   between awaits for longer than sockets like to wait.
+   `{"score": [0.9, 0.4]}`. If a path is too long, the official server returns 0.2 per step. Our
+   server returns an error with a reason (tools/prm_serve.py).
+2. HTTP runs in a thread with its own event loop. An engine in the caller's loop works so long
+   between two awaits that connections would time out.
 """
 
 from __future__ import annotations
@@ -41,28 +41,32 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TAG = "ки"
-"""Ends a step on the wire."""
+"""Mark of the end of a step in the wire format."""
 FIRST_DELAY_S = 0.5
-"""Before the second attempt; doubles with each."""
+"""Pause before the second attempt, in seconds. It doubles with each further attempt."""
 
 
 class Unscored(Exception):
-    """This path cannot be scored, now or later; the message says why. Callers count it."""
+    """A path that can never be scored. The message gives the reason, and callers count it."""
 
 
 class ProcessModel(Protocol):
-    async def score(self, question: str, steps: Sequence[str]) -> list[float]:
-        """One score in [0, 1] per step. Many callers at once fill a batch.
+    """A process reward model, in this process or behind a URL."""
 
-        Raises Unscored for a path that it refuses, UserError when nothing can be scored.
+    async def score(self, question: str, steps: Sequence[str]) -> list[float]:
+        """Return one score in [0, 1] per step. Concurrent calls share a batch.
+
+        Raises Unscored for a path that cannot be scored, UserError if the model does not work.
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release all resources. The model cannot be used afterwards."""
+        ...
 
 
 def reduce(scores: Sequence[float], how: Literal["min", "mean", "last", "prod"]) -> float:
-    """The score of a path out of the scores of its steps."""
+    """Return the score of a path from the scores of its steps."""
     match how:
         case "min":
             return min(scores)
@@ -77,9 +81,9 @@ def reduce(scores: Sequence[float], how: Literal["min", "mean", "last", "prod"])
 async def score_paths(
     prm: ProcessModel, paths: Sequence[tuple[str, Sequence[str]]]
 ) -> list[list[float] | Unscored]:
-    """Scores of many (question, steps) at once; a refused path gives its reason instead.
+    """Return the scores of many (question, steps), or Unscored for a path that has no score.
 
-    Raises UserError, with how many paths are left unscored, as soon as the model is down.
+    Raises UserError with the number of unscored paths as soon as the model fails.
     """
 
     async def one(question: str, steps: Sequence[str]) -> list[float] | Unscored:
@@ -101,9 +105,9 @@ async def score_paths(
 
 
 async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
-    """Put a process score on every step of a prompted tree; return how many paths `prm` refuses.
+    """Set the process score of every step of a prompted tree. Return the number of unscored paths.
 
-    Steps that paths share get one score, which depends on the step and those before it.
+    A step that several paths share has one score, because only it and earlier steps matter.
     """
     paths = [[node for node in leaf.path() if node.step] for leaf in tree.leaves()]
     texts = [[node.step.text for node in path if node.step] for path in paths]
@@ -131,13 +135,13 @@ def accepted(found: Sequence[Rollout | Unscored], log: Callable[[str], None]) ->
 def segment_text(
     tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], ids: FunctionIds | None
 ) -> str:
-    """A step as a process reward model reads it: without delimiters and end of text."""
+    """Return the text of a step for a process reward model, without delimiters and EOS."""
     silent = {*ids.openers, *ids.closers} if ids else set()
     return decode(tokenizer, [t for t in token_ids if t not in silent], skip_special=True)
 
 
 def checked(scores: object, n_steps: int) -> list[float]:
-    """`scores` as a list of `n_steps` numbers in [0, 1], or ValueError."""
+    """Return `scores` as floats. Raises ValueError unless they are `n_steps` numbers in [0, 1]."""
     if not isinstance(scores, list) or len(scores) != n_steps:
         raise ValueError(f"{scores!r:.80} is not a list of {n_steps} scores")
     for score in scores:
@@ -146,7 +150,7 @@ def checked(scores: object, n_steps: int) -> list[float]:
     return [float(score) for score in scores]
 
 
-# ---- Does it rank at all? ----
+# ---- Check of the ranking ----
 
 CHECK = {
     "question": "A box holds 12 red pens and twice as many blue pens. How many pens are in it?",
@@ -156,9 +160,10 @@ CHECK = {
 
 
 async def ranking_warning(prm: ProcessModel, file: str | None) -> str | None:
-    """Score a right and a wrong solution; None where the weakest step of the right one is better.
+    """Return a warning if the model ranks a wrong solution above a right one, otherwise None.
 
-    Raises UserError on an example that cannot be used.
+    The scores of the weakest steps are compared. `file` replaces the built-in example. Raises
+    UserError if the example cannot be used.
     """
     check: Any = CHECK
     if file is not None:
@@ -170,16 +175,22 @@ async def ranking_warning(prm: ProcessModel, file: str | None) -> str | None:
     if not isinstance(check, dict) or any(
         not isinstance(check.get(k), t) for k, t in shape.items()
     ):
-        raise UserError(f"prm_check_file {file} must hold question, good and bad (lists of steps).")
+        raise UserError(
+            f"prm_check_file {file} must contain question (text), good and bad (lists of steps); "
+            "add what is missing."
+        )
     try:
         good, bad = [await prm.score(check["question"], check[kind]) for kind in ("good", "bad")]
     except Unscored as refusal:
-        raise UserError(f"the PRM refuses the check of its ranking: {refusal}.") from refusal
-    if reduce(good, "min") > reduce(bad, "min"):  # after a mistake the rest may be sound
+        raise UserError(
+            f"the PRM cannot score the example of its check ({refusal}); set prm_check_file to "
+            "another one."
+        ) from refusal
+    if reduce(good, "min") > reduce(bad, "min"):  # steps after a mistake may be right again
         return None
     return (
         f"PRM ranks a wrong step above a right one on {file or 'the built-in check'}; step tag or "
-        "label tokens are probably wrong. "
+        "label tokens are probably wrong, so check prm_step_tag, prm_good_token and prm_bad_token. "
         f"Right steps {_shown(good)}, wrong steps {_shown(bad)}."
     )
 
@@ -192,7 +203,7 @@ def _shown(scores: list[float]) -> str:
 
 
 def to_wire(question: str, steps: Sequence[str]) -> str:
-    """The official text of a path. Raises Unscored where a tag inside would make another step."""
+    """Return the wire format of a path. Raises Unscored if a text contains the step tag itself."""
     if any(TAG in text for text in (question, *steps)):
         raise Unscored(f"the question or a step contains the step tag {TAG!r}")
     lines = [f"Step {n}: {text.strip()} {TAG}" for n, text in enumerate(steps, 1)]
@@ -200,7 +211,7 @@ def to_wire(question: str, steps: Sequence[str]) -> str:
 
 
 class RemotePRM:
-    """ProcessModel behind `prm_url`."""
+    """Implementation of ProcessModel that calls the server at `prm_url`."""
 
     def __init__(self, cfg: ProcessConfig) -> None:
         import httpx2
@@ -222,6 +233,7 @@ class RemotePRM:
         return await asyncio.wrap_future(self._submit(self._ask(text, len(steps))))
 
     def close(self) -> None:
+        """See ProcessModel."""
         self._submit(self._client.aclose()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -231,7 +243,10 @@ class RemotePRM:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _ask(self, text: str, n_steps: int) -> list[float]:
-        """Up to `tries` attempts; the pauses between them grow, and differ from path to path."""
+        """Make up to `tries` attempts. Pauses grow, with a random factor that depends on the path.
+
+        The factor spreads the retries of concurrent requests over time.
+        """
         random, failure = Random(text), ""
         for attempt in range(self.tries):
             if attempt:
@@ -244,7 +259,7 @@ class RemotePRM:
         raise UserError(f"{self._where} not reachable after {self.tries} tries (last: {failure})")
 
     async def _attempt(self, text: str, n_steps: int) -> list[float] | str:
-        """The scores, or why this attempt failed and another may not."""
+        """Return the scores, or a reason after which another attempt may succeed."""
         import httpx2
 
         from rftt.engines.http import RETRIED
@@ -254,7 +269,7 @@ class RemotePRM:
         except httpx2.TransportError as error:
             return repr(error)
         if response.status_code in (413, 422):
-            raise Unscored(f"{self.url} refuses it: {response.text[:200]}")
+            raise Unscored(f"{self.url} does not accept the path: {response.text[:200]}")
         if response.status_code in RETRIED:
             return f"HTTP {response.status_code}"
         if response.status_code != httpx2.codes.OK:
@@ -262,4 +277,4 @@ class RemotePRM:
         try:
             return checked(response.json()["score"], n_steps)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            return f"not an answer of a PRM: {error!r}"
+            return f"the reply is not that of a PRM: {error!r}"

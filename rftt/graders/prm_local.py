@@ -1,19 +1,19 @@
-"""A process reward model in this process: three families, one forward pass, one place that batches.
+"""Run a process reward model in this process: three families with one batched forward pass.
 
-Families differ in how a solution is written down and in what is read at the end of each step
-(`StepFormat`, `Readout`); the rest is shared:
+Families differ in the format of a solution (`StepFormat`) and in the output at the end of each step
+(`Readout`):
 
-math_shepherd: a causal LM reads "Step 1: … ки"; the score is P(good) among the good and the bad
-    token (arXiv 2312.08935).
+math_shepherd: the input of a causal LM is "Step 1: … ки". The score is P(good) among the good and
+    the bad token (arXiv 2312.08935).
 qwen: a two-class head at `<extra_0>` in the assistant's turn (Qwen2.5-Math-PRM, 2501.07301).
-value: a head with one output through a sigmoid at the end of each line (Skywork-o1-Open-PRM and
-    other value heads), or with two classes (TRL's PRMTrainer).
+value: a head with one output and a sigmoid at the end of each line (Skywork-o1-Open-PRM and other
+    value heads), or a head with two classes (TRL's PRMTrainer).
 
-1. A step's mark is the token that holds the last character of its tag, found by character offsets:
-   a tag that a step quotes makes no extra score.
-2. The head is read from the safetensors themselves (`score.*`, `v_head.*`, `classifier.*`): no code
-   of a model folder runs.
-3. Rows are padded on the right, where causal attention never looks: no mask.
+1. A step's mark is the token with the last character of its tag, found by character offsets. A tag
+   that a step quotes does not cause another score.
+2. The head is read directly from the safetensors (`score.*`, `v_head.*`, `classifier.*`), so no
+   code of a model folder is executed.
+3. Rows are padded on the right, which causal attention does not reach. A mask is not needed.
 """
 
 from __future__ import annotations
@@ -49,19 +49,23 @@ if TYPE_CHECKING:
 Readout = Callable[[Tensor], Tensor]
 """(S, hidden) states at the marks -> (S,) scores."""
 Head = list[tuple[Tensor, Tensor | None]]
-"""Weight and bias of each layer; ReLU between them."""
+"""Weight and bias of each layer, with a ReLU between two layers."""
 
 
 @dataclass(frozen=True)
 class StepFormat:
+    """Format of a solution for one family of models."""
+
     tag: str
+    """Mark of the end of a step."""
     step: str
-    """What precedes the tag."""
+    """Template of the text before the tag."""
     between: str = ""
+    """Text between two steps."""
     lead: str = ""
-    """Between the question and the first step."""
+    """Text between the question and the first step."""
     chat: bool = False
-    """The question is the user's turn, the steps are the assistant's."""
+    """Whether the question is the user's turn and the steps are the assistant's turn."""
 
 
 FORMATS = {
@@ -73,7 +77,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Writer:
-    """How a family's model is given a solution."""
+    """Encoder of solutions for the model of a family."""
 
     tokenizer: PreTrainedTokenizerBase
     form: StepFormat
@@ -81,7 +85,7 @@ class Writer:
     system_prompt: str | None = None
 
     def write(self, question: str, steps: Sequence[str]) -> tuple[str, list[int]]:
-        """The text that the model reads, and where in it each step's tag has its last character."""
+        """Return the input text and the position of the last character of each step's tag."""
         body, ends, form = "", [], self.form
         for n, text in enumerate(steps, 1):
             body += form.between if body else ""
@@ -96,12 +100,13 @@ class Writer:
         start = text.rfind(body)
         if start < 0:
             raise UserError(
-                "the PRM's chat template changes the assistant's turn; it cannot be used."
+                "the PRM's chat template must keep the assistant's turn unchanged, but changes it; "
+                "use a tokenizer with another template."
             )
         return text, [start + end for end in ends]
 
     def encode(self, question: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Token ids of a path, and the index of the token at which each step is scored."""
+        """Return the token ids of a path and the index of the token that scores each step."""
         text, ends = self.write(question, steps)
         encoded: Any = self.tokenizer(
             text, add_special_tokens=not self.form.chat, return_offsets_mapping=True
@@ -110,7 +115,7 @@ class Writer:
             (stop, i) for i, (start, stop) in enumerate(encoded["offset_mapping"]) if stop > start
         ]
         stops = [stop for stop, _ in held]
-        # A character of several bytes may be several tokens of equal offsets: the last one counts.
+        # One character may have several tokens with equal offsets, one per byte. The last counts.
         last = [bisect_right(stops, stops[bisect_right(stops, end)]) - 1 for end in ends]
         return list(encoded["input_ids"]), [held[i][1] for i in last]
 
@@ -123,13 +128,16 @@ class _Path:
 
 
 class LocalPRM:
-    """ProcessModel over one transformers model."""
+    """Implementation of ProcessModel with one transformers model."""
 
     def __init__(self, cfg: ProcessConfig | ServeConfig) -> None:
         path, trust = str(cfg.prm_model_name_or_path), cfg.trust_remote_code
         tokenizer = load_tokenizer(path, trust_remote_code=trust, chat=False)
         if not tokenizer.is_fast:
-            raise UserError(f"the tokenizer of {path} gives no offsets; a PRM needs a fast one.")
+            raise UserError(
+                f"a PRM needs a fast tokenizer, which returns character offsets, but {path} has a "
+                "slow one; add its tokenizer.json."
+            )
         head, tag_id = read_head(path), tokenizer.convert_tokens_to_ids(FORMATS["qwen"].tag)
         family = cfg.prm_family
         if family == "auto":
@@ -137,7 +145,8 @@ class LocalPRM:
             family = family if head else "math_shepherd"
         if not head and family != "math_shepherd":
             raise UserError(
-                f"prm_family={family} but {path} has no score, v_head or classifier head."
+                f"prm_family={family} needs a score, v_head or classifier head, which {path} does "
+                "not have; set prm_family: auto."
             )
         kind = AutoModelForCausalLM if family == "math_shepherd" else AutoModel
         dtype = getattr(torch, cfg.dtype)
@@ -165,21 +174,24 @@ class LocalPRM:
         ids, marks = self.writer.encode(question, steps)
         if len(ids) > self.max_length:
             raise Unscored(
-                f"path of {len(ids)} tokens; the process reward model reads {self.max_length}"
+                f"path of {len(ids)} tokens; the process reward model accepts {self.max_length}"
             )
         path = _Path(ids, marks, self._loop.submit())
         self._waiting.append(path)
         try:
             return checked(await path.done, len(steps))
-        except ValueError as error:  # a broken model: NaN
-            raise UserError(f"the process reward model fails: {error}") from error
+        except ValueError as error:  # a broken model returns NaN
+            raise UserError(
+                f"the process reward model must return scores from 0 to 1 ({error}); its weights "
+                "are damaged, so use another prm_model_name_or_path."
+            ) from error
 
     def close(self) -> None:
-        """Nothing runs between two calls."""
+        """Do nothing, because nothing runs between two calls."""
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Score everything that waits, paths of like length together."""
+        """Score all waiting paths, with paths of similar length in one batch."""
         waiting = sorted((p for p in self._waiting if not p.done.done()), key=lambda p: -len(p.ids))
         self._waiting.clear()
         while waiting:
@@ -196,13 +208,16 @@ class LocalPRM:
 
 
 def label_ids(tokenizer: Any, good: str, bad: str) -> list[int]:
-    """Ids of the good and the bad token, or UserError where one is not a single id.
+    """Return the ids of the good and the bad token. Raises UserError unless each is a single id.
 
-    Each by itself: "+ -" would be "+" and " -" to byte-level BPE, two spellings.
+    They are encoded separately, because byte-level BPE would encode "+ -" as "+" and " -".
     """
     found = [tokenizer.encode(token, add_special_tokens=False) for token in (good, bad)]
     if any(len(ids) != 1 for ids in found):
-        raise UserError(f"prm_good_token {good!r} and prm_bad_token {bad!r} must be one id each.")
+        raise UserError(
+            f"prm_good_token {good!r} and prm_bad_token {bad!r} must be one id each, got "
+            f"{[len(ids) for ids in found]} ids; use the labels of this model, such as ' +'."
+        )
     return [ids[0] for ids in found]
 
 
@@ -212,7 +227,7 @@ HEAD = re.compile(r"(?:score|v_head|classifier)\..*?(weight|bias)")
 
 
 def read_head(path: str) -> Head:
-    """The layers of a PRM's head, in order; none in a plain language model."""
+    """Return the layers of a PRM's head, in order. A plain language model has none."""
     from huggingface_hub import snapshot_download
 
     kept = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
@@ -228,10 +243,16 @@ def read_head(path: str) -> Head:
 
 
 def readout_of(head: Head, path: str) -> Readout:
-    """Two outputs are the classes wrong and right, one is a logit."""
+    """Return the function from states to scores.
+
+    Two outputs of the head are the classes wrong and right. A single output is a logit.
+    """
     outputs, fits = len(head[-1][0]), all(len(a) == b.shape[1] for (a, _), (b, _) in pairwise(head))
     if outputs not in (1, 2) or not fits:
-        raise UserError(f"the head of {path} has {outputs} outputs; a PRM has 1 or 2.")
+        raise UserError(
+            f"the head of {path} must have consecutive layers and 1 or 2 outputs, got {outputs}; "
+            "use a process reward model."
+        )
 
     def readout(hidden: Tensor) -> Tensor:
         for i, (weight, bias) in enumerate(head):

@@ -1,7 +1,7 @@
-"""The second judge of the audit: does sympy prove that two answers are equal?
+"""Prove with sympy that two answers are equal, as the second judge of the audit.
 
-The grader computes with numbers and never simplifies, so it calls answers different that are beyond
-its bounds, such as infinite sums. Sympy simplifies, but it can hang or exhaust memory. Therefore
+The grader computes with numbers and never simplifies. It therefore treats answers beyond its
+bounds, such as infinite sums, as different. Sympy simplifies, but it can hang or exhaust memory, so
 `audit.py:prove_equal` runs this module in a subprocess with limits. It is a tool for people who
 audit a data set. No reward depends on it.
 """
@@ -35,14 +35,14 @@ _SYMPY_NAMES = {
 
 
 def _prove_lines() -> None:
-    """Read pairs from stdin and print one line for each: what `audit.py:prove_equal` runs."""
+    """Read pairs from stdin and print one line for each, for `audit.py:prove_equal`."""
     pairs = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_AS, (_PROOF_BYTES, _PROOF_BYTES))
     cpu_seconds = 30 + PROOF_SECONDS * len(pairs)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
     signal.signal(signal.SIGVTALRM, _out_of_time)
     for a, b in pairs:
-        # The timer rings again every second, because sympy may catch the first exception.
+        # The timer repeats every second, because sympy may catch the first exception.
         signal.setitimer(signal.ITIMER_VIRTUAL, PROOF_SECONDS, 1)
         try:
             proved = _proves(a, b)
@@ -65,7 +65,7 @@ def _proves(a: str, b: str) -> bool:
 
 
 class _Symbolic:
-    """An answer as sympy expressions: the grader's parts, but without its numbers and points."""
+    """An answer as sympy expressions, built from the parts that the grader has parsed."""
 
     def __init__(self, answer: str) -> None:
         self.parsed = parse(tokens(answer))
@@ -108,7 +108,7 @@ class _Symbolic:
         raise SyntaxError("not a sum, product or power")
 
     def _power(self, base: Any, exponent: Any) -> Any:
-        """Return a power, but not one that sympy would write out for hours."""
+        """Return a power. Raises OverflowError if its digits would take sympy hours."""
         if base.is_Rational and exponent.is_Rational:
             bits = base.p.bit_length() + base.q.bit_length()
             if bits * abs(exponent) > _MAX_PROOF_BITS:

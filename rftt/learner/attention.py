@@ -1,11 +1,12 @@
-"""Attention inside documents, for transformers' attention interface: flat packing and tree packing.
+"""Compute attention within documents of a packed batch, for flat packing and tree packing.
 
-Every document has `new` tokens of its own behind `shared` tokens, with which an earlier document
-of the batch also starts (0 with flat packing). Queries are the new tokens, keys the whole path.
+Each document consists of `shared` tokens, with which an earlier document also starts, and `new`
+tokens. With flat packing `shared` is 0. Queries are the new tokens, keys are all tokens.
+
 On a GPU in half precision this is torch's varlen flash attention, whose causal mask is aligned at
-the end of queries and keys. Elsewhere documents are padded inside the attention only, in blocks of
-like length. One call per document would save about 1 %, but small models with many short documents
-would be slower.
+the end of queries and keys. Otherwise documents are padded, but only inside the attention, in
+blocks of similar length. One call per document would save about 1 %, but would be slower for small
+models with many short documents.
 """
 
 from __future__ import annotations
@@ -25,30 +26,32 @@ ATTENTION = "rftt_packed"
 
 @dataclass(frozen=True)
 class Block:
-    """Documents of like length, padded to one width."""
+    """Documents of similar length, padded to the same width."""
 
     rows: int
     n_queries: int
     n_keys: int
     shared: Tensor | None
-    """(rows,) tokens before each document's first query; None where all are 0."""
+    """(rows,) tokens before each document's first query. None if all are 0."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the documents' N queries and K keys lie. Indices are into the N packed tokens."""
+    """Positions of the documents' N queries and K keys. Indices refer to the N packed tokens."""
 
     cu_queries: Tensor
-    """(D + 1,) int32"""
+    """(D + 1,) int32, cumulative number of queries."""
     cu_keys: Tensor
+    """(D + 1,) int32, cumulative number of keys."""
     longest: tuple[int, int]
-    """Most queries and most keys of a document."""
+    """Largest number of queries and of keys of a document."""
     path: Tensor | None
-    """(K,) packed index of each key; None: the keys are the packed tokens."""
+    """(K,) packed index of each key. None if the keys are the packed tokens."""
     blocks: tuple[Block, ...]
     pad_queries: Tensor
-    """(slots,) packed index for every slot of all blocks; any index in empty ones."""
+    """(slots,) packed index for every slot of all blocks. Empty slots have any index."""
     pad_keys: Tensor
+    """(key slots,) the same for keys."""
     unpad: Tensor
     """(N,) slot of each packed token among the queries."""
 
@@ -56,7 +59,10 @@ class Layout:
 def layout_of(
     new: Sequence[int], shared: Sequence[int], path: Tensor | None, device: torch.device
 ) -> Layout:
-    """Return the layout of D documents; a block's have at least ¾ of its first one's queries."""
+    """Return the layout of D documents, with documents of similar length in one block.
+
+    Each document of a block has at least ¾ as many queries as the block's longest one.
+    """
     keys = [a + b for a, b in zip(new, shared, strict=True)]
     cu_queries, cu_keys = (torch.tensor([0, *accumulate(n)]) for n in (new, keys))
     members: list[list[int]] = []
@@ -96,10 +102,10 @@ def _slots(starts: Tensor, lengths: list[int], width: int) -> tuple[Tensor, Tens
 
 
 class _Gather(torch.autograd.Function):
-    """x[:, index] whose backward is a gather as well, not a scatter-add.
+    """x[:, index] with a gather as its backward pass, instead of a slower scatter-add.
 
-    This requires that `inverse` undoes `index`, and that no gradient reaches a slot which it does
-    not name. Causal attention sends no gradient to the padding behind a document.
+    This requires that `inverse` inverts `index` and that other slots receive no gradient. Causal
+    attention sends no gradient to the padding after a document.
     """
 
     @staticmethod
@@ -115,7 +121,7 @@ class _Gather(torch.autograd.Function):
 def _padded_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None, window: int | None
 ) -> Tensor:
-    """Map (H, N, d) -> (H, N, d), block by block as [documents, H, width, d]."""
+    """Return attention (H, N, d) of q, k, v (H, N, d), in blocks of (documents, H, width, d)."""
     queries = _Gather.apply(q, layout.pad_queries, layout.unpad)
     if layout.path is None:
         keys, values = (_Gather.apply(x, layout.pad_keys, layout.unpad) for x in (k, v))
@@ -138,7 +144,7 @@ def _padded_attention(
 
 
 def _mask(block: Block, window: int | None, device: torch.device) -> Tensor | None:
-    """Return (rows or 1, 1, queries, keys), True where a query attends; None means plain causal."""
+    """Return (rows or 1, 1, queries, keys), True where a query attends. None is plain causal."""
     if block.shared is None and (window is None or window >= block.n_keys):
         return None
     position = torch.arange(block.n_queries, device=device)[None, :, None]
@@ -161,7 +167,7 @@ def _packed_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: (1, H, N, d) -> (1, N, H, d)."""
+    """Implement transformers' attention function: (1, H, N, d) -> (1, N, H, d)."""
     if not query.is_cuda or query.dtype == torch.float32:  # flash attention is for half precision
         out = _padded_attention(query[0], key[0], value[0], layout, scaling, sliding_window)
         return out.transpose(0, 1)[None], None

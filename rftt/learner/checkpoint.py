@@ -1,14 +1,14 @@
-"""Checkpoints that survive kill −9, and resume bit for bit, on any number of ranks.
+"""Write checkpoints that survive kill −9 and resume bit for bit, on any number of ranks.
 
 `<run_dir>/checkpoints/step_000040/{hf/, state/, extra.json, COMPLETE}`, files `latest` and `best`.
-Weights and optimizer state go through torch's distributed checkpoint in its safetensors format:
-every rank writes its shards, a reader with another world size reads the slices it needs, and no
-pickle is involved (DCP's default format keeps its metadata in one). Hyper-parameters of the
-optimizer are not saved: they come from the config and the step.
+Weights and optimizer state use torch's distributed checkpoint (DCP) in its safetensors format.
+Every rank writes its shards, and a reader with another world size reads the slices it needs. DCP's
+default format is not used because its metadata is a pickle. Hyper-parameters of the optimizer are
+not saved, because they follow from the config and the step.
 
-Training waits for the copy to host memory only; a thread writes it, with collectives of its own.
-COMPLETE, written last, holds a checksum of every file, all of them forced to the disk before. The
-ranks share one file system.
+Training waits only for the copy to host memory. A thread writes the copy, with its own collectives.
+COMPLETE is written last and contains a checksum of every file. All files are forced to the disk
+before it. The ranks must share one file system.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def export_hf(
     world: World,
     dtype: str = "float32",
 ) -> None:
-    """Write a normal Hugging Face folder in `dtype`. Collective; rank 0 writes."""
+    """Write a Hugging Face folder in `dtype`. Collective, but only rank 0 writes."""
     weights = _whole_weights(model, world, dtype)
     if world.is_main:
         model.save_pretrained(path, state_dict=weights)
@@ -67,10 +67,10 @@ def export_hf(
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run while training goes on, one at a time.
+    """Writer of a run's checkpoints, one at a time, while training continues.
 
-    modules["policy"] is exported to hf/ in `dtype`. The newest `keep` stay (0: all), and the one
-    with the best score. `best` is that score, "best_score" in a resumed `extra`.
+    modules["policy"] is exported to hf/ in `dtype`. The newest `keep` checkpoints (0: all) and the
+    one with the best score are kept. `best` is that score, "best_score" in a resumed `extra`.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Checkpoints:
         optimizers: Optimizers,
         extra: dict[str, Any],
     ) -> None:
-        """Copy everything and begin to write it, once the one before is written. Collective.
+        """Copy the state and start writing it. Waits for the previous checkpoint. Collective.
 
-        An optimizer carries the name of the module it trains. `extra` is any JSON: data position,
-        KL controller, counters.
+        An optimizer has the name of the module that it trains. `extra` is JSON, such as the data
+        position, the KL controller and counters.
         """
         self.wait()
         state = _tensors(modules, optimizers)
@@ -113,9 +113,9 @@ class Checkpoints:
         self._pending.append(self._thread.submit(self._write, step, state, export, extra))
 
     def rate(self, step: int, score: float) -> None:
-        """Name the checkpoint of `step` `best` if no other had as high a score.
+        """Mark the checkpoint of `step` as `best` if its score is the highest.
 
-        It may come just before its `save`: a run killed in between writes it when it goes on.
+        This may precede `save`. A run that is killed in between writes the checkpoint later.
         """
         if score > self._best:
             self._best = score
@@ -124,13 +124,13 @@ class Checkpoints:
                 self._pending.append(self._thread.submit(_point, self._folder, "best", name))
 
     def wait(self) -> None:
-        """Return when nothing is being written. Raises what went wrong with it."""
+        """Wait until all writing has finished. Raises the error of a failed write."""
         pending, self._pending = self._pending, []
         for future in pending:
             future.result()
 
     def close(self) -> None:
-        """Wait, and end the thread."""
+        """Wait until all writing has finished and end the thread."""
         self.wait()
         self._thread.shutdown()
 
@@ -171,7 +171,7 @@ def restore(
     modules: Modules,
     optimizers: Optimizers,
 ) -> dict[str, Any]:
-    """Load a checkpoint of any number of ranks in place; its `extra` with "step". Collective."""
+    """Load a checkpoint of any number of ranks in place. Return `extra`. Collective."""
     tensors = _tensors(modules, optimizers)
     state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / "state")))
     for name, optimizer in optimizers.items():
@@ -183,16 +183,16 @@ def restore(
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
+    """Return the newest complete checkpoint of a run, or None."""
     found = _complete(run_dir / "checkpoints")
     return found[-1] if found else None
 
 
 def newest_whole(run_dir: Path, world: World) -> Path | None:
-    """Return the newest checkpoint whose recorded files are as they were written. Collective.
+    """Return the newest checkpoint whose recorded files are undamaged, or None. Collective.
 
-    Files that others put there (.DS_Store) do not count. Damaged checkpoints after it are set aside
-    with a warning. Raises UserError if none is left.
+    Files from other programs (.DS_Store) are ignored. Newer damaged checkpoints are renamed with a
+    warning. Raises UserError if all checkpoints are damaged.
     """
     damaged: list[Path] = []
     for path in reversed(world.gather(_complete(run_dir / "checkpoints"))[0]):
@@ -214,13 +214,13 @@ def newest_whole(run_dir: Path, world: World) -> Path | None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the names of the files of a checkpoint, without its marker and hidden ones."""
+    """Return the names of a checkpoint's files, without its marker and hidden files."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "COMPLETE")
     return sorted(str(p.relative_to(folder)) for p in files if not p.name.startswith("."))
 
 
 def _checksums(folder: Path, names: Sequence[str], world: World) -> dict[str, int]:
-    """Return the CRC-32 of this rank's share of `names`; a missing file has none."""
+    """Return the CRC-32 of each file in this rank's share of `names`. Missing files are skipped."""
     found = {}
     for name in [name for name in names[world.rank :: world.size] if (folder / name).is_file()]:
         checksum = 0
@@ -232,7 +232,7 @@ def _checksums(folder: Path, names: Sequence[str], world: World) -> dict[str, in
 
 
 def _recorded(path: Path) -> dict[str, int]:
-    """Return what COMPLETE says about the files; {} if the marker is damaged itself."""
+    """Return the checksums recorded in COMPLETE, or {} if that file is damaged."""
     try:
         recorded = json.loads((path / "COMPLETE").read_bytes())
     except ValueError:
@@ -268,7 +268,7 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 def _whole_weights(model: nn.Module, world: World, dtype: str) -> dict[str, Tensor]:
-    """Every whole tensor in host memory of rank 0, {} elsewhere. Collective."""
+    """Return all unsharded tensors in host memory on rank 0, {} on other ranks. Collective."""
     weights = {}
     for name, tensor in full_weights(model):
         if world.is_main:
@@ -277,7 +277,7 @@ def _whole_weights(model: nn.Module, world: World, dtype: str) -> dict[str, Tens
 
 
 def _tensors(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Every tensor to save under one flat name, local shards and all; a tied head comes once."""
+    """Return every tensor to save under a flat name. Shards stay local. A tied head comes once."""
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         tensors |= {f"module.{name}.{key}": tensor for key, tensor in own_tensors(module)}

@@ -1,8 +1,8 @@
-"""Ranks, and models sharded over them with FSDP2: one code path, also for a single process.
+"""Manage ranks and shard models over them with FSDP2. A single process uses the same code path.
 
-There is always a process group and every model is always sharded, so world size 1 tests what a
-cluster runs. Gradients are SUMMED over ranks, not averaged: losses are divided by one global count
-before `backward`. Gloo does not support PREMUL_SUM, hence the forced plain SUM below.
+There is always a process group and every model is always sharded, so world size 1 tests the code
+that a cluster runs. Gradients are SUMMED over ranks and not averaged, because losses are divided by
+one global count before `backward`. Gloo does not support PREMUL_SUM, hence the plain SUM below.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all ranks. Every method is a collective that all ranks call in order."""
+    """This process among all ranks. Every method is collective: all ranks call it in order."""
 
     rank: int
     size: int
@@ -60,12 +60,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files."""
         return self.rank == 0
 
     def sum(self, x: Number) -> Number:
+        """Return the sum of `x` over all ranks. A tensor is summed element by element."""
         return self._reduce(x, dist.ReduceOp.SUM)
 
     def max(self, x: Number) -> Number:
+        """Return the maximum of `x` over all ranks."""
         return self._reduce(x, dist.ReduceOp.MAX)
 
     def gather(self, obj: Any) -> list[Any]:
@@ -75,7 +78,10 @@ class World:
         return gathered
 
     def gather_or_raise(self, work: Callable[[], T]) -> list[T]:
-        """Every rank's result of `work`, in rank order. A UserError of one is raised on all."""
+        """Return every rank's result of `work`, in rank order.
+
+        A UserError on one rank is raised on all ranks, so that none waits for ever.
+        """
         found: list[T] = []
         failure = ""
         try:
@@ -88,7 +94,8 @@ class World:
         return [result for found, _ in shares for result in found]
 
     def barrier(self) -> None:
-        # An all-reduce rather than dist.barrier(): the same on gloo and nccl, no device guess.
+        """Wait until all ranks have called this."""
+        # An all-reduce behaves the same on gloo and nccl. dist.barrier() would guess a device.
         self.sum(0.0)
 
     def _reduce(self, x: Number, op: dist.ReduceOp.RedOpType) -> Number:
@@ -180,8 +187,8 @@ def close_world(world: World, *, wait: bool = True) -> None:
     """Leave the process group. Call it after the function that owned the models has returned.
 
     A gloo thread that outlives the interpreter can abort the process at exit. Destroying the group
-    joins its threads, but only after the last reference to it is gone. Sharded models hold one in
-    reference cycles. The mesh holds another, and torch's own caches never release the mesh.
+    joins its threads, but only if no reference to it remains. Sharded models have one in reference
+    cycles. The mesh has another one, and torch's caches never release the mesh.
     """
     if wait and dist.is_initialized():  # an in-process vLLM that closed took the group with it
         world.barrier()
@@ -193,10 +200,10 @@ def close_world(world: World, *, wait: bool = True) -> None:
 
 @contextmanager
 def joined(device: str, *, wait: bool = False) -> Iterator[World]:
-    """Open the process group, and leave it even if the work fails.
+    """Open the process group and leave it even if the work fails.
 
-    With `wait` a finished rank waits for the others, as ranks that share a model must. A failed
-    rank never waits.
+    With `wait` a finished rank waits for the others, which ranks that share a model must do. A
+    failed rank never waits.
     """
     world = open_world(device)
     try:
@@ -215,11 +222,11 @@ def shard(
     param_dtype: torch.dtype | None = None,
     cpu_offload: bool = False,
 ) -> nn.Module:
-    """Shard in place, one FSDP unit per decoder layer plus the root, and move to the device.
+    """Shard a model in place and move it to the device. Each decoder layer is one FSDP unit.
 
-    The model must come from model.py, because it is entered through its `packed_forward`.
-    `param_dtype` is the dtype of forward and backward. Weights keep their own dtype and reductions
-    are float32: at a learning rate of 5e-7 a bfloat16 weight would not move.
+    The model must come from model.py, because it is called through its `packed_forward`.
+    `param_dtype` is the dtype of forward and backward. Weights keep their own dtype, and reductions
+    use float32: at a learning rate of 5e-7 a bfloat16 weight would not change.
     """
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     on_gpu = world.device.type == "cuda"  # otherwise the weights are on the CPU already
@@ -260,7 +267,7 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale the gradients to at most `max_norm`; return their norm before, over all ranks."""
+    """Scale the gradients to at most `max_norm`. Return their norm before that, over all ranks."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
@@ -277,9 +284,9 @@ def deal(
 ) -> list[list[int]]:
     """Return this rank's share of each minibatch of a shuffled batch, with lengths spread evenly.
 
-    With `groups` (tree packing) a group stays on one rank, except for one cut per rank. The
-    minibatches depend neither on `groups` nor on the number of ranks, so learning does not either.
-    Groups need not stay together otherwise, because advantages are computed before the cut.
+    With `groups` (tree packing) a group stays on one rank, except that each rank may cut one group.
+    The minibatches depend neither on `groups` nor on the number of ranks, so the updates do not
+    either. Advantages are computed before, so groups may be split across minibatches.
     """
     order = list(range(len(sizes)))
     Random(seed).shuffle(order)
@@ -293,7 +300,7 @@ def deal(
 
 
 def _run(order: list[int], sizes: Sequence[int], world: World) -> list[int]:
-    """Return this rank's run of `order`: neighbours stay together, sizes are balanced."""
+    """Return this rank's contiguous part of `order`, with balanced sizes."""
     ends = list(accumulate(sizes[i] for i in order))
     middles = [(end - sizes[i] / 2) / ends[-1] for i, end in zip(order, ends, strict=True)]
     share = [int(middle * world.size) for middle in middles]
@@ -301,19 +308,20 @@ def _run(order: list[int], sizes: Sequence[int], world: World) -> list[int]:
 
 
 class Totals:
-    """Sums (maxima, for keys that end in _max) of metrics over microbatches, then over ranks."""
+    """Sums of metrics over microbatches, then over ranks. Keys that end in _max are maxima."""
 
     def __init__(self) -> None:
         self._values: defaultdict[str, Tensor | float] = defaultdict(float)
 
     def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Add the metrics of one microbatch."""
         for key, value in metrics.items():
             value = value.detach().float() if isinstance(value, Tensor) else value
             old = self._values[key]
             self._values[key] = max(old, value) if key.endswith("_max") else old + value
 
     def reduce(self, world: World, per: float) -> dict[str, float]:
-        """Reduce over all ranks; divide sums by `per`, the global count of action tokens (or 1)."""
+        """Reduce over all ranks and divide sums by `per`, the global count of action tokens."""
         return {
             key: float(world.max(float(value)))
             if key.endswith("_max")
@@ -323,10 +331,11 @@ class Totals:
 
 
 def flat_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
-    """Return groups of documents of at most `max_tokens`, filled in turn, longest first.
+    """Return groups of documents with at most `max_tokens` each, longest documents first.
 
-    Similar lengths share a group, which keeps padding inside the CPU's attention small. A document
-    or pair longer than the budget gets its own group. Tree packing has `tree_microbatches`.
+    Documents of similar length share a group, which keeps padding in the CPU's attention small. A
+    document or pair longer than the limit has a group of its own. Tree packing uses
+    `tree_microbatches`.
     """
     groups: list[list[int]] = []
     room = 0
@@ -342,9 +351,9 @@ def flat_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
 
 
 def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
-    """Return microbatches as document indices, equally many on all ranks, else FSDP would hang.
+    """Return microbatches as lists of document indices, the same number on all ranks.
 
-    [] stands for an empty microbatch.
+    FSDP would hang on different numbers. [] is an empty microbatch.
     """
     groups = (tree_microbatches if batch.tree else flat_microbatches)(batch, max_tokens)
     return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
@@ -360,7 +369,7 @@ def empty_like(batch: Batch) -> Batch:
 def per_token(
     function: Callable[[Batch], Tensor], batch: Batch, max_tokens: int, world: World
 ) -> Tensor:
-    """Return (T,) `function` of every microbatch, without gradients, in the batch's order."""
+    """Return the (T,) values of `function` on every microbatch, without gradients, in order."""
     result = torch.zeros_like(batch.rewards)
     with torch.no_grad():
         for group in equal_count(batch, max_tokens, world):
@@ -374,5 +383,8 @@ def per_token(
 def agreed(checksums: list[float]) -> float:
     """Return the checksum of the engines' weights, which must agree on all ranks."""
     if not max(checksums) - min(checksums) <= 1e-9 * max(checksums):  # NaN differs as well
-        raise UserError(f"the ranks' engines hold different weights: checksums {checksums}.")
+        raise UserError(
+            f"the engines of all ranks must have the same weights, got checksums {checksums}; "
+            "start again from the last checkpoint."
+        )
     return checksums[0]

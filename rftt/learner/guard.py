@@ -1,4 +1,4 @@
-"""Updates whose loss or gradient is not finite: find the sample, dump it, stop after a few.
+"""Handle updates whose loss or gradient is not finite: name the sample, dump it, stop the run.
 
 The update itself is skipped in update.py, on all ranks. This module names the sample, writes its
 minibatch to debug/ as JSON, and stops the run after several such updates in a row.
@@ -32,7 +32,7 @@ Loss = Callable[[Batch], tuple[Tensor, Metrics]]
 
 @dataclass
 class Guard:
-    """Checks every update of a run."""
+    """A check of every update of a run."""
 
     folder: Path
     modules: Mapping[str, nn.Module]
@@ -44,8 +44,8 @@ class Guard:
     def check(self, finite: bool, step: int, batch: Batch, loss_of: Loss) -> None:
         """Report an update of `batch` that was not `finite`. Collective in that case.
 
-        `loss_of` is called again on each document alone.
-        Raise UserError after LIMIT skipped updates in a row.
+        `loss_of` is called again on each document alone. Raises UserError after LIMIT consecutive
+        skipped updates.
         """
         if finite:
             self.in_a_row = 0
@@ -60,7 +60,7 @@ class Guard:
         )
         if self.in_a_row == LIMIT:
             raise UserError(
-                f"{message} It is update {LIMIT} in a row: look at the sample, or lower "
+                f"{message} This is update {LIMIT} in a row; check the sample, or lower "
                 "learning_rate."
             )
         self.log(f"{message} Update skipped.")
@@ -69,9 +69,10 @@ class Guard:
 def find(
     modules: Mapping[str, nn.Module], batch: Batch, loss_of: Loss, world: World
 ) -> tuple[str, str]:
-    """Return (sample, first bad tensor): an input, else "loss" or "gradient". Collective.
+    """Return (sample, first bad tensor): an input, "loss" or "gradient". Collective.
 
-    Whitening spreads one bad reward over all advantages: the earliest tensor is the source.
+    The earliest bad tensor is the source, because whitening spreads one bad reward over all
+    advantages.
     """
     mine = [
         (stage, world.rank, document)
@@ -100,7 +101,7 @@ def find(
 
 
 def dump(path: Path, batch: Batch) -> None:
-    """Write every document with its tensors; numbers that are not finite become text."""
+    """Write every document with its tensors. Numbers that are not finite are written as text."""
     tensors = {name: getattr(batch, name) for name in ("input_ids", "action_mask", *INPUTS)}
     parts = {k: x.split(batch.lengths) for k, x in tensors.items() if isinstance(x, Tensor)}
     documents = [

@@ -1,8 +1,8 @@
-"""Log-probs, entropies and values of packed batches, in chunks of the vocabulary.
+"""Compute log-probs, entropies and values of packed batches, in chunks of the vocabulary.
 
-Log-probs come from hidden states in chunks over ACTION positions with a hand-written backward:
-the matrix [tokens, vocabulary] never exists whole. This is the only place in the trainer that
-divides by the temperature.
+Only states before ACTION tokens are used. The backward pass is written by hand, so the matrix
+(tokens, vocabulary) never exists as a whole. In the trainer, only this module divides by the
+temperature.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from rftt.learner.model import Critic
 
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}
-"""Float32 logits at one time: on a CPU 8 MB, which stay in its caches; on a GPU 256 MB."""
+"""Number of float32 logits at one time: 8 MB on a CPU, which fit its caches, 256 MB on a GPU."""
 KEPT_LOGITS = {"cpu": 2**24, "cuda": 2**28}
-"""Logits kept for the backward rather than computed again."""
+"""Number of logits kept for the backward pass instead of being computed again."""
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     """log softmax(h Wᵀ / temperature) at the targets, and its entropy, `chunk` ids at a time.
 
-    The forward is an online softmax over the chunks. The backward recomputes all logits except the
-    `n_kept` first chunks: ∂logp = onehot − p and ∂H = −p (log p + H). A chunk is a slice of the
-    vocabulary, not of the tokens: it fits the caches, and each row of the weight's gradient is one
-    sum. On a CPU this took the float32 head from 2.9 s to 2.4 s, the bfloat16 head from 1.3 s to
-    0.7 s.
+    The forward pass is an online softmax over the chunks. The backward pass recomputes all logits
+    except those of the first `n_kept` chunks: ∂logp = onehot − p and ∂H = −p (log p + H). A chunk
+    is a slice of the vocabulary and not of the tokens. It fits the caches, and each row of the
+    weight's gradient is a single sum. On a CPU this reduced the float32 head from 2.9 s to 2.4 s
+    and the bfloat16 head from 1.3 s to 0.7 s.
     """
 
     @staticmethod
@@ -78,7 +78,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         slopes = torch.zeros_like(normalizer) if slopes is None else slopes
         grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
         grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.starts.stop :] = 0
+        grad_weight[ctx.starts.stop :] = 0  # rows of padding beyond the tokenizer
         for number, start in enumerate(ctx.starts):
             rows = slice(start, min(start + ctx.starts.step, ctx.starts.stop))
             raw = kept[number] if number < len(kept) else hidden @ weight[rows].T
@@ -103,7 +103,7 @@ def _divided(x: Tensor, temperature: float) -> Tensor:
 
 
 def _place(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return (A, 1) columns of the targets in the `width` ids from `start`, and which are there."""
+    """Return the (A, 1) columns of the targets in a chunk, and whether each is in that chunk."""
     column = targets - start
     return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
@@ -117,11 +117,11 @@ def token_logprobs(
     chunk: int | None = None,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (T,) log π of each action token, and the policy's entropy there; 0 at other tokens.
+    """Return (T,) log π of each action token and the policy's entropy there, 0 at other tokens.
 
-    `n_tokens` is len(tokenizer): later rows are padding, which the engines never sample and only
-    one side would count. `chunk` is the number of ids whose logits exist at one time (default:
-    CHUNK_LOGITS over the wanted tokens).
+    `n_tokens` is len(tokenizer). Later rows of the vocabulary are padding, which engines never
+    sample, so the normalisation excludes them. `chunk` is the number of ids whose logits exist at
+    one time (default: CHUNK_LOGITS over the number of wanted tokens).
     """
     view = _view(batch)
     picked, entropy = model.packed_forward(  # pyright: ignore[reportCallIssue]
@@ -131,7 +131,7 @@ def token_logprobs(
 
 
 def token_values(critic: Critic, batch: Batch) -> Tensor:
-    """Return the (T,) value of the state before each action token; 0 at other tokens."""
+    """Return the (T,) value of the state before each action token, 0 at other tokens."""
     view = _view(batch)
     return view.place(critic.packed_forward(view.inputs, view.states)[:, 0])
 
@@ -146,6 +146,10 @@ def packed_logprobs(
     chunk: int | None,
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return (A,) log-probs of `targets` and (A,) entropies at the A `states`.
+
+    This is the `packed_forward` of a policy. FSDP gathers its weights around this call.
+    """
     hidden = hidden_states(model.get_decoder(), inputs)[states]
     weight, kind, n = (
         weight_of(model.get_output_embeddings()),
@@ -166,7 +170,7 @@ def hidden_states(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class _View:
-    """What the model computes for a batch: N packed tokens, A wanted states."""
+    """Input of the model for a batch: N packed tokens, of which A states are wanted."""
 
     inputs: dict[str, Any]
     states: Tensor
@@ -177,7 +181,7 @@ class _View:
     actions: Tensor
     """(≤ T,) index of the action tokens in the batch."""
     which: Tensor | None
-    """Which of the A wanted tokens each action token is; None: they are the same."""
+    """Index of each action token among the A wanted tokens. None if they are the same."""
 
     def place(self, x: Tensor) -> Tensor:
         """Map (A,) -> (T,), with 0 at tokens that are not actions."""
@@ -205,4 +209,5 @@ def _inputs(input_ids: Tensor, position_ids: Tensor, layout: Layout) -> dict[str
 
 
 def weight_of(module: nn.Module | None) -> Tensor:
+    """Return the (vocabulary, width) weight of an embedding or head."""
     return cast(nn.Linear, module).weight

@@ -1,6 +1,6 @@
-"""Hugging Face causal language models on packed batches: loading, the critic, new rows.
+"""Load Hugging Face causal language models for packed batches, critics, and new vocabulary rows.
 
-Attention never crosses documents (attention.py), and no other layer sees a padding token.
+Attention never crosses documents (attention.py), and other layers process no padding tokens.
 """
 
 from __future__ import annotations
@@ -42,19 +42,22 @@ def load_policy(
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub id, on the CPU.
 
-    Raise UserError if there is none, or if its attention cannot be packed.
+    Raises UserError if there is no model, or if its attention is not supported.
     """
     model = _pretrained(AutoModelForCausalLM, path, dtype, trust_remote_code)
     return prepare(model, gradient_checkpointing=gradient_checkpointing)
 
 
 def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
-    """Make a causal language model accept packed batches, in place: see `token_logprobs`."""
+    """Make a causal language model accept packed batches, in place (see `token_logprobs`)."""
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) or getattr(
         config, "final_logit_softcapping", None
     ):
-        raise UserError(f"{config.model_type}: logit soft-capping (Gemma 2) is not supported.")
+        raise UserError(
+            f"{config.model_type}: logit soft-capping (Gemma 2) is not supported; use a model "
+            "without it."
+        )
     model.set_attn_implementation(ATTENTION)
     _spare_memory(model, gradient_checkpointing)
     # FSDP gathers the root's weights around `forward` or a method that fsdp.shard registers.
@@ -66,10 +69,11 @@ GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 
 
 def _spare_memory(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
-    """Keep less for the backward: each layer's input, or all but what gated MLPs multiply.
+    """Reduce the activations that are kept for the backward pass.
 
-    The latter saves a quarter of a layer's activations for one elementwise pass. A gated MLP is
-    recognised by its formula; any other MLP stays unchanged.
+    With gradient checkpointing each layer keeps only its input. Otherwise gated MLPs do not keep
+    their product, which saves a quarter of a layer's activations and costs one elementwise pass. A
+    gated MLP is recognised by its formula. Other MLPs stay unchanged.
     """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -82,7 +86,7 @@ def _spare_memory(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
 
 
 def _gated(mlp: Any, x: Tensor) -> Tensor:
-    # Recomputation stops at the input of down_proj, which is the last thing that was saved.
+    # Recomputation stops at the input of down_proj, the last tensor that the backward pass needs.
     return checkpoint(
         lambda gate, up: mlp.down_proj(mlp.act_fn(gate) * up),
         mlp.gate_proj(x),
@@ -93,14 +97,14 @@ def _gated(mlp: Any, x: Tensor) -> Tensor:
 
 
 class Critic(nn.Module):
-    """A backbone with a scalar head: V(state before emitting token t)."""
+    """A value model, V(state before emitting token t): a backbone with a scalar head."""
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         super().__init__()
         self.backbone = backbone
         width = backbone.config.get_text_config().hidden_size
         self.head = nn.Linear(width, 1, dtype=backbone.dtype)
-        # Zero: the first values are 0 rather than noise, and the first advantages the rewards.
+        # A zero head: the first values are 0 instead of noise, so rewards alone decide at first.
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -126,7 +130,10 @@ def load_critic(
 def critic_metrics(
     values: Tensor | None, returns: Tensor | None, mask: Tensor, world_sum: WorldSum
 ) -> dict[str, float]:
-    """Return 1 − Var(R − V) / Var(R) over all ranks; 0 for constant returns, {} without critic."""
+    """Return the explained variance 1 − Var(R − V) / Var(R) over all ranks.
+
+    It is 0 for constant returns. Without a critic the result is {}.
+    """
     if values is None or returns is None:
         return {}
     target, error = returns[mask].double(), (returns - values)[mask].double()
@@ -155,7 +162,10 @@ def _pretrained(
     try:
         return auto.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:  # no such path, or not a model
-        raise UserError(f"no model at {path!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"no model at {path!r}: {str(error).splitlines()[0]}; set model_name_or_path to a "
+            "Hugging Face folder or hub name."
+        ) from error
 
 
 # ---- New vocabulary rows ----
@@ -167,16 +177,18 @@ def add_function_rows(
     tokenizer: PreTrainedTokenizerBase,
     new: Sequence[str] = OPENERS + CLOSERS,
 ) -> None:
-    """Set the input row (and untied output row) of each `new` delimiter to its description's mean.
+    """Initialise the embedding of each `new` delimiter with the mean of its description's rows.
 
-    `new` is what tokens.add_function_tokens returned, so rows that are already learnt stay. Call it
-    before sharding. Raise UserError if the model lacks rows for other tokens.
+    An untied head is initialised in the same way. `new` is the result of
+    tokens.add_function_tokens, so rows that are already trained stay unchanged. Call this before
+    sharding. Raises UserError if the model lacks rows for other tokens.
     """
     n_rows = len(weight_of(model.get_input_embeddings()))
     if n_rows < len(tokenizer) - len(new):
         raise UserError(
-            f"the model has {n_rows} vocabulary rows, its tokenizer {len(tokenizer)} ids of which "
-            f"{len(new)} are new: they do not belong together."
+            f"the model must have a vocabulary row for each of the tokenizer's "
+            f"{len(tokenizer) - len(new)} earlier ids, got {n_rows} rows: they do not belong "
+            "together; use the tokenizer of this model."
         )
     if n_rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -1,9 +1,9 @@
-"""The offline objectives over packed rows: cross-entropy, and DPO over pairs (ms-swift's RFT).
+"""Compute the offline losses over packed rows: cross-entropy, and DPO over pairs (ms-swift's RFT).
 
-In DPO documents 2i and 2i + 1 of a batch are the chosen and the rejected response of one pair, and
-share a microbatch: memory is bounded by the microbatch, not the batch. The reference is the model
-that training starts from. Its log-probs are computed once, before the first update, and kept on
-disk. So memory holds no second model, and a resumed run reads them again.
+In DPO, documents 2i and 2i + 1 of a batch are the chosen and the rejected response of one pair.
+They share a microbatch, so the microbatch and not the batch bounds the memory. The reference is the
+model before training. Its log-probs are computed once, before the first update, and stored on disk.
+No second model is in memory, and a resumed run reads them again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Sums = tuple[float, ...]
 
 
 MaskedRow = tuple[Sequence[int], Sequence[int], Sequence[bool]]
-"""prompt_ids, response_ids, loss_mask over the response"""
+"""(prompt_ids, response_ids, loss mask over the response)"""
 
 
 def collate_rows(rows: Sequence[MaskedRow], together: int = 1) -> Batch:
-    """Pack SFT or DPO rows: the response tokens that the mask keeps are the actions."""
+    """Pack SFT or DPO rows. The response tokens selected by the mask are the actions."""
     ids: list[int] = []
     mask: list[bool] = []
     for number, (prompt_ids, response_ids, loss_mask) in enumerate(rows):
@@ -64,7 +64,7 @@ def collate_examples(
 def offline_loss(logprobs: Tensor, batch: Batch, cfg: SFTConfig) -> tuple[Tensor, Metrics]:
     """Return the loss summed over the batch's terms, and sums of metrics.
 
-    A masked pair (`empty_like`) does not count.
+    A pair without actions (`empty_like`) does not count.
     """
     if cfg.loss == "sft":
         loss = sft_loss(logprobs, batch.action_mask)
@@ -102,9 +102,9 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Metrics]:
-    """Return the DPO loss of (pairs,) sequence log-probs, summed over pairs.
+    """Return the DPO loss of (pairs,) sequence log-probs, summed over pairs (Rafailov 2023).
 
-    Rafailov 2023; label smoothing: cDPO.
+    Label smoothing is that of cDPO.
     """
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     margin = chosen - rejected
@@ -132,11 +132,11 @@ def reference_logprobs(
     world: World,
     model: nn.Module,
 ) -> list[Sums]:
-    """Return log π_ref of both responses of every pair, under the model as it is. Collective.
+    """Return log π_ref of both responses of every pair, under the current weights. Collective.
 
-    The ranks take `train_batch_size` pairs at a time and write each lot to disk before the next.
-    Pairs that the file holds for the same weights are not computed again. The key is a sum of the
-    weights: a folder's name stays the same when another training writes into it.
+    The ranks compute `train_batch_size` pairs at a time and write them to disk before the next
+    ones. Pairs that the file already has for the same weights are not computed again. The key
+    contains a sum of the weights, because another training may write into the same folder.
     """
     weights = sum(float(w.abs().sum(dtype=torch.float64)) for _, w in full_weights(model))
     keys = [hashlib.sha256(repr((weights, cfg.dtype, p)).encode()).hexdigest() for p in pairs]

@@ -1,5 +1,6 @@
-"""Optimizers and learning-rate schedules. The rate is a function of the step, so there is no
-scheduler object to save and none to forget on resume (arXiv 2502.13389).
+"""Build optimizers and compute learning rates (arXiv 2502.13389).
+
+The rate is a function of the step, so checkpoints need no scheduler object.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from rftt.types import UserError
 
 
 def build_optimizer(cfg: Training, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; vectors (norms, biases) do not decay.
+    """Build AdamW over the trainable parameters. Vectors (norms, biases) have no weight decay.
 
-    Raises UserError when `adamw_8bit` is asked for without bitsandbytes.
+    Raises UserError if `optim` is adamw_8bit and bitsandbytes is not installed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -30,15 +31,16 @@ def build_optimizer(cfg: Training, model: nn.Module, lr: float) -> torch.optim.O
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            "optim=adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use optim=adamw."
+            "optim=adamw_8bit needs bitsandbytes; pip install bitsandbytes, or set optim=adamw."
         ) from error
     return AdamW8bit(groups, lr=lr, betas=betas)
 
 
 def lr_at(cfg: Training, peak: float, step: int, total: int) -> float:
-    """Learning rate of `step` (from 0) of `total`: linear warm-up to `peak`, then the schedule.
+    """Return the learning rate of `step` (from 0) of `total` steps.
 
-    The first step already moves; decay ends at min_lr_ratio · peak.
+    It rises linearly to `peak` during the warm-up, then follows the schedule down to
+    min_lr_ratio · peak. The first step already has a rate above 0.
     """
     warmup_steps = math.ceil(cfg.warmup_ratio * total)
     if step < warmup_steps:
@@ -53,5 +55,6 @@ def lr_at(cfg: Training, peak: float, step: int, total: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = lr

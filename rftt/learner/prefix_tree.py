@@ -1,11 +1,12 @@
-"""Tree packing: tokens that documents share as a prefix go through the model once.
+"""Pack documents as a prefix tree, so that the model computes shared prefixes only once.
 
-Documents in lexicographic order share most with their predecessor, so that each one adds a suffix
-of new tokens to those seen before: the nodes of a prefix tree. The log-prob of a token depends on
-its path only, so the loss still counts every document and only the work is shared. Rollouts of one
-search share their prompt and the beginnings of their paths. Minibatches are those of flat packing,
-because packing must not change what an update learns from. Flat is the default, because minibatches
-with few rollouts per problem share little (docs/log.md).
+In lexicographic order a document shares its longest prefix with its predecessor. Each document
+therefore adds only a suffix of new tokens, which are the nodes of a prefix tree. The log-prob of a
+token depends on its path only, so the loss still counts every document.
+
+Rollouts of one search share their prompt and the beginnings of their paths. Minibatches are those
+of flat packing, because packing must not change the update. Flat packing is the default, because
+minibatches with few rollouts per problem share little (docs/log.md).
 """
 
 from __future__ import annotations
@@ -22,22 +23,25 @@ from rftt.batch import Batch
 
 @dataclass(frozen=True)
 class Forest:
-    """N nodes for the T tokens of a batch."""
+    """A prefix tree with N nodes for the T tokens of a batch."""
 
     node: Tensor
     """(T,) node of each packed token."""
     token: Tensor
-    """(N,) the first packed token that each node stands for."""
+    """(N,) the first packed token of each node."""
     new: list[int]
-    """Nodes that each document adds; documents that add none are left out."""
+    """Number of nodes that each document adds. Documents that add none are omitted."""
     shared: list[int]
-    """Nodes that its path begins with and others have added."""
+    """Number of earlier nodes with which each of these documents starts."""
     path: Tensor
-    """Nodes of those documents' paths, end to end."""
+    """Nodes of these documents, concatenated."""
 
 
 def prefix_order(input_ids: Tensor, lengths: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Sort documents lexicographically; also return how many tokens each shares with the last."""
+    """Return the lexicographic order of documents and their prefix lengths.
+
+    A prefix length is the number of tokens that a document shares with its predecessor.
+    """
     documents = [ids.numpy() for ids in input_ids.cpu().split(list(lengths))]
     keys = [ids.astype(">u4").tobytes() for ids in documents]
     order = sorted(range(len(documents)), key=keys.__getitem__)
@@ -50,7 +54,7 @@ def prefix_order(input_ids: Tensor, lengths: Sequence[int]) -> tuple[list[int], 
 
 
 def forest_of(input_ids: Tensor, lengths: Sequence[int], starts: Tensor) -> Forest:
-    """Return the prefix tree of the documents; `starts` (D + 1,) is where they begin."""
+    """Return the prefix tree of D documents that begin at `starts` (D + 1,)."""
     order, prefixes = prefix_order(input_ids, lengths)
     node = torch.empty(len(input_ids), dtype=torch.int64)
     tokens: list[Tensor] = []
@@ -80,9 +84,9 @@ def forest_of(input_ids: Tensor, lengths: Sequence[int], starts: Tensor) -> Fore
 
 
 def tree_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
-    """Keep neighbours in prefix order together; split a problem only if it does not fit.
+    """Return microbatches of documents in prefix order, with shared tokens counted once.
 
-    A shared token counts once.
+    The documents of a problem are split only if they do not fit one microbatch.
     """
     groups: list[list[int]] = []
     room = 0
@@ -102,5 +106,5 @@ def tree_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
 
 
 def n_saved(batch: Batch) -> int:
-    """Return how many tokens tree packing does not compute again."""
+    """Return the number of tokens that tree packing does not compute again."""
     return sum(prefix_order(batch.input_ids, batch.lengths)[1]) if batch.tree else 0

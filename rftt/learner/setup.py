@@ -16,11 +16,13 @@ from rftt.run.config import RLConfig, SFTConfig
 
 @dataclass(frozen=True)
 class Models:
+    """The models of an RL run."""
+
     policy: PreTrainedModel
     reference: PreTrainedModel | None
-    """The policy as the run found it, frozen; None without a KL term."""
+    """The frozen initial policy. None without a KL term."""
     critic: Critic | None
-    """Only ppo has one."""
+    """The value model of ppo. None for other estimators."""
     vocabulary: int
     """Number of ids in the tokenizer. Rows beyond it are never scored."""
 

@@ -1,4 +1,4 @@
-"""Checks of a run: prompts that fit, a policy that writes the acts, its greedy accuracy."""
+"""Check a run: whether prompts fit, whether the policy writes the acts, how accurate it is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_prompts(
     system_prompt: str | None,
     max_model_len: int,
 ) -> None:
-    """Before the run: raise UserError where a question leaves no room for a response."""
+    """Raise UserError, before the run, if a question leaves no room for a response."""
     long = [
         problem.id
         for problem in dict.fromkeys(problems)

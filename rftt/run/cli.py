@@ -1,6 +1,6 @@
-"""The process around a script: `--help`, one line and exit code 2 for a mistake, SIGTERM, memory.
+"""Run a script as a process: `--help`, one-line errors with exit code 2, SIGTERM, lack of memory.
 
-config.py reads the configuration; torch is imported only for one that is good.
+config.py reads the configuration. torch is imported only after the configuration is valid.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from rftt.types import Problem, UserError
 C = TypeVar("C")
 
 OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory")
-"""What torch says, which is not imported here."""
+"""Parts of torch's messages. Its exception types are not used, because torch is not imported."""
 STOPPED = 128 + signal.SIGTERM
-"""Exit code of a script that SIGTERM has stopped; started again, it goes on."""
+"""Exit code of a script that SIGTERM has stopped. It continues when it is started again."""
 
 
 def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None = None) -> None:
-    """Run a script: `--help` lists the fields; a UserError becomes one line and exit code 2.
+    """Run a script. `--help` lists the fields. A UserError becomes one line and exit code 2.
 
-    So does memory that runs out. SIGTERM ends the script at once (what is in a journal is done),
-    unless it has called `stop_on_sigterm`.
+    The same holds for a lack of memory. SIGTERM ends the script at once, unless it has called
+    `stop_on_sigterm`. Work that is in a journal is not lost.
     """
-    # Before torch and transformers are imported: no bars for files, no notes on NUMA.
+    # Set before torch and transformers are imported: no progress bars for files, no NUMA notes.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     argv = sys.argv[1:] if argv is None else argv
@@ -66,30 +66,42 @@ def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None =
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             reason = " ".join(str(error).split())[:200]
             sys.stderr.write(
-                "error: not enough memory; set gradient_checkpointing or fsdp_cpu_offload: true, "
-                "or a smaller max_tokens_per_microbatch or max_num_seqs, and see tools/doctor.py "
-                f"({reason}).\n"
+                "error: not enough memory; set gradient_checkpointing: true, fsdp_cpu_offload: "
+                "true, a smaller max_tokens_per_microbatch or a smaller max_num_seqs. "
+                f"tools/doctor.py prints an estimate ({reason}).\n"
             )
             raise SystemExit(2) from None
         raise
 
 
 def stop_on_sigterm() -> threading.Event:
-    """From now on SIGTERM only sets this event: a loop ends after its step, with a checkpoint."""
+    """Return an event that SIGTERM sets instead of ending the script.
+
+    A training loop reads it after each step, writes a checkpoint and ends.
+    """
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     return asked
 
 
 def load_function(key: str, name: str) -> Callable[..., object]:
-    """The user's own `module:function`, importable from here, that the config names under `key`."""
+    """Return the user's function that the config names as `module:function` under `key`.
+
+    Raises UserError if it cannot be imported or is not callable.
+    """
     module, _, attribute = name.partition(":")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{key}={name} is no module:function ({error}).") from error
+        raise UserError(
+            f"`{key}` must be an importable module:function, got {name!r} ({error}); put the "
+            "module beside the script or on PYTHONPATH."
+        ) from error
     if not callable(function):
-        raise UserError(f"{key}={name} is a {type(function).__name__}, not a function.")
+        raise UserError(
+            f"`{key}` must name a function, got {name!r}, which is of type "
+            f"{type(function).__name__}; write module:function."
+        )
     return function
 
 

@@ -1,9 +1,9 @@
-"""What can be set, and how it is read: `script.py config.yaml key=value …` -> a checked dataclass.
+"""Define all settings and read them: `script.py config.yaml key=value …` -> a checked dataclass.
 
-One dataclass per script; the docstring under each field gives its meaning, unit and source (the
-paper, arXiv 2502.13389, or the library that set the name). pydantic checks types and ranges, and a
-mistake becomes one line that names the key, the allowed values, what was found and where. Field
-groups are base classes, the one use of inheritance beside nn.Module: no field is written twice.
+Each script has one dataclass. The docstring under each field gives its meaning, unit and source:
+the paper (arXiv 2502.13389) or the library that introduced the name. pydantic checks types and
+ranges. An error is one line with the key, the allowed values, what was found and where. Groups of
+fields are base classes, so that no field is written twice.
 """
 
 import ast
@@ -35,7 +35,7 @@ from rftt.types import UserError
 C = TypeVar("C")
 T = TypeVar("T")
 
-# ---- Types of fields: what a number may be stands here, not in the code that uses it ----
+# ---- Types of fields: ranges are checked here and not in the code that uses a number ----
 
 Runtime = Annotated[T, Field(json_schema_extra={"runtime": True})]
 """A key that a continued run may change: place, budget, speed and display, but no result."""
@@ -51,15 +51,15 @@ Group = Annotated[int, Field(ge=1, le=2**16)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
 Reward = Annotated[float, Field(ge=-100, le=100)]
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
-"""A path whose `~` is the home folder; names on the Hugging Face hub pass through unchanged."""
+"""A path in which `~` means the home folder. Names on the Hugging Face hub stay unchanged."""
 Script = Literal[
     "latin", "cyrillic", "greek", "cjk", "hiragana", "katakana", "hangul", "arabic", "thai"
 ]
-"""First word of the Unicode names of a script's letters."""
+"""Each is the first word of the Unicode names of a script's letters."""
 Act = Literal[
     "clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine"
 ]
-"""Functional tokens that a response may lack."""
+"""Functional tokens that a response does not require: all except output."""
 
 RUNTIME_KEYS: set[str] = set()
 """Names of all fields marked `Runtime`; `config_class` adds them."""
@@ -98,6 +98,8 @@ def _typed(value: Any) -> Any:
 
 @config_class
 class Common:
+    """Settings that every script has."""
+
     output_dir: Runtime[LocalPath]
     """Run directory; everything the script writes is below it."""
     overwrite_output_dir: Runtime[bool] = False
@@ -144,6 +146,8 @@ class Common:
 
 @config_class
 class Graded:
+    """Settings of scripts that grade answers."""
+
     answer_key: str | None = None
     """Column of the data that holds the gold answer, where it has none of the usual names; dots and
     braces as in prompt_key (reward_model.ground_truth)."""
@@ -151,6 +155,8 @@ class Graded:
 
 @config_class
 class EngineKeys:
+    """Settings of scripts that sample from a model."""
+
     engine: Literal["hf", "vllm", "api"] = "hf"
     """Sampler: hf is transformers, vllm is faster, api is another model's URL (search.py only)."""
     max_model_len: Count = 8192
@@ -178,7 +184,7 @@ class Training:
     weight_decay: Share = 0.0
     """AdamW, decoupled."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """Optimizer; adamw_8bit needs bitsandbytes and a GPU, and we have not run it."""
+    """Optimizer. adamw_8bit needs bitsandbytes and a GPU and is untested."""
     max_grad_norm: Positive = 1.0
     """Global norm to which gradients are clipped (arXiv 2502.13389)."""
     max_tokens_per_microbatch: Runtime[Count] = 16384
@@ -192,7 +198,7 @@ class Training:
     save_total_limit: Runtime[Whole] = 2
     """Number of newest checkpoints kept beside the best one."""
     report_to: Runtime[list[str]] = field(default_factory=list)
-    """Any of tensorboard, wandb; metrics.jsonl is always written."""
+    """Any of tensorboard, wandb and trackio. metrics.jsonl is always written."""
 
 
 @config_class
@@ -202,20 +208,20 @@ class StepModel:
     prm_model_name_or_path: LocalPath | None = None
     """Hugging Face folder or hub name of the process reward model."""
     prm_family: Literal["auto", "math_shepherd", "qwen", "value"] = "auto"
-    """How the model reads a solution: a good/bad token after a step tag (math_shepherd), a head at
-    <extra_0> (qwen) or at line ends (value). auto looks at its weights."""
+    """Kind of model: a good/bad token after a step tag (math_shepherd), a head at <extra_0> (qwen)
+    or a head at line ends (value). auto detects it from the weights and the tokenizer."""
     prm_step_tag: str | None = None
-    """Mark of the end of a step; None is the family's own: ки, <extra_0>, a line break."""
+    """Mark of the end of a step. None uses the family's mark: ки, <extra_0> or a line break."""
     prm_good_token: str = "+"
-    """math_shepherd: its share of good + bad is the score (Math-Shepherd). A model over byte-level
-    BPE may have learnt " +" and " -", spaces included."""
+    """math_shepherd: token of a good step. The score is its share of good + bad (Math-Shepherd). A
+    model with byte-level BPE may use " +" and " -", with the spaces."""
     prm_bad_token: str = "-"
-    """math_shepherd: the token of a bad step."""
+    """math_shepherd: token of a bad step."""
     prm_max_tokens_per_batch: Runtime[Count] = 16384
-    """Padded tokens of one forward pass of the process reward model: its knob for memory."""
+    """Padded tokens of one forward pass of the process reward model. Less needs less memory."""
     prm_check_file: LocalPath | None = None
-    """JSON {question, good, bad} of a right and a wrong list of steps that it must rank before it
-    is trusted; None takes a built-in example."""
+    """JSON {question, good, bad} with a right and a wrong list of steps. The model ranks them at
+    startup, and a wrong order is a warning. None uses a built-in example."""
 
 
 @config_class
@@ -223,9 +229,9 @@ class ServeConfig(StepModel):
     """tools/prm_serve.py: a process reward model behind a URL."""
 
     host: str = "127.0.0.1"
-    """Address to bind; anything but loopback lets others in."""
+    """Address to bind. Other machines can reach every address except loopback."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8008
-    """Port to bind (the official server's); 0 takes a free one."""
+    """Port to bind, by default that of the official server. 0 chooses a free one."""
     max_body_bytes: Count = 1 << 20
     """Size limit of a request body, in bytes."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -233,7 +239,7 @@ class ServeConfig(StepModel):
     device: Runtime[Literal["auto", "cpu", "cuda"]] = "auto"
     """Device of the models; auto is a GPU if one is available."""
     system_prompt: str | None = None
-    """qwen: instead of the chat template's own."""
+    """qwen: system prompt instead of the chat template's default."""
     trust_remote_code: bool = False
     """Permission to run Python code that comes with a model folder."""
 
@@ -245,13 +251,13 @@ class Process(StepModel):
     use_prm: bool = False
     """Score every step with a process reward model."""
     prm_url: Runtime[str | None] = None
-    """Server to ask instead (official: remote_rm_url): POST {"input": …} -> {"score": […]}."""
+    """URL of a server (official name: remote_rm_url): POST {"input": …} -> {"score": […]}."""
     prm_reduce: Literal["min", "mean", "last", "prod"] = "mean"
-    """Reduction of step scores to a path's score (arXiv 2502.13389: the mean chooses pairs)."""
+    """Reduction of step scores to a path's score (arXiv 2502.13389 chooses pairs by the mean)."""
     prm_timeout_s: Runtime[Positive] = 60.0
     """Timeout per request, in seconds."""
     prm_tries: Runtime[Count] = 3
-    """Attempts, with growing pauses, before the server counts as not reachable."""
+    """Attempts, with growing pauses, after which a request has failed and the run stops."""
     prm_max_concurrency: Runtime[Count] = 64
     """Concurrent requests to the server."""
 
@@ -261,18 +267,20 @@ class Process(StepModel):
         if self.use_prm and not named:
             raise UserError("use_prm: true needs prm_model_name_or_path or prm_url.")
         if len(named) == 2:
-            raise UserError("prm_model_name_or_path and prm_url are both set; choose one.")
+            raise UserError("prm_model_name_or_path and prm_url are both set; remove one.")
         return self
 
 
 @config_class
 class Api:
+    """Settings of an OpenAI-compatible server, for engine=api."""
+
     api_url: str | None = None
     """engine=api: base URL of an OpenAI-compatible server, up to and including /v1."""
     api_model: str | None = None
-    """Name of the model there."""
+    """Name of the model on that server."""
     api_key_env: Runtime[str | None] = None
-    """Environment variable that holds the key; none for a server without one."""
+    """Environment variable that contains the API key. None means a server without a key."""
     api_max_tokens: Runtime[Count | None] = None
     """Hard budget in tokens, prompts included, over all runs of this output_dir."""
     api_max_cost: Runtime[Positive | None] = None
@@ -288,14 +296,14 @@ class Api:
     api_attempts: Runtime[Count] = 8
     """Attempts per request before its failure stops the run."""
     api_seed: Runtime[bool] = True
-    """Whether requests carry a seed of 31 bits; false for a server that refuses the field."""
+    """Whether requests carry a seed of 31 bits. Use false if the server rejects the field."""
     api_max_tokens_key: Runtime[Literal["max_tokens", "max_completion_tokens"]] = "max_tokens"
-    """Name of the field that bounds a reply; newer models require max_completion_tokens."""
+    """Name of the field that limits a reply. Newer models require max_completion_tokens."""
 
 
 @config_class
 class Filters:
-    """What becomes of sampled responses (run/filters.py); may change without sampling again."""
+    """Filters of sampled responses (run/filters.py). They may change without sampling again."""
 
     easy_query_threshold: Share = 1.0
     """Largest share of right responses with which a problem is kept (ms-swift's name)."""
@@ -308,18 +316,19 @@ class Filters:
     min_script_ratio: Share = 0.9
     """Share of its letters, outside formulas, that must be in these scripts."""
     min_row_tokens: Whole = 0
-    """Rows whose response has fewer tokens than this are left out."""
+    """Minimum tokens of a row's response."""
     max_row_tokens: Count = 8192
-    """Rows whose response has more tokens than this are left out (arXiv 2502.13389: cutoff)."""
+    """Maximum tokens of a row's response (arXiv 2502.13389: cutoff)."""
     custom_filter: str | None = None
-    """module:function, called with a scored response as a dict; those it returns False on go."""
+    """module:function, called with a scored response as a dict. False drops the response."""
     max_similarity: Share = 1.0
-    """Of two responses whose word trigrams have a Jaccard index as high as this only the better one
-    stays; 1 drops those made of the same phrases."""
+    """Jaccard index of word trigrams from which on the worse of two responses is dropped. 1 drops
+    only responses made of the same phrases."""
     n_best_to_keep: Count = 5
     """Responses kept per problem (ms-swift's name and default)."""
     max_pairs: Count = 1
-    """Preference pairs for DPO per problem: best kept response and worst wrong one, and so on."""
+    """Preference pairs for DPO per problem: the best kept response with the worst wrong one, the
+    second best with the second worst, and so on."""
 
     @model_validator(mode="after")
     def _intervals_are_not_empty(self) -> Self:
@@ -329,26 +338,30 @@ class Filters:
         ):
             least, most = getattr(self, low), getattr(self, high)
             if least > most:
-                raise UserError(f"{low}={least} above {high}={most} keeps no row; lower it.")
+                raise UserError(f"{low}={least} must not exceed {high}={most}; lower {low}.")
         return self
 
 
 @config_class
 class Acts:
+    """Settings of a search over functional tokens."""
+
     forbidden_acts: list[Act] = field(default_factory=list)
-    """Functional tokens that neither policy nor search may open, to measure what an act is worth
-    (arXiv 2502.13389: one act masked)."""
+    """Functional tokens that neither the policy nor the search may use, to measure the value of an
+    act (arXiv 2502.13389 masks one act)."""
     children_per_act: Count = 1
-    """Times that a tree over functional tokens may try each act below a node (arXiv 2502.13389:
-    once)."""
+    """Number of texts that a tree over functional tokens may try per act below a node (arXiv
+    2502.13389: one)."""
 
 
 @config_class
 class Beam:
+    """Settings of beam search and DVTS."""
+
     beam_width: Count = 2
-    """Nodes that beam keeps per level; dvts: independent subtrees (search-and-learn: N / M)."""
+    """beam: nodes kept per level. dvts: independent subtrees (search-and-learn: N / M)."""
     beam_branching: Count = 2
-    """Acts explored below each of them (search-and-learn: M, its beam_width)."""
+    """Acts explored below each kept node (search-and-learn: M, its beam_width)."""
 
 
 @config_class
@@ -361,10 +374,10 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     max_problems: Count | None = None
     """Number of problems read, from the start of the file; None reads all."""
     method: Literal["mcts", "beam", "dvts", "sample", "score"] = "mcts"
-    """mcts, beam, dvts: search over prompted acts. sample: answers to the bare question, cached,
-    then scored and filtered. score: only that, with the cache in raw_file; no model is opened."""
+    """mcts, beam, dvts: search over prompted acts. sample: sample answers to the bare question,
+    cache, score and filter them. score: score and filter the cache raw_file without a model."""
     raw_file: LocalPath | None = None
-    """method=score: data/raw.jsonl of another run; train_file is not read then."""
+    """method=score: data/raw.jsonl of another run, which is read instead of train_file."""
     simulations: Count = 16
     """Passes of a tree search (arXiv 2502.13389); beam, dvts: lookaheads; sample: answers."""
     search_depth: Count = 15
@@ -372,9 +385,9 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
-    """Simulations of one tree that run at once, kept apart by virtual loss; 1 is textbook MCTS."""
+    """Concurrent simulations of one tree, spread by virtual loss. 1 is textbook MCTS."""
     problems_in_flight: Runtime[Count] = 64
-    """Trees grown at once; with leaves_in_flight it fills the engine's batch."""
+    """Concurrent trees. Together with leaves_in_flight they fill the engine's batch."""
     temperature: Temperature = 0.95
     """Sampling temperature of every prompted reply (arXiv 2502.13389)."""
     max_direct_sentences: Whole = 4
@@ -393,9 +406,11 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     @model_validator(mode="after")
     def _method_and_its_keys(self) -> Self:
         if self.method == "score" and not self.raw_file:
-            raise UserError("method=score needs a raw_file.")
+            raise UserError("method=score needs raw_file, the data/raw.jsonl of another run.")
         if self.method != "score" and self.raw_file is not None:
-            raise UserError("raw_file is for method=score only.")
+            raise UserError(
+                f"raw_file needs method=score, got method={self.method}; remove raw_file."
+            )
         if self.prm_threshold and not self.use_prm:
             raise UserError(
                 f"prm_threshold={self.prm_threshold} needs process scores; set use_prm: true."
@@ -404,8 +419,8 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
         idle = [key for key in default if own[key] != default[key] and key != "max_row_tokens"]
         if idle and self.method not in ("sample", "score"):
             raise UserError(
-                f"{', '.join(idle)}: only method=sample and score filter by it; {self.method} "
-                "curates trees."
+                f"{', '.join(idle)}: only method=sample and method=score use these filters, got "
+                f"method={self.method}; remove them."
             )
         return self
 
@@ -419,12 +434,12 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
                 "them there."
             )
         if not (self.api_url and self.api_model):
-            raise UserError("engine=api needs api_url, api_model.")
+            raise UserError("engine=api needs api_url and api_model; set both.")
         prices = self.api_prompt_price + self.api_completion_price
         bounded = prices > 0 if self.api_max_cost is not None else self.api_max_tokens is not None
         if not bounded:
             raise UserError(
-                "engine=api needs a budget: api_max_tokens, or api_max_cost with prices."
+                "engine=api needs a budget; set api_max_tokens, or api_max_cost with prices."
             )
         return self
 
@@ -441,9 +456,9 @@ class SFTConfig(Common, Training):
     loss: Literal["sft", "dpo"] = "sft"
     """sft: cross-entropy; dpo: the chosen response against the rejected one (Rafailov 2023)."""
     dpo_beta: Positive = 0.3
-    """Scale of a response's gain on the reference, the model that training started from."""
+    """dpo: scale of a response's gain over the reference, which is the model before training."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """dpo: the share of pairs that may be the wrong way round (cDPO)."""
+    """dpo: assumed share of pairs with swapped labels (cDPO)."""
     mix_file: LocalPath | None = None
     """More rows of the same kind, such as the original data, mixed in against forgetting."""
     mix_ratio: Coefficient = 0.5
@@ -465,7 +480,7 @@ class SFTConfig(Common, Training):
     eval_steps: Runtime[Whole] = 50
     """Optimizer steps between two evaluation losses; every checkpoint has one."""
     initial_state: LocalPath | None = None
-    """Checkpoint folder of another run: start with its weights and its optimizer's moments."""
+    """Checkpoint folder of another run, whose weights and optimizer moments are the start."""
 
 
 @config_class
@@ -480,7 +495,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     max_eval_problems: Runtime[Count] = 500
     """Number of problems read, from the start of eval_file."""
     eval_steps: Runtime[Whole] = 0
-    """Steps between two greedy evaluations, and one for each checkpoint; 0 never."""
+    """Steps between two greedy evaluations. Each checkpoint is evaluated as well. 0 is never."""
     max_steps: Count = 250
     """Exploration-and-learning rounds (arXiv 2502.13389)."""
     max_generated_tokens: Runtime[Count | None] = None
@@ -497,7 +512,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
-    """Simulations of one tree that run at once; 1 is textbook MCTS."""
+    """Concurrent simulations of one tree. 1 is textbook MCTS."""
     rollout_mode: Literal["free", "stepwise"] = "free"
     """free: one request per rollout; stepwise: greedy acts, one request per act (the paper's)."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.95
@@ -512,15 +527,15 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     wrong_reward: Reward = 0.1
     """Reward of a wrong answer (arXiv 2502.13389)."""
     no_answer_reward: Reward = 0.0
-    """Reward without an answer (arXiv 2502.13389); with a PRM the last step earns its own score."""
+    """Reward without an answer (arXiv 2502.13389). With a PRM the last step earns its score."""
     reward_function: str | None = None
-    """module:function called with the Problem and the decoded response: what the last step earns,
-    instead of the three above."""
+    """module:function called with the Problem and the decoded response. It returns the reward of
+    the last step, instead of the three rewards above."""
     reward_scheme: Literal["paper", "blend", "gain"] = "paper"
-    """paper: a step earns its process score, 0 without a PRM (arXiv 2502.13389). blend: so it does,
-    but the last one 0.6 x correct + 0.4 x score, as in the official code. gain: a step earns by how
-    much it raises the score, and the sum is that of the outcome alone (Ng 1999): length is not paid
-    for."""
+    """paper: a step earns its process score, 0 without a PRM (arXiv 2502.13389). blend: as paper,
+    but the last step earns 0.6 x correct + 0.4 x score, as in the official code. gain: a step earns
+    the increase of the score, and all steps together earn the outcome reward (Ng 1999). Longer
+    responses then earn nothing extra."""
     mask_truncated_completions: bool = False
     """Exclusion of truncated responses from the loss (TRL's name)."""
     # -- learn
@@ -551,8 +566,8 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     whiten_rewards: bool = False
     """ppo, reinforce++: divide token rewards by their standard deviation over the batch (TRL)."""
     resample_rounds: Whole = 0
-    """Times that problems whose rollouts all earned the same give way to new ones in a step (DAPO's
-    dynamic sampling); what differs by then is learned from. 0 is off."""
+    """Rounds per step that replace problems whose rollouts all earned the same reward (DAPO's
+    dynamic sampling). Problems that are still equal afterwards are dropped. 0 is off."""
     loss_normalization: Literal["token", "sequence"] = "token"
     """token: every action token counts the same (DAPO); sequence: every rollout does (GRPO)."""
     scale_rewards: bool = True
@@ -562,20 +577,21 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
     """Upper bound on π_trainer/π_engine, which weights the loss; None is off."""
     forced_actions: Literal["keep", "weigh", "mask"] = "keep"
-    """Openers that the tree chose: the policy's actions, weighted by π(opener), or no actions."""
+    """Openers that the tree chose count as actions (keep), as actions weighted by π(opener)
+    (weigh), or not as actions (mask)."""
     malformed_responses: Literal["grade", "reject"] = "grade"
-    """Text outside whole segments: graded like any other, or as no answer at all."""
+    """Responses with text outside whole segments are graded normally, or count as no answer."""
     num_ppo_epochs: Count = 1
     """Passes over the rollouts (arXiv 2502.13389)."""
     train_batch_size: Count = 16
     """Rollouts per optimizer step over all ranks (arXiv 2502.13389: 16 steps of 16)."""
     packing: Literal["flat", "tree"] = "flat"
-    """tree: tokens that a problem's rollouts share go through the models once; what is learnt is
-    the same. Pays where they share much and a minibatch holds several of a problem."""
+    """tree: the models compute prefixes that a problem's rollouts share only once. The update is
+    the same. It is faster if prefixes are long and a minibatch has several rollouts per problem."""
     resume_from_checkpoint: Runtime[Literal["auto", "never"]] = "auto"
     """auto continues from the newest whole checkpoint in output_dir."""
     allow_cold_start: bool = False
-    """mcts: start although the model does not open its responses with functional tokens."""
+    """mcts: start even if the model does not open its responses with functional tokens."""
 
     @model_validator(mode="after")
     def _learnable(self) -> Self:
@@ -584,8 +600,8 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
         if rollouts % size:
             raise UserError(
                 f"rollout_batch_size {self.rollout_batch_size} x num_generations "
-                f"{self.num_generations} = {rollouts} is not divisible by train_batch_size {size}; "
-                f"nearest: {', '.join(map(str, _nearest_divisors(rollouts, size)))}."
+                f"{self.num_generations} = {rollouts} must be divisible by train_batch_size "
+                f"{size}; nearest: {', '.join(map(str, _nearest_divisors(rollouts, size)))}."
             )
         if grpo and self.num_generations == 1:
             raise UserError("num_generations=1 gives zero advantages with grpo; use at least 2.")
@@ -595,11 +611,11 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
             )
         if grpo and self.reward_scheme == "gain":
             raise UserError(
-                "reward_scheme=gain tells steps apart and grpo adds them up; use reinforce++ or "
-                "ppo."
+                "reward_scheme=gain rewards single steps, but grpo sums the rewards of a response; "
+                "use reinforce++ or ppo."
             )
         if self.kl_target is not None and self.kl_coef <= 0:
-            raise UserError("kl_target needs a kl_coef above 0 to adapt.")
+            raise UserError("kl_target needs a kl_coef above 0, got 0; set kl_coef.")
         if self.top_p != 1:
             raise UserError(f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
         _require_ids(self)
@@ -624,15 +640,15 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     simulations: list[Count] = field(default_factory=list)
     """Accuracy of search at inference after each of these numbers of simulations."""
     search_method: Literal["mcts", "beam", "dvts"] = "mcts"
-    """How that search explores; without a PRM, paths are worth their agreement with others."""
+    """Kind of that search. Without a PRM the value of a path is its agreement with others."""
     search_depth: Count = 18
     """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
     exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
-    """Simulations of one tree that run at once."""
+    """Concurrent simulations of one tree."""
     problems_in_flight: Runtime[Count] = 256
-    """Problems evaluated at once."""
+    """Problems evaluated concurrently."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
     audit: bool = False
@@ -658,10 +674,10 @@ def _nearest_divisors(n: int, wanted: int) -> list[int]:
 # ---- Reading ----
 
 MAX_BYTES, MAX_VALUES = 200_000, 10_000
-"""Size of a config file, and of what its aliases expand to: reading takes well under a second."""
+"""Bounds on a config file and on the values that its aliases expand to: reading stays fast."""
 COMMAND_LINE = "on the command line"
 Given = dict[str, tuple[Any, str]]
-"""key -> (value, where it was set). Scalars are still text: pydantic types them field by field."""
+"""key -> (value, where it was set). Scalars are still text, which pydantic converts later."""
 
 
 def load_config(schema: type[C], argv: Sequence[str]) -> C:
@@ -698,7 +714,7 @@ NOT_IN_RANGE = (
 
 
 def given(argv: Sequence[str], schema: type | None = None) -> Given:
-    """Return what a file and the overrides after it set; later ones win.
+    """Return the settings of a file and of the overrides after it. Later ones win.
 
     `key=null` unsets an optional key. Text is taken literally: it needs no quotes, and `#` and `:`
     have no meaning in it.
@@ -730,13 +746,15 @@ def _override(text: str, spec: dict[str, Any]) -> Any:
         try:
             return _structure(text)[0]
         except ValueError:
-            return text  # `search.system_prompt=[INST] be brief` is a sentence
+            return text  # `search.system_prompt=[INST] be brief` is text and not a list
     return text
 
 
 def _read_file(path: str) -> Given:
     if not Path(path).is_file():
-        raise UserError(f"config file {path} does not exist; settings are written as key=value.")
+        raise UserError(
+            f"config file {path} does not exist; check the path, or write settings as key=value."
+        )
     try:
         data = Path(path).read_bytes()
         if len(data) > MAX_BYTES:
@@ -745,14 +763,17 @@ def _read_file(path: str) -> Given:
         values, lines = _structure(text)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"config file {path} must be UTF-8, byte {error.start} is not; save it as UTF-8."
+            f"config file {path} must be UTF-8, but byte {error.start} is not; convert it."
         ) from error
     except (ValueError, OSError) as error:
         raise UserError(f"config file {path} cannot be read: {error}.") from error
     if values is None:
         raise UserError(f"config file {path} is empty; write `key: value` lines.")
     if not isinstance(values, dict):
-        raise UserError(f"config file {path} must contain `key: value` lines.")
+        raise UserError(
+            f"config file {path} must contain `key: value` lines, got a {type(values).__name__}; "
+            "write one setting per line."
+        )
     places = {key: f"{path} line {lines[key]}" if key in lines else path for key in values}
     return {key: (value, places[key]) for key, value in values.items()}
 
@@ -781,7 +802,7 @@ def _structure(text: str) -> tuple[Any, dict[str, int]]:
 
 
 def _plain(node: Any, budget: list[int]) -> Any:
-    """Return a composed YAML node with scalars as text; an alias counts each time it is used."""
+    """Return a composed YAML node with scalars as text. An alias counts each time it is used."""
     import yaml
 
     budget[0] -= 1
@@ -811,7 +832,7 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-# ---- What a schema allows, for errors and --help ----
+# ---- Descriptions of a schema, for errors and --help ----
 
 BOUNDS = {
     "minimum": "of at least",
@@ -819,9 +840,9 @@ BOUNDS = {
     "maximum": "at most",
     "exclusiveMaximum": "below",
 }
-"""Key of a JSON schema -> how a bound reads."""
+"""Key of a JSON schema -> words for that bound."""
 WORDS = {"string": "text", "boolean": "true or false", "object": "a mapping", "null": "null"}
-"""Type of a JSON schema -> how it reads."""
+"""Type of a JSON schema -> words for that type."""
 
 
 @cache
@@ -831,6 +852,7 @@ def specs(schema: type) -> dict[str, dict[str, Any]]:
 
 
 def required_keys(schema: type) -> list[str]:
+    """Return the names of the fields without a default."""
     return [f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING]
 
 
@@ -854,8 +876,8 @@ def allowed(spec: dict[str, Any]) -> str:
 def field_docs(schema: type) -> dict[str, str]:
     """Return name -> docstring of each field, those of the base classes first.
 
-    pydantic's `use_attribute_docstrings` reads the source at every start, for 40 ms, and finds
-    nothing under pytest; only `--help` needs the docstrings.
+    Only `--help` needs the docstrings. pydantic's `use_attribute_docstrings` would read the source
+    at every start, which takes 40 ms, and does not find it under pytest.
     """
     docs: dict[str, str] = {}
     for base in reversed(schema.__mro__[:-1]):

@@ -1,4 +1,7 @@
-"""JSONL and JSON on disk: whole files or none, and journals that survive a kill. No torch here."""
+"""Read and write JSONL and JSON: whole files or none, and journals that survive a kill.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,7 @@ def file_name(identity: str) -> str:
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Write all lines or none: a temporary file takes the name only when it is whole."""
+    """Write all lines or none: a temporary file is renamed only after it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -125,18 +128,20 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write one JSON object per line, all of them or none."""
     write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """One readable value."""
+    """Write one indented JSON value, completely or not at all."""
     write_lines(path, [json.dumps(value, ensure_ascii=False, indent=1)])
 
 
 class Journal:
-    """An append-only JSONL of finished work: a killed job reopens it and does only the rest.
+    """An append-only JSONL file of finished work. A killed job reopens it and continues there.
 
-    One line per unit, flushed before the next is begun; a last line cut off by a kill is dropped.
+    Each unit of work is one line, flushed before the next unit starts. An incomplete last line,
+    which a kill can leave, is dropped.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -156,7 +161,7 @@ class Journal:
         self.rows.append(parse_json(line))  # what a resumed job reads, to the letter
 
     def close(self) -> None:
-        """What was appended is on the disk then, whatever happens to the machine."""
+        """Force all rows to the disk, so that they survive a crash of the machine, and close."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -164,7 +169,7 @@ class Journal:
 
 
 def part_of(path: Path, rank: int) -> Path:
-    """The journal of one rank among several; rank 0 writes the whole one."""
+    """Return the path of one rank's journal. Rank 0 uses `path` itself."""
     return path.with_suffix(f".rank{rank}{path.suffix}") if rank else path
 
 
@@ -180,13 +185,16 @@ def forget(path: Path) -> None:
 
 
 def gather_parts(path: Path) -> Journal:
-    """The journal of rank 0, closed, with the rows of all others, whose files are then gone."""
+    """Merge the journals of all ranks into that of rank 0, delete the others and return it.
+
+    The returned journal is closed.
+    """
     whole = Journal(path)
     known = {row["id"] for row in whole.rows}
     names = parts_of(path)
     parts = [Journal(name) for name in names]
     for row in chain.from_iterable(part.rows for part in parts):
-        if row["id"] not in known:  # killed before all parts are gone, it would come again
+        if row["id"] not in known:  # a kill before all parts are deleted merges them twice
             whole.append(row)
     for journal in (whole, *parts):
         journal.close()

@@ -1,8 +1,8 @@
-"""What keeps a response out of the training set: small pure functions with names.
+"""Filter responses out of the training set with small pure functions.
 
-`FILTERS` is the one table for responses: each function sees those of one problem that its
-predecessors left, best first, and says which stay; `select` counts what goes under the function's
-name, so that the counts and what is kept add up to what came in. The names are the reasons.
+`FILTERS` is the table of all filters. A filter receives the responses of one problem that earlier
+filters kept, best first, and returns which of them to keep. `select` counts the others under the
+filter's name, so the counts and the kept responses add up to all responses.
 """
 
 from __future__ import annotations
@@ -21,62 +21,73 @@ from rftt.run.files import Row
 from rftt.types import UserError
 
 Filter = Callable[[Sequence[Row], SearchConfig], list[bool]]
-"""A row is a scored response: text, steps (their texts), tokens, finish, correct, score (PRM) or
-None, refused (why the PRM would not score it) or None."""
+"""Maps rows to whether each is kept. A row is a scored response with the keys text, steps (their
+texts), tokens, finish and correct. `score` is the PRM's score or None. `refused` is the reason why
+the PRM did not score it, or None."""
 
 
 NOT_PROSE = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?[a-z_]+>", re.DOTALL)
-"""Formulas, LaTeX commands and tags: their letters are of no language."""
+"""Formulas, LaTeX commands and tags, whose letters do not belong to a language."""
 
 
 def script_ratio(text: str, scripts: Sequence[str]) -> float:
-    """Share of the prose's letters that belong to `scripts`; 1 without letters, or scripts."""
+    """Return the share of the prose's letters that belong to `scripts`.
+
+    It is 1 if the prose has no letters or `scripts` is empty.
+    """
     letters = [letter for letter in NOT_PROSE.sub(" ", text) if letter.isalpha()]
     names = [unicodedata.name(letter, "").lower() for letter in letters]
     return fmean(name.startswith(tuple(scripts)) for name in names) if names and scripts else 1.0
 
 
 def ngrams(text: str, n: int = 3) -> frozenset[tuple[str, ...]]:
-    """The sets of `n` words in a row; an ideograph or a sign is a word of its own."""
+    """Return all sequences of `n` words. An ideograph or a punctuation mark counts as a word."""
     words = re.findall(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+|[^\w\s]", text.lower())
     return frozenset(tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1)))
 
 
 def similarity(one: str, other: str) -> float:
-    """Jaccard index of the n-grams: 1 for texts of the same phrases, 0 where none is shared."""
+    """Return the Jaccard index of two texts' trigrams: 1 if all are shared, 0 if none is."""
     a, b = ngrams(one), ngrams(other)
     return len(a & b) / len(a | b)
 
 
-# ---- Of the responses to one problem, best first ----
+# ---- The responses to one problem, best first ----
 
 
 def rank(row: Row) -> tuple[float, int, int]:
-    """Higher is better: process score; without a PRM few repeats, then short (arXiv 2502.13389)."""
+    """Return a sort key, higher is better: the process score (arXiv 2502.13389).
+
+    Without a PRM, fewer repeats are better, then shorter text.
+    """
     return row["score"] or 0.0, -repeats(row["steps"]), -len(row["text"])
 
 
 def each(stays: Callable[[Row, SearchConfig], bool]) -> Filter:
-    """A filter that looks at one response at a time."""
+    """Return a filter that judges each response by itself."""
     return lambda rows, cfg: [stays(row, cfg) for row in rows]
 
 
 def share_solved(rows: Sequence[Row]) -> float:
+    """Return the share of correct responses."""
     return fmean(row["correct"] for row in rows)
 
 
 def custom(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    """The user's own: called with one row, says whether it stays."""
+    """Apply the user's `custom_filter`, which maps one row to whether it is kept."""
     if cfg.custom_filter is None:
         return [True] * len(rows)
     verdicts = list(map(load_function("custom_filter", cfg.custom_filter), rows))
     if others := [verdict for verdict in verdicts if not isinstance(verdict, bool)]:
-        raise UserError(f"custom_filter={cfg.custom_filter} returned {others[0]!r}, not a bool.")
+        raise UserError(
+            f"custom_filter={cfg.custom_filter} must return a bool, got {others[0]!r}; return True "
+            "to keep a response."
+        )
     return cast("list[bool]", verdicts)
 
 
 def near_duplicate(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
-    """Greedy, best first: out goes what is as similar as `max_similarity` to one that stays."""
+    """Drop each response whose similarity to a better kept one reaches `max_similarity`."""
     kept: list[str] = []
     verdicts = []
     for row in rows:
@@ -102,12 +113,13 @@ FILTERS: dict[str, Filter] = {
     "near_duplicate": near_duplicate,
     "beyond_n_best": lambda rows, cfg: [i < cfg.n_best_to_keep for i in range(len(rows))],
 }
-"""Reason -> who stays. The share solved is of all responses, so those two come first; what costs
-time comes late, and n best are the best of all that is fit."""
+"""Name of a filter -> the filter, in the order of application. The share solved refers to all
+responses, so its two filters come first. Slow filters come late. `beyond_n_best` is the last one,
+so that it selects among responses that passed all others."""
 
 
 def select(rows: Sequence[Row], cfg: SearchConfig) -> tuple[list[Row], Counter[str]]:
-    """The responses of one problem that are kept, best first, and every other one's reason."""
+    """Return the kept responses of one problem, best first, and a count for each filter."""
     kept = sorted(rows, key=rank, reverse=True)
     counts: Counter[str] = Counter()
     for reason, stays in FILTERS.items():

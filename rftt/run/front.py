@@ -1,4 +1,4 @@
-"""The front of a script: `--help` and config errors are answered before torch is imported."""
+"""Start a script quickly: `--help` and configuration errors need no import of torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from rftt.run.cli import cli
 
 
 def front(script: str, schema: type) -> NoReturn:
-    """Read the config of a script that was started by name, then import it and run its `main`."""
+    """Read the configuration of a script, then import the script and run its `main`.
+
+    The script itself calls this before its own imports, which take seconds.
+    """
 
     def main(cfg: Any) -> None:
         import_module(script).main(cfg)

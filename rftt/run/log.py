@@ -1,10 +1,9 @@
-"""What a run leaves behind and shows: config.yaml, env.json, log.txt, metrics.jsonl, a bar.
+"""Write the log of a run: config.yaml, env.json, log.txt, metrics.jsonl and a progress bar.
 
-The only place that prints, and the only one that uses TensorBoard, wandb and trackio. The files are
-the truth and the terminal is optional: a stream that is closed or full is given up, and the run
-goes on. Ranks other than 0 hold a RunLog with `enabled=False`: same calls, no effect, so that no
-script asks for its rank.
-`rewind` makes a resumed run's metrics.jsonl hold the rows of an unbroken one, each step once.
+Only this module prints and uses TensorBoard, wandb and trackio. The files are complete and the
+terminal is optional: if a stream is closed or full, the run continues without it. Ranks other than
+0 have a RunLog with `enabled=False`, whose calls have no effect, so scripts need not check their
+rank. `rewind` gives a resumed run the same metrics.jsonl as an unbroken one, with each step once.
 """
 
 from __future__ import annotations
@@ -38,16 +37,19 @@ Sink = Callable[[int, Mapping[str, float | None]], None]
 
 
 def say(text: str) -> None:
-    """Write one line to stdout, above a bar if one is drawn; give a stream up that takes none."""
+    """Print one line to stdout, above a progress bar if there is one.
+
+    A stream that fails is replaced by one that discards its text.
+    """
     try:
         tqdm.write(text)
         sys.stdout.flush()
-    except (OSError, ValueError, AttributeError):  # reader gone, disk full, closed, or no stream
+    except (OSError, ValueError, AttributeError):  # closed pipe, full disk, closed or no stream
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open to the end)
 
 
 class Bar:
-    """Progress of the work inside one step: drawn on a terminal, else a line every tenth."""
+    """Progress within one step: a bar on a terminal, otherwise a line per tenth of the work."""
 
     def __init__(self, total: int, unit: str, label: str, *, enabled: bool) -> None:
         self._total, self._unit, self._label, self._done = total, unit, label, 0
@@ -58,7 +60,7 @@ class Bar:
         self._drawn = tqdm(total=total, unit=f" {unit}", desc=label, disable=not drawn, leave=False)
 
     def advance(self, **found: float) -> None:
-        """One more unit is done; of what was `found` there, such as solved=1, means are shown."""
+        """Count one finished unit. The means of the values `found`, such as solved=1, are shown."""
         self._done += 1
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in found.items()}
         means = {name: total / self._done for name, total in self._sums.items()}
@@ -75,22 +77,24 @@ class Bar:
                 sys.stderr.flush()
 
     def close(self) -> None:
+        """Remove the bar from the terminal."""
         self._drawn.close()
 
 
 class Clock:
-    """Seconds since the last lap, for one step's metrics."""
+    """A stop watch for the phases of one step."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> dict[str, float]:
+        """Return {name: seconds since the last lap}."""
         before, self._last = self._last, time.perf_counter()
         return {name: self._last - before}
 
 
 class RunLog:
-    """The log of one run directory. Raises UserError where `report_to` asks for what is missing."""
+    """The log of one run directory. Raises UserError if a package of `report_to` is missing."""
 
     def __init__(
         self,
@@ -136,10 +140,10 @@ class RunLog:
         *,
         total: int | None = None,
     ) -> None:
-        """Append the row of `step` to metrics.jsonl and print the keys in `line` that it has.
+        """Append the row of `step` to metrics.jsonl and print those keys of `line` that it has.
 
-        NaN and infinities are stored as null: JSON has no word for them, and a mean over the file
-        must not swallow one unseen. `total`, the number of steps 0 … total-1, adds the time left.
+        NaN and infinities are stored as null, because JSON cannot represent them. `total` is the
+        number of steps, 0 … total-1. If it is given, the remaining time is printed as well.
         """
         if not self._enabled:
             return
@@ -159,7 +163,7 @@ class RunLog:
         self.info("  ".join([f"step {step}" + (f"/{total}" if total else ""), *shown]))
 
     def rewind(self, step: int) -> None:
-        """Forget the rows of `step` and later: a run that resumes there writes them again."""
+        """Remove the rows of `step` and later, because a run that resumes there repeats them."""
         if self._enabled:
             self._metrics.close()
             kept = [row for row in self._metrics.rows if row["step"] < step]
@@ -168,7 +172,7 @@ class RunLog:
 
     @contextmanager
     def bar(self, total: int, unit: str, label: str) -> Iterator[Bar]:
-        """A bar over `total` units of work; silent where the log is not enabled."""
+        """Yield a bar over `total` units of work. It is silent if the log is not enabled."""
         bar = Bar(total, unit, label, enabled=self._enabled)
         try:
             yield bar
@@ -208,7 +212,7 @@ def _locked(run_dir: Path) -> TextIO | None:
 
 
 def number(value: float) -> str:
-    """A figure as a reader wants it: 1,637 or 0.412 or 5.0e-07."""
+    """Format a number for readers, such as 1,637 or 0.412 or 5.0e-07."""
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
@@ -216,7 +220,7 @@ def number(value: float) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What is needed to run it again; the commit is None outside a checkout."""
+    """Return what is needed to repeat a run. The commit is None outside a git checkout."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -232,7 +236,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints about the checkout this file is in; "" without git or checkout."""
+    """Return git's output for the checkout of this file, or "" without git or a checkout."""
     git = shutil.which("git")
     command = [git or "git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if git else ""
@@ -247,9 +251,9 @@ def _finite(value: float) -> float | None:
 
 def _check_available(name: str) -> None:
     if name not in OPEN:
-        raise UserError(f"report_to must name {', '.join(OPEN)}, got {name!r}.")
+        raise UserError(f"`report_to` must be a list of any of {', '.join(OPEN)}, got {name!r}.")
     if find_spec(name) is None:
-        raise UserError(f"report_to: {name} is not installed; pip install {name} or leave it out.")
+        raise UserError(f"report_to: {name} is not installed; pip install {name} or remove it.")
 
 
 def _open_tensorboard(run_dir: Path, _config: dict[str, Any], step: int) -> Sink:
@@ -268,7 +272,8 @@ def _open_tensorboard(run_dir: Path, _config: dict[str, Any], step: int) -> Sink
 
 def _open_tracker(tracker: ModuleType, run_dir: Path, options: dict[str, Any]) -> Sink:
     """Open or resume a run of wandb, or of trackio, which has the same functions."""
-    name = f"{run_dir.parent.name}/{run_dir.name}".strip("/")  # not "rl" for every run of a recipe
+    # Two folders, because every run of a recipe would otherwise have the same name, such as "rl".
+    name = f"{run_dir.parent.name}/{run_dir.name}".strip("/")
     run = tracker.init(project="rftt", name=name, resume="allow", **options)
 
     def sink(step: int, row: Mapping[str, float | None]) -> None:
@@ -280,7 +285,7 @@ def _open_tracker(tracker: ModuleType, run_dir: Path, options: dict[str, Any]) -
 def _open_wandb(run_dir: Path, config: dict[str, Any], _step: int) -> Sink:
     import wandb  # type: ignore[import-not-found]
 
-    id_file = run_dir / "wandb_id.txt"  # a resumed run is the same one
+    id_file = run_dir / "wandb_id.txt"  # a resumed run continues the same wandb run
     if not id_file.exists():
         write_lines(id_file, [uuid4().hex])
     run_id = id_file.read_text(encoding="utf-8").strip()

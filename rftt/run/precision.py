@@ -1,4 +1,4 @@
-"""Which precision a device computes in: what `dtype: auto` becomes."""
+"""Choose the precision for `dtype: auto` by what the device supports in hardware."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def computes_in_bfloat16(device: torch.device | str) -> bool:
 
 
 def settle_dtype(cfg: Any) -> Any:
-    """Return `cfg` with `dtype: auto` replaced by what its device computes in.
+    """Return `cfg` with `dtype: auto` replaced by the device's precision.
 
-    bfloat16 halves memory and doubles speed where the device has instructions for it. Elsewhere
-    float32 is the faster one. The run directory records the settled value, so that a run is not
-    continued in another precision on another machine.
+    bfloat16 halves memory and doubles speed if the device has instructions for it. Otherwise
+    float32 is faster. The run directory records the chosen value, so that a run cannot continue in
+    another precision on another machine.
     """
     if cfg.dtype != "auto":
         return cfg

@@ -1,7 +1,7 @@
-"""Rejection sampling: answers to the bare question, cached, scored and filtered into rows.
+"""Sample answers to bare questions, then cache, score and filter them (rejection sampling).
 
-`sample_responses` keeps every response, right or wrong; what is cached is scored once (grader and,
-if there is one, a process reward model), and filtered as often as one likes (filters.py).
+`sample_responses` keeps every response, right or wrong. The cached responses are scored once, by
+the grader and optionally a process reward model. They can be filtered repeatedly (filters.py).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 
 RESPONSES = ("sample", "score")
-"""Methods whose raw rows are responses; the others' are curated already."""
+"""Methods whose raw rows are responses. The raw rows of other methods are already curated."""
 
 
 async def sample_responses(cfg: SearchConfig, ctx: Prompted, problem: Problem) -> Row:
-    """Independent responses to the bare question, all of them, with what each of them cost."""
+    """Return all of `cfg.simulations` independent responses to a question, with their tokens."""
     messages, gold = question_messages(problem.question, cfg.system_prompt), str(problem.answer)
 
     async def answer(i: int) -> Reply:
@@ -61,11 +61,11 @@ async def sample_responses(cfg: SearchConfig, ctx: Prompted, problem: Problem) -
     }
 
 
-# ---- Score: what is cached, into data/scored.jsonl ----
+# ---- Score: from the cache to data/scored.jsonl ----
 
 
 def load_responses(path: str) -> list[Row]:
-    """The cache of a `method=sample`. Raises UserError on a row that is none of it."""
+    """Return the cache of a `method=sample` run. Raises UserError for any other row."""
     rows: dict[str, Row] = {}
     for number, row in read_jsonl(path):
         lacking = {"id", "question", "answer", "responses"} - set(row)
@@ -77,7 +77,10 @@ def load_responses(path: str) -> list[Row]:
                 "search.py method=sample writes such a cache to data/raw.jsonl."
             )
         if row["id"] in rows:
-            raise UserError(f"{path}:{number} repeats the problem {row['id']!r}.")
+            raise UserError(
+                f"{path}:{number} repeats the problem {row['id']!r}; ids must be unique, so remove "
+                "one of the rows."
+            )
         rows[row["id"]] = row
     return list(rows.values())
 
@@ -85,9 +88,9 @@ def load_responses(path: str) -> list[Row]:
 async def score_responses(
     cfg: SearchConfig, log: RunLog, raw: Sequence[Row], world: World | None = None
 ) -> list[Row]:
-    """Every response of `raw` with the grader's verdict and, with a PRM, its process scores.
+    """Return the rows of `raw` with a verdict and, with a PRM, process scores of each response.
 
-    With a `world` each rank scores its share, and rank 0 alone gets them all.
+    With a `world` each rank scores its share. Only rank 0 receives all rows, the others [].
     """
     file = Path(cfg.output_dir) / "data" / "scored.jsonl"
     model = cfg.prm_model_name_or_path
@@ -131,7 +134,11 @@ async def score_responses(
 
 
 async def score_response(prm: ProcessModel | None, problem: Row, response: Row) -> Row:
-    """A finished response is graded again, for the grader may have learnt since it was sampled."""
+    """Grade a finished response again, because the grader may have changed since sampling.
+
+    Returns the response with `correct`, `process` (one score per step) and `refused` (the reason
+    why the PRM cannot score it).
+    """
     text, finished = response["text"], response["finish"] == "stop"
     correct = finished and grade(text, problem["answer"], problem["question"]).correct
     found = {"correct": correct, "process": None, "refused": None}
@@ -147,21 +154,22 @@ async def score_response(prm: ProcessModel | None, problem: Row, response: Row) 
 
 
 def segments(text: str) -> list[tuple[str, str]]:
-    """(act, text) of the segments that make up `text`; none if anything stands outside of them."""
+    """Return (act, text) of each segment of `text`, or [] if it has text outside of segments."""
     found = re.findall(rf"<({'|'.join(ACTS)})>(.*?)</\1>", text, re.DOTALL)
     return found if "".join(f"<{act}>{inner}</{act}>" for act, inner in found) == text else []
 
 
 def step_texts(response: str) -> list[str]:
-    """The steps of a response as repeats and process rewards see them: its segments, or lines."""
+    """Return the steps of a response for repeat counts and the PRM: its segments, or its lines."""
     found = [text for _, text in segments(response)] or response.splitlines()
     return [text for text in found if text.strip()]
 
 
 def curate_responses(problem: Row, cfg: SearchConfig) -> Row:
-    """A problem's scored responses -> rows, best first, then pairs of best right and worst wrong.
+    """Turn a problem's scored responses into rows, best first, followed by preference pairs.
 
-    `counts` are of responses: those kept, and the reason of every other one.
+    A pair is a kept response and a wrong one, the best with the worst. `counts` has one count per
+    filter and the number of kept responses.
     """
     responses = [
         response
@@ -191,5 +199,5 @@ def curate_responses(problem: Row, cfg: SearchConfig) -> Row:
 
 
 def _steps_of(response: Row) -> list[Row]:
-    """The functional segments of a response; none of one that is plain text."""
+    """Return the functional segments of a response, or [] for plain text."""
     return [{"act": act, "text": text} for act, text in segments(response["text"])]

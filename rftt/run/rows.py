@@ -1,4 +1,4 @@
-"""What a search leaves behind: its log, and the rows in data/{sft,dpo}.jsonl with their counts."""
+"""Write the output of a search: its log, data/{sft,dpo}.jsonl, and counts in stats.json."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ if TYPE_CHECKING:
 
 
 def open_log(cfg: SearchConfig, world: World) -> RunLog:
-    """Open the log of a search. Raise UserError where output_dir was begun with other settings.
+    """Open the log of a search. Raises UserError if output_dir belongs to other settings.
 
-    The filters of responses may differ: they are applied again to what is cached.
+    The filters of responses may differ, because they are applied again to the cached responses.
     """
     if cfg.engine == "api" and cfg.method != "score" and world.size > 1:
-        raise UserError("engine=api has one ledger: run one process, raise api_max_concurrent.")
+        raise UserError(
+            f"engine=api needs a single process, because it has one ledger, got {world.size}; "
+            "start one process and raise api_max_concurrent."
+        )
     changeable = {field.name for field in fields(Filters)}
     changeable |= {"prm_reduce", "max_repeats"} if cfg.method in RESPONSES else set()
     fixed = {key: value for key, value in asdict(cfg).items() if key not in changeable}
     if not cfg.overwrite_output_dir:
         check_same_run(Path(cfg.output_dir) / "config.yaml", fixed)
     if cfg.custom_filter is not None:
-        load_function("custom_filter", cfg.custom_filter)  # now rather than after hours
+        load_function("custom_filter", cfg.custom_filter)  # a mistake appears before sampling
     return RunLog(Path(cfg.output_dir), asdict(cfg), enabled=world.is_main)
 
 
@@ -68,7 +71,7 @@ def score_cache(cfg: SearchConfig, log: RunLog, world: World) -> None:
 def write_data(
     cfg: SearchConfig, log: RunLog, raw: Sequence[Row], n_tokens: Callable[[str], int] | None = None
 ) -> None:
-    """data/sft.jsonl and data/dpo.jsonl in the order of `raw`, and stats.json with every count."""
+    """Write data/sft.jsonl and data/dpo.jsonl in the order of `raw`, and stats.json."""
     out, counts, rows = Path(cfg.output_dir), Counter[str](), []
     if cfg.method in RESPONSES:
         raw = [row | curate_responses(row, cfg) for row in raw]
@@ -102,6 +105,6 @@ def write_data(
 
 
 def texts_of(row: Row) -> list[str]:
-    """The text of each response in a row of a tree."""
+    """Return the text of each response in a row from a tree."""
     found = (row[key] for key in ("steps", "chosen", "rejected") if key in row)
     return ["".join(step["text"] for step in steps) for steps in found]

@@ -1,7 +1,8 @@
-"""Numbers of evaluations and runs, and rollouts and trees as records for readers. No torch here.
+"""Compute the figures of evaluations and runs, and write rollouts and trees as readable records.
 
-Intervals resample *problems*, the unit that a test set samples from; answers to one problem are not
-independent. Every resample is drawn from a seed, so that a table can be printed again.
+Confidence intervals resample *problems*, because answers to the same problem are not independent.
+Every resample is drawn from a seed, so that a table can be reproduced. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ if TYPE_CHECKING:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, c of them correct, hold a correct one: 1 − C(n−c, k) / C(n, k).
+    """Return the probability that k of n samples, c of them correct, contain a correct one.
 
-    The unbiased estimator of arXiv 2107.03374, in whole numbers, hence exact.
+    It is 1 − C(n−c, k) / C(n, k), the unbiased estimator of arXiv 2107.03374. Both binomials are
+    whole numbers, so nothing is rounded before the division.
     """
     if not (0 <= c <= n and 1 <= k <= n):
-        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def majority(answers: Sequence[str | None], key: Callable[[str], Hashable]) -> str | None:
-    """The most frequent answer, as first written; answers with one `key` are the same answer.
+    """Return the most frequent answer, as first written. Answers with equal `key` are the same.
 
-    Ties go to the answer seen first. No answer (None) never wins against one.
+    On a tie the answer that occurs first wins. None (no answer) is returned only if all are None.
     """
     given = [(answer, key(answer)) for answer in answers if answer is not None]
     counts = Counter(group for _, group in given)
@@ -49,9 +51,9 @@ def majority(answers: Sequence[str | None], key: Callable[[str], Hashable]) -> s
 def mean_ci(
     values: Sequence[float], *, seed: int = 0, resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean over problems with its 95 % percentile-bootstrap interval: (mean, low, high).
+    """Return (mean, low, high): the mean over problems and its 95 % percentile-bootstrap interval.
 
-    Equal values give an interval of no width: the bootstrap cannot see what it never drew.
+    If all values are equal, the interval has width 0 and understates the uncertainty.
     """
     if not values:
         raise ValueError("mean_ci needs at least one value")
@@ -64,18 +66,18 @@ def mean_ci(
 def paired_bootstrap(
     a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """mean(a) − mean(b) on the same problems, in the same order: (difference, low, high).
+    """Return (difference, low, high) of mean(a) − mean(b) over the same problems in the same order.
 
-    Pairing removes what the problems' difficulty adds to the variance of both means.
+    Pairing removes the variance that the problems' difficulty adds to both means.
     """
     if len(a) != len(b):
-        raise ValueError(f"paired_bootstrap needs equal lengths, not {len(a)} and {len(b)}")
+        raise ValueError(f"paired_bootstrap needs equal lengths, got {len(a)} and {len(b)}")
     differences = [x - y for x, y in zip(a, b, strict=True)]
     return mean_ci(differences, seed=seed, resamples=resamples)
 
 
 def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """Means over the rollouts explored in a step; docs/metrics.md says what each key means."""
+    """Return means over the rollouts explored in a step. docs/metrics.md explains each key."""
     n = len(rollouts)
     acts = [act for rollout in rollouts for act in rollout.acts]
     groups: dict[int, set[float]] = {}
@@ -109,7 +111,10 @@ def nothing_to_learn(step: int, explored: list[Rollout], n_groups: int) -> str:
 
 
 def learned_metrics(rollouts: list[Rollout], n_picked: int, n_actions: float) -> dict[str, float]:
-    """Of those learned from, out of `n_picked` problems; `n_actions` of their tokens count."""
+    """Return the metrics of the rollouts that are learned from.
+
+    They come from `n_picked` explored problems, and `n_actions` of their tokens enter the loss.
+    """
     n_response = sum(len(rollout.response_ids) for rollout in rollouts)
     return {
         "groups_dropped": float(n_picked - len({rollout.group for rollout in rollouts})),
@@ -121,13 +126,13 @@ def learned_metrics(rollouts: list[Rollout], n_picked: int, n_actions: float) ->
 def examples(
     rollouts: list[Rollout], tokenizer: PreTrainedTokenizerBase, n: int = 4
 ) -> list[dict[str, Any]]:
-    """One readable rollout of each of the first `n` groups."""
+    """Return one readable rollout of each of the first `n` groups."""
     one_per_group = {rollout.group: rollout for rollout in rollouts}.values()
     return [readable(rollout, tokenizer) for rollout in list(one_per_group)[:n]]
 
 
 def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A rollout as a person reads it; a step has a text, an act and a reward."""
+    """Return a rollout in readable form. Each step has a text, an act and a reward."""
     return {
         "id": rollout.problem.id,
         "question": rollout.problem.question,
@@ -145,10 +150,13 @@ def readable(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 def tree_record(
     tree: Tree, problem: Problem, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Any]:
-    """The tree as JSON: what a reader, a picture or a test wants to know of each node."""
+    """Return a tree as JSON-compatible data, for tree pages, PRM training and tests.
+
+    With a `tokenizer` texts are decoded from token ids. In phase 1 steps already contain text.
+    """
 
     def prior(node: Node) -> float | None:
-        """π(act | parent); None in phase 1, which has no priors."""
+        """Return π(act | parent), or None in phase 1, which has no priors."""
         known = tree.priors(node.parent) if node.parent else {}
         return exp(known[node.act]) if node.act in known else None
 

@@ -1,7 +1,8 @@
-"""What recurs in every training script: log, checkpoints, resume, SIGTERM, budget, export.
+"""Manage one training run: log, checkpoints, resume, SIGTERM, token budget, export.
 
-A checkpoint holds the Learner's weights and moments, and `Run.state`: the JSON that a script needs
-to continue exactly where it was. 2N steps equal N steps, a resume and N more, bit for bit on a CPU.
+A checkpoint contains the Learner's weights and moments and `Run.state`, the JSON that a script
+needs to continue exactly where it stopped. 2N steps equal N steps, a resume and N more, bit for bit
+on a CPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One run of a training script, from its first step or from its newest checkpoint."""
+    """A run of a training script that starts at its first step or at its newest checkpoint."""
 
     def __init__(
         self,
@@ -40,9 +41,9 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         line: Sequence[str],
     ) -> None:
-        """Open the log; `line` names the metrics that are printed. Collective.
+        """Open the log. `line` lists the metrics to print. Collective.
 
-        Raise UserError where the run directory must not be continued with this config.
+        Raises UserError if the run directory cannot be continued with this configuration.
         """
         self.folder = Path(cfg.output_dir)
         self._cfg, self._world, self._tokenizer, self._line = cfg, world, tokenizer, line
@@ -51,10 +52,10 @@ class Run:
         self.info = self._log.info
         self.clock = Clock()
         self.state: dict[str, Any] = {}
-        """JSON that every checkpoint holds beside weights and moments."""
+        """JSON values that every checkpoint stores beside weights and moments."""
 
     def resume(self, learner: Learner) -> None:
-        """Load the newest checkpoint, if there is one, and prepare to write others. Collective."""
+        """Load the newest checkpoint, if one exists, and prepare to write others. Collective."""
         self._learner, cfg = learner, self._cfg
         self.state = learner.load(self._checkpoint) if self._checkpoint else {}
         self.first_step: int = self.state.pop("step", 0)
@@ -74,7 +75,7 @@ class Run:
 
     @property
     def is_new(self) -> bool:
-        """Whether the run does not continue from a checkpoint."""
+        """Return whether the run starts without a checkpoint."""
         return self._checkpoint is None
 
     def require_same_rows(self, rows: Sequence[object]) -> None:
@@ -98,7 +99,7 @@ class Run:
             )
 
     def steps(self, total: int, max_tokens: int | None = None) -> Iterator[int]:
-        """Yield the steps that are left of `total`, while `max_tokens` are not yet generated."""
+        """Yield the remaining steps of `total` until `max_tokens` tokens have been generated."""
         self._total, self._max_tokens = total, max_tokens or math.inf
         for step in range(self.first_step, total):
             if self._is_spent():
@@ -107,7 +108,7 @@ class Run:
             yield step
 
     def is_due(self, step: int) -> bool:
-        """Whether `save_steps` demands a checkpoint after `step`."""
+        """Return whether `save_steps` demands a checkpoint after `step`."""
         return bool(self._cfg.save_steps) and (step + 1) % self._cfg.save_steps == 0
 
     def is_saved(self, n_steps: int) -> bool:
@@ -115,7 +116,7 @@ class Run:
         return n_steps > 0 and self.is_due(n_steps - 1)
 
     def is_last(self, step: int) -> bool:
-        """Whether `step`, which must have been logged, ends the run."""
+        """Return whether `step` ends the run. It must have been logged before."""
         return step + 1 == self._total or self._is_spent()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -126,7 +127,7 @@ class Run:
         self._log.step(step, metrics, self._line, total=self._total)
 
     def rate(self, n_steps: int, score: float) -> None:
-        """Name the checkpoint after `n_steps` steps `best` if no other has as high a score."""
+        """Mark the checkpoint after `n_steps` steps as `best` if its score is the highest."""
         self._checkpoints.rate(n_steps, score)
 
     def rate_if_saved(self, n_steps: int, score: float) -> None:
@@ -135,9 +136,9 @@ class Run:
             self.rate(n_steps, score)
 
     def save_if_due(self, step: int) -> None:
-        """Write a checkpoint after `step` where one is due, at the end, and on SIGTERM. Collective.
+        """Write a checkpoint after `step` if one is due, at the end, and on SIGTERM. Collective.
 
-        Exit after SIGTERM: the run continues when it is started again.
+        After SIGTERM the process exits, and the run continues when it is started again.
         """
         stopped = self._world.max(float(self._asked_to_stop.is_set())) > 0
         if stopped or self.is_due(step) or self.is_last(step):
@@ -164,22 +165,22 @@ class Run:
         self._checkpoints.close()
         policy = cast(PreTrainedModel, self._learner.modules["policy"])
         export_hf(policy, self._tokenizer, self.folder / "hf", self._world, self._cfg.dtype)
-        self.info(f"model in {self.folder / 'hf'}")
+        self.info(f"model written to {self.folder / 'hf'}")
 
     def _is_spent(self) -> bool:
         return self.state.get("tokens_generated", 0.0) >= self._max_tokens
 
 
 def _checkpoint_to_resume(cfg: SFTConfig | RLConfig, world: World) -> Path | None:
-    """Return the newest undamaged checkpoint of this run. Collective.
+    """Return the newest undamaged checkpoint of this run, or None for a new run. Collective.
 
-    Raise UserError where the run must not be continued.
+    Raises UserError if the run cannot be continued with this configuration.
     """
     out = Path(cfg.output_dir)
     if cfg.train_batch_size < world.size:
         raise UserError(
-            f"train_batch_size {cfg.train_batch_size} leaves some of {world.size} ranks idle; "
-            f"use at least {world.size}."
+            f"train_batch_size must be at least the number of ranks, {world.size}, got "
+            f"{cfg.train_batch_size}; raise it or use fewer ranks."
         )
     begun = latest(out) is not None
     world.barrier()  # all ranks have looked
@@ -187,8 +188,8 @@ def _checkpoint_to_resume(cfg: SFTConfig | RLConfig, world: World) -> Path | Non
         return None
     if begun and isinstance(cfg, RLConfig) and cfg.resume_from_checkpoint == "never":
         raise UserError(
-            f"{out} has checkpoints; set resume_from_checkpoint: auto or "
-            "overwrite_output_dir: true, or use a new output_dir."
+            f"{out} has checkpoints, but resume_from_checkpoint is never; set "
+            "resume_from_checkpoint: auto or overwrite_output_dir: true, or use a new output_dir."
         )
     if begun:
         check_same_run(out / "config.yaml", asdict(cfg))
