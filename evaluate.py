@@ -1,13 +1,15 @@
-"""How good is a model? Greedy, avg@k, pass@k, maj@k, best@k, per level, search at inference.
+"""Evaluate a model: greedy, avg@k, pass@k, maj@k, best@k, per level, search at inference.
 
     python evaluate.py configs/tiny/evaluate.yaml model_name_or_path=… eval_file=… [key=value …]
     torchrun --nproc_per_node N evaluate.py …        (each rank takes its share of the problems)
 
-Reads any of the usual benchmark files as they are. The search never sees a gold answer: its
-problems carry none, and a path is worth what other paths of its tree agree on, or what a process
-reward model (use_prm) thinks of it. Accuracy after k
-simulations is the majority over the first k paths of one tree. Writes eval/<set>.jsonl, one line
-per problem, and eval/summary.json below output_dir; started again, it does only the rest.
+Common benchmark files are read in their own format. The search never sees a gold answer, because
+its problems do not contain one. The value of a path is its agreement with other paths of the tree,
+or the score of a process reward model (use_prm). Accuracy after k simulations is that of the
+majority answer over the first k paths of one tree.
+
+Output is eval/<set>.jsonl, with one line per problem, and eval/summary.json in output_dir. If the
+script is started again, it evaluates only the remaining problems.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
 async def answer(
     cfg: EvalConfig, policy: Learned, prm: ProcessModel | None, problem: Problem
 ) -> Row:
-    """One line of eval/<set>.jsonl: greedy, samples and search, none of which saw the gold one."""
+    """Return a line of eval/<set>.jsonl: greedy, samples and search, without the gold answer."""
     hidden = replace(problem, answer=None, solution=None)
     prompt = encode_question(policy, problem, cfg.system_prompt)
     value = processed(policy, prm, hidden, cfg.prm_reduce) if prm else None
@@ -137,7 +139,7 @@ async def answer(
 def processed(
     ctx: Learned, prm: ProcessModel, problem: Problem, how: Literal["min", "mean", "last", "prod"]
 ) -> Value:
-    """What a process reward model thinks of an answered path; of one that it refuses, nothing."""
+    """Return the value of a path: its process score, or 0 without an answer or a score."""
 
     async def value(steps: Sequence[Step]) -> float:
         if steps[-1].answer is None:
@@ -152,7 +154,7 @@ def processed(
 
 
 def steps_of(rollout: Rollout) -> list[Step]:
-    """A response cut into its steps again; the last one knows the answer."""
+    """Return the steps of a response. The last one contains the answer."""
     steps = [Step("", "", token_ids) for token_ids in rollout.step_ids()]
     return [*steps[:-1], replace(steps[-1], answer=rollout.answer)]
 
@@ -160,7 +162,7 @@ def steps_of(rollout: Rollout) -> list[Step]:
 def verdict(
     cfg: EvalConfig, policy: Learned, problem: Problem, rollout: Rollout, score: float | None = None
 ) -> Row:
-    """The gold answer is looked at here, when the response is finished."""
+    """Grade a finished response. Only this function uses the gold answer."""
     text = decode(policy.tokenizer, rollout.response_ids)
     return {
         "answer": rollout.answer,
@@ -174,7 +176,7 @@ def verdict(
 def summarise(
     rows: list[Row], num_samples: int, simulations: list[int], seed: int
 ) -> dict[str, Any]:
-    """Every figure with its 95 % bootstrap interval over problems."""
+    """Return every figure with its 95 % bootstrap interval over problems."""
 
     def interval(values: list[float]) -> dict[str, float]:
         return dict(zip(("mean", "low", "high"), mean_ci(values, seed=seed), strict=True))
@@ -208,8 +210,10 @@ def summarise(
 
 
 def at_equal_tokens(rows: list[Row], k: int, n_max: int, tokens: float, seed: int) -> Row:
-    """maj@n and best@n for the largest n that costs no more than k simulations, and what search
-    gains over them on the same problems."""
+    """Return maj@n and best@n at the cost of k simulations, and the gain of search over them.
+
+    n is the largest number of samples that costs no more. The gain is paired by problem.
+    """
     cost = [accuracy_at(rows, "samples", n, seed)["tokens"] for n in range(1, n_max + 1)]
     n = max(1, sum(spent <= tokens for spent in cost))
     searched = [float(vote(row["search"][:k])) for row in rows]
@@ -223,13 +227,13 @@ def at_equal_tokens(rows: list[Row], k: int, n_max: int, tokens: float, seed: in
 
 
 def vote(responses: list[Row]) -> bool:
-    """Whether the most frequent answer is right."""
+    """Return whether the most frequent answer is right."""
     winner = majority([response["answer"] for response in responses], canonical)
     return any(r["correct"] for r in responses if r["answer"] == winner and winner is not None)
 
 
 def best_of_n(responses: list[Row]) -> bool:
-    """Whether best-of-n is right: by the PRM's score; without one by the mean log-prob."""
+    """Return whether best-of-n is right, by the PRM's score or, without one, the mean log-prob."""
     by = "logprob" if responses[0].get("score") is None else "score"
     return max(responses, key=lambda response: response[by])["correct"]
 
@@ -237,7 +241,7 @@ def best_of_n(responses: list[Row]) -> bool:
 def accuracy_at(
     rows: list[Row], kind: str, k: int, seed: int, choose: Callable[[list[Row]], bool] = vote
 ) -> dict[str, float]:
-    """Accuracy of the choice among each problem's first k responses, and what they cost."""
+    """Return the accuracy of `choose` on each problem's first k responses, and their tokens."""
     right = [float(choose(row[kind][:k])) for row in rows]
     accuracy, low, high = mean_ci(right, seed=seed)
     tokens = sum(r["tokens"] for row in rows for r in row[kind][:k]) / len(rows)
@@ -245,7 +249,7 @@ def accuracy_at(
 
 
 def summary_table(summary: dict[str, Any]) -> str:
-    """The summary as lines for a terminal."""
+    """Format the summary as lines for a terminal."""
 
     def percent(figure: dict[str, float]) -> str:
         mean = figure.get("mean", figure.get("accuracy", 0.0))

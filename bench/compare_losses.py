@@ -2,10 +2,10 @@
 
     PYTHONPATH=. .venv-bench/bin/python bench/compare_losses.py    (after make bench-env)
 
-TRL's trainers are not built. Their `_compute_loss` is called on a stand-in that has the attributes
-it reads and returns our log-probs. Prints one JSON object of largest differences, and each of them
-on stderr as soon as it is computed. The exit code is 1 if one exceeds 1e-5. TRL 1.16 has no PPO, so
-GAE and the value loss are not compared here.
+TRL's trainers are not built. Their `_compute_loss` is called on a stand-in object, which has the
+needed attributes and returns our log-probs. The output is one JSON object of largest differences.
+Each of them is printed on stderr as soon as it is computed. The exit code is 1 if one exceeds 1e-5.
+TRL 1.16 has no PPO, so GAE and the value loss are not compared here.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ ROWS, TOKENS, LIMIT = 8, 24, 1e-5
 
 
 def noise(*shape: int, seed: int) -> Tensor:
+    """Return standard normal numbers that depend on the seed only."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def lengths_mask(seed: int) -> Tensor:
-    """(ROWS, TOKENS) responses of 3 … TOKENS tokens."""
+    """Return the (ROWS, TOKENS) mask of responses with 3 … TOKENS tokens."""
     lengths = torch.randint(3, TOKENS + 1, (ROWS, 1), generator=torch.Generator().manual_seed(seed))
     return torch.arange(TOKENS) < lengths
 
@@ -44,7 +45,7 @@ def difference(ours: Tensor, theirs: Tensor, leaf: Tensor) -> float:
 
 
 def stand_in(**values: object) -> MagicMock:
-    """Stand-in with the attributes `values` that the trainer reads; its logging is dropped."""
+    """Return a stand-in for a trainer with the attributes `values`. Its logging is discarded."""
     fake = MagicMock()
     for name, value in values.items():
         setattr(fake, name, value)
@@ -57,7 +58,10 @@ def stand_in(**values: object) -> MagicMock:
 
 
 def grpo(seed: int, loss_type: str, high: float, beta: float) -> float:
-    """TRL's `grpo` is our sequence normalisation, its `bnpo` our token mean."""
+    """Return the largest difference of the GRPO losses.
+
+    TRL's `grpo` is our sequence normalisation, and its `bnpo` is our token mean.
+    """
     mask = lengths_mask(seed)
     new = (noise(ROWS, TOKENS, seed=seed) * 0.4 - 2).requires_grad_()
     old, ref = (new.detach() + noise(ROWS, TOKENS, seed=seed + k) * 0.3 for k in (1, 2))
@@ -90,6 +94,7 @@ def grpo(seed: int, loss_type: str, high: float, beta: float) -> float:
 
 
 def dpo(seed: int, beta: float) -> float:
+    """Return the largest difference of the DPO losses."""
     mask = lengths_mask(seed)
     mask[:, 0] = False  # the prompt
     new = (noise(ROWS, TOKENS - 1, seed=seed) - 2).requires_grad_()
@@ -117,6 +122,7 @@ def dpo(seed: int, beta: float) -> float:
 
 
 def main() -> None:
+    """Compare all losses on 20 seeds each."""
     found = {}
     for name, loss_type in (("token mean", "bnpo"), ("sequence mean", "grpo")):
         for high, beta in ((0.2, 0.0), (0.28, 0.04)):

@@ -1,10 +1,10 @@
-"""Measure the grader on real gold answers and hostile responses, beside Math-Verify.
+"""Measure the grader on real gold answers and hostile responses, optionally with Math-Verify.
 
     python bench/grader.py [--compare] [--data ../shared/data] [--seconds 20]
 
-`--compare` needs math-verify in the same environment, otherwise it is skipped. Both graders take
-turns on the same pairs, so that a busy machine slows both alike. A pair is a gold answer against a
-respelling of itself, or against the next gold answer. The unit is pairs per CPU second.
+`--compare` needs math-verify in the same environment. Without it the comparison is skipped. Both
+graders take turns on the same pairs, so that a busy machine slows both equally. A pair is a gold
+answer with a respelling of itself, or with the next gold answer. The unit is pairs per CPU second.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def gold_pairs(data: Path) -> list[tuple[str, str]]:
 
 
 def math_verify_grade() -> Callable[[str, str], bool]:
+    """Return Math-Verify's grader. Raises ImportError if it is not installed."""
     from math_verify import parse, verify  # optional: only with --compare
 
     def judge(response: str, gold: str) -> bool:
@@ -55,7 +56,7 @@ def math_verify_grade() -> Callable[[str, str], bool]:
 
 
 def hostile_seconds(judge: Callable[[str, str], bool], data: Path) -> tuple[float, int]:
-    """Return (CPU seconds of the slowest response, wrongly paid responses) of the hostile list."""
+    """Return (CPU seconds of the slowest response, wrongly accepted ones) of the hostile list."""
     worst, paid = 0.0, 0
     for line in (data / "grader_hostile.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -67,8 +68,9 @@ def hostile_seconds(judge: Callable[[str, str], bool], data: Path) -> tuple[floa
 
 
 def main() -> None:
+    """Measure speed and hostile responses, and print one JSON object on stdout."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compare", action="store_true", help="time Math-Verify too")
+    parser.add_argument("--compare", action="store_true", help="also measure Math-Verify")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seconds", type=float, default=20, help="CPU seconds to spend")
     options = parser.parse_args()
@@ -82,7 +84,7 @@ def main() -> None:
             skipped["math-verify"] = str(error)
             print(f"math-verify: skipped, {error}", file=sys.stderr)
     spent = dict.fromkeys(judges, 0.0)
-    counted, step = 0, 7919  # a prime: walks over the five sets evenly
+    counted, step = 0, 7919  # a prime step visits the five sets evenly
     begin = time.process_time()
     while time.process_time() - begin < options.seconds and counted < len(pairs):
         response, gold = pairs[counted * step % len(pairs)]

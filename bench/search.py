@@ -1,20 +1,20 @@
-"""Measure tree search beside flat sampling: the same engine and model, in turns.
+"""Compare tree search with flat sampling on the same engine and model, in turns.
 
     python bench/search.py --engine vllm --problems 16 --simulations 8 [--in-flight 4] [--rounds 3]
     python bench/search.py --engine vllm --model PATH --dtype bfloat16        (on a GPU)
 
-flat           independent responses, all at once: what the engine can do
-serial         the textbook: one problem, one node, one call at a time (a few of the problems)
+flat           independent responses, all at once: the engine's upper limit
+serial         textbook MCTS: one problem, one node, one call at a time (on few problems)
 mcts           functional tree search, one request per rollout
 mcts_stepwise  the same with one request per act, as in the paper
 mcts_prompted  phase 1: one prompt per act
 beam, dvts     functional beam search and its diverse form: width and subtrees 2, branching 2
 
-Every measurement starts from an empty prefix cache. Without --model the script makes a Qwen2 of
-2.4M parameters whose layers compute but add nothing. Its tokens follow a Markov chain that obeys
-the allowed transitions of functional tokens, in segments of about ten tokens. Every measurement is
-printed on stderr at once. The last line is one JSON object. `--dtype bfloat16` is skipped if the
-CPU emulates bfloat16.
+Every measurement starts with an empty prefix cache. Without --model the script makes a Qwen2 with
+2.4M parameters, whose layers compute but do not change the output. Its tokens follow a Markov chain
+with the allowed transitions of functional tokens, in segments of about ten tokens. Every
+measurement is printed on stderr at once. The last line is one JSON object. `--dtype bfloat16` is
+skipped if the CPU emulates bfloat16.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from rftt.engines.base import Engine
 
 SEGMENT = 10
-"""Mean tokens of a segment of the made model."""
+"""Mean tokens of a segment of the Markov model."""
 DEPTH, MAX_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS = 8, 256, 1024, 256
 Weights = Callable[[str], Iterator[tuple[str, "Tensor"]]]
-"""Phase -> what `load_weights` takes."""
+"""Phase -> argument of `load_weights`."""
 Work = Callable[[list[Problem], int], Awaitable[int]]
 """(problems, seed) -> rollouts finished."""
 
@@ -55,7 +55,7 @@ Work = Callable[[list[Problem], int], Awaitable[int]]
 
 
 def make_model(folder: Path) -> Weights:
-    """Write the Markov model and its tokenizer; return its weights, which differ in the head."""
+    """Write the Markov model and its tokenizer. Return its weights, whose head depends on phase."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -100,10 +100,10 @@ def make_model(folder: Path) -> Weights:
 
 
 def markov_chain(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], dict[str, Tensor]]:
-    """State of every token, and per phase the log-probs (V, states) of the next one.
+    """Return the state of every token and, per phase, the (V, states) log-probs of the next one.
 
-    States: 0-7 inside an act, 8-15 behind it, 16 anything else. Each act has text of its own, so
-    that the last token tells which segment is open.
+    States are 0-7 inside an act, 8-15 after it, and 16 otherwise. Each act has its own words, so
+    the last token determines the open segment.
     """
     import torch
 
@@ -150,7 +150,7 @@ def _plain(text: str) -> bool:
 def samplers(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, simulations: int, in_flight: int
 ) -> dict[str, tuple[str, Work]]:
-    """Name -> (phase, work)."""
+    """Return name -> (phase, work)."""
     from rftt.beam import beam_search
     from rftt.engines.base import for_each
     from rftt.engines.chat import engine_chat
@@ -209,7 +209,7 @@ def samplers(
 
 
 def measure(engine: Engine, work: Work, problems: list[Problem], seed: int) -> dict[str, float]:
-    """Totals of one run."""
+    """Return the totals of one run."""
     before, cpu, wall = vars(engine.counters).copy(), time.process_time(), time.perf_counter()
     rollouts = asyncio.run(work(problems, seed))
     spent = {name: value - before[name] for name, value in vars(engine.counters).items()}
@@ -240,6 +240,7 @@ def summarise(totals: dict[str, dict[str, float]]) -> dict[str, dict[str, float]
 
 
 def main() -> None:
+    """Measure all methods in turns and print their rates."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -283,7 +284,7 @@ def main() -> None:
         Problem(str(i), make_tale(random, seen).question, answer="7") for i in range(args.problems)
     ]
     works = samplers(engine, tokenizer, args.simulations, args.in_flight)
-    few = problems[: max(1, args.problems // 8)]  # serial search is slow for any number
+    few = problems[: max(1, args.problems // 8)]  # serial search is slow
     totals: dict[str, dict[str, float]] = {}
     for round_ in range(args.rounds + 1):  # the first round warms up
         for name, (phase, work) in works.items():
@@ -302,7 +303,7 @@ def main() -> None:
 
 
 def stored_weights(folder: str) -> Weights:
-    """Return the weights of a given model for both phases: it writes both kinds of text."""
+    """Return the weights of a given model, which are the same for both phases."""
     import torch
     from transformers import AutoModelForCausalLM
 

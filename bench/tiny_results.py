@@ -3,10 +3,11 @@
     python bench/tiny_results.py [chain|forgetting|controls|curves] RUN…
 
 Each RUN is the output folder of one seed, written by runs/results_tiny.sh (chain),
-runs/forgetting_tiny.sh or runs/controls_tiny.sh (controls; curves writes process_rewards.png beside
-the runs). Prints tables, then one JSON object. Intervals are 95 % bootstraps over the problems of
-all seeds together, paired where two models are compared. They describe the measurement of these
-models and do not predict another seed.
+runs/forgetting_tiny.sh (forgetting) or runs/controls_tiny.sh (controls and curves). `curves` writes
+process_rewards.png beside the runs. The output is tables and then one JSON object.
+
+Intervals are 95 % bootstraps over the problems of all seeds together, paired if two models are
+compared. They describe the measurement of these models and do not predict another seed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ MODELS = {
 
 
 def summary(run: Path, model: str) -> dict | None:
+    """Return the summary of a model's evaluation, or None if it is missing."""
     file = run / f"eval-{model}" / "eval" / "summary.json"
     return json.loads(file.read_text()) if file.exists() else None
 
@@ -46,12 +48,12 @@ def steps(run: Path) -> list[Row]:
 
 
 def total(run: Path, key: str) -> float | None:
-    """Return the sum of a key over the steps of a training run; None if the run is missing."""
+    """Return the sum of a key over the steps of a training run, or None if the run is missing."""
     return sum(row[key] for row in steps(run)) if (run / "metrics.jsonl").exists() else None
 
 
 def scores(folder: Path) -> dict[str, list[float]] | None:
-    """Return per problem, in order of ids: greedy right or wrong, share of right samples."""
+    """Return per problem, in order of ids, greedy correctness and the share of right samples."""
     files = [
         file for file in folder.glob("eval/*.jsonl") if (folder / "eval/summary.json").exists()
     ]
@@ -66,6 +68,7 @@ def scores(folder: Path) -> dict[str, list[float]] | None:
 
 
 def cells(values: list[float]) -> str:
+    """Format the mean and the value of each seed in per cent."""
     each = " / ".join(f"{100 * value:.1f}" for value in values)
     return f"**{100 * mean(values):.1f}** ({each})"
 
@@ -94,6 +97,7 @@ def measured(
 
 
 def chain(runs: list[Path]) -> dict:
+    """Print the accuracies of all models, and of majorities over search and over samples."""
     result: dict[str, dict] = {}
     print(
         f"| model ({len(runs)} seeds) | greedy % | sampled % | maj@8 % | million tokens sampled |"
@@ -133,6 +137,7 @@ TEACHERS = {
 
 
 def forgetting(runs: list[Path]) -> dict:
+    """Print the accuracies of both teachers on the target and the guard set."""
     result: dict[str, dict] = {}
     print("| model | set | greedy % | change | sampled % | change | tokens trained on |")
     print("|---|---|---|---|---|---|---|")
@@ -172,7 +177,7 @@ CELLS = {
         **{act: f"rl-no-{act}" for act in ("verify", "refine", "next_step", "subquestion")},
     },
 }
-"""What is compared -> how the cell differs -> the run; every change is against the run `rl`."""
+"""Compared settings -> values of a cell -> its run. Every change is relative to the run `rl`."""
 FORBIDDEN = ("clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine")
 
 
@@ -188,6 +193,7 @@ def compared(found: dict[str, tuple[str, str, int]]) -> list[str]:
 
 
 def controls(runs: list[Path]) -> dict:
+    """Print the control tables. A missing run is an empty row."""
     result: dict[str, dict] = {}
     figures = "greedy % | change | sampled % | change | seeds"
     for title, table in CELLS.items():
@@ -219,11 +225,11 @@ PANELS = {
     "reward": "reward",
     "kl": "KL, nats per token",
 }
-"""Metric -> title: the paper's four curves."""
+"""Metric -> title of its panel. These are the paper's four curves."""
 
 
 def curves(runs: list[Path]) -> dict:
-    """Draw one colour per way to pay for process scores, and one line per seed."""
+    """Draw the metrics with one colour per reward scheme and one line per seed."""
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for i, (label, name) in enumerate(CELLS["advantages | process scores"].items()):

@@ -1,15 +1,16 @@
-"""Measure one optimizer step: ours packed, padded by hand, TRL's; same weights and batch.
+"""Measure one optimizer step on the same weights and batch: packed, padded, and TRL's.
 
     python bench/train_step.py [--compare trl] [--trl-python .venv-bench/bin/python] [--rounds 3]
     python bench/train_step.py --size 1.5b --length 4096            (on a GPU)
 
-Each variant is a process of its own. They take turns, one step each per round, so that a busy
-machine slows all alike. On a CPU the figures are CPU seconds of one compute thread, and peak memory
-above that of the loaded model (gradients and optimizer state included). Every step is printed on
-stderr as soon as it is measured. The last line is one JSON object. `skipped` names variants in
-bfloat16 if the device emulates it. A round that would not end within --minutes does not start, so
-`rounds` may be smaller. TRL's chunked head is a Triton kernel that falls back on a CPU, so a CPU
-ratio needs this remark.
+Each variant has its own process. They take turns, one step each per round, so that a busy machine
+slows all equally. On a CPU the figures are CPU seconds of one compute thread, and peak memory above
+that of the loaded model, including gradients and optimizer state. Every step is printed on stderr
+as soon as it is measured. The last line is one JSON object.
+
+`skipped` names variants in bfloat16 if the device emulates it. A round that would not end within
+--minutes does not start, so `rounds` may be smaller. TRL's chunked head is a Triton kernel, which a
+CPU replaces by a fallback, so a CPU ratio does not predict the ratio on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 LENGTHS = (500, 460, 400, 330, 260, 205, 160, 120)
-"""Tokens of the eight documents: 2,435 real ones of 4,000 padded."""
+"""Tokens of the eight documents: 2,435 without padding, 4,000 with padding."""
 PROMPT = 60
 ADVANTAGES = (1.0, -1.0, 0.5, -0.5, 1.5, -0.7, 0.3, -0.6)
 """Their sum must not be 0, because losses are compared by their ratio."""
@@ -44,16 +45,16 @@ SIZES = {
     "1.5b": dict(zip(NAMES, (1536, 8960, 28, 12, 2, 151936), strict=True)),
 }
 Step = Callable[[], tuple[float, float]]
-"""Runs one optimizer step; loss and gradient norm before clipping."""
+"""Runs one optimizer step and returns the loss and the gradient norm before clipping."""
 
 
-# ---- What is compared: each builder runs in its own process ----
+# ---- The compared variants: each builder runs in its own process ----
 
 
 def documents(
     lengths: tuple[int, ...], vocabulary: int, branching: bool = False
 ) -> list[list[int]]:
-    """Return random ids; branching documents share half of all tokens with the longest."""
+    """Return random ids. Branching documents share half of all tokens with the longest one."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +65,7 @@ def documents(
 def packed(
     folder: str, dtype: str, loss: str, lengths: tuple[int, ...], *, on_tree: bool = False
 ) -> Step:
-    """Build the trainer's own path: FSDP, packed, chunked log-probs."""
+    """Build the step of train_rl.py: FSDP, packed documents, chunked log-probs."""
     import torch
 
     from rftt import rl
@@ -245,6 +246,7 @@ def work(variant: str, folder: str, lengths: tuple[int, ...]) -> None:
 
 
 def start(variant: str, folder: str, lengths: tuple[int, ...], python: str) -> subprocess.Popen:
+    """Start the process of a variant."""
     command = [python, __file__, "--worker", variant, "--folder", folder]
     command += ["--lengths", ",".join(map(str, lengths))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -254,6 +256,7 @@ def start(variant: str, folder: str, lengths: tuple[int, ...], python: str) -> s
 
 
 def ask(worker: subprocess.Popen) -> dict[str, float]:
+    """Run one step in a worker and return its figures. Exit if the worker has failed."""
     assert worker.stdin
     assert worker.stdout
     worker.stdin.write("step\n")
@@ -261,7 +264,7 @@ def ask(worker: subprocess.Popen) -> dict[str, float]:
     line = worker.stdout.readline()
     if not line:
         assert worker.stderr
-        sys.exit(f"a worker died:\n{worker.stderr.read()[-3000:]}")
+        sys.exit(f"error: a worker failed:\n{worker.stderr.read()[-3000:]}")
     return json.loads(line)
 
 
@@ -287,7 +290,7 @@ def write_model(folder: str, size: dict[str, int]) -> None:
 
 
 def emulates_bfloat16() -> bool:
-    """Return whether bfloat16 takes unreasonable time on this machine."""
+    """Return whether this machine emulates bfloat16, which would take unreasonable time."""
     import torch
 
     from rftt.run.precision import computes_in_bfloat16
@@ -296,9 +299,9 @@ def emulates_bfloat16() -> bool:
 
 
 def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
-    """Return FLOPs per second of one large matrix product: what the device can do.
+    """Return FLOPs per second of a large matrix product, as the peak of the device.
 
-    An emulated dtype gets one small product, which takes about as long as the large ones do.
+    An emulated dtype uses one small product, which takes about as long as the large ones.
     """
     import torch
 
@@ -320,9 +323,9 @@ def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
 
 
 def model_flops(size: dict[str, int], lengths: tuple[int, ...]) -> float:
-    """Return FLOPs of forward and backward over real tokens, the head over response tokens.
+    """Return FLOPs of forward and backward over real tokens, with the head over response tokens.
 
-    Work that a variant repeats or saves does not count: packing on a tree may exceed 1.
+    Work that a variant repeats or saves does not count, so the MFU of tree packing may exceed 1.
     """
     width, head = size["hidden_size"], size["hidden_size"] // size["num_attention_heads"]
     attention = 2 * width * width + 2 * width * head * size["num_key_value_heads"]
@@ -338,9 +341,9 @@ def summary(
     flops: float,
     n_tokens: int,
 ) -> dict[str, dict[str, float]]:
-    """Return each variant's figures, and ratios to TRL's if it ran: medians over the rounds.
+    """Return each variant's figures as medians over the rounds, and ratios to TRL's if it ran.
 
-    The first round is warm-up. It counts only where there was time for no other.
+    The first round is warm-up. It counts only if there was no time for another one.
     """
     result: dict[str, dict[str, float]] = {}
     seconds = {
@@ -373,8 +376,8 @@ def take_turns(
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, list[float]]]:
     """Return the figures of each variant's steps and each dtype's matrix products, per round.
 
-    The first round is warm-up and gives the memory figures. No round starts that would end after
-    `limit`, and no variant starts after it.
+    The first round is warm-up and provides the memory figures. A round that would end after `limit`
+    does not start, and no variant starts after `limit`.
     """
     steps: dict[str, list[dict[str, float]]] = {}
     rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
@@ -401,6 +404,7 @@ def take_turns(
 
 
 def main() -> None:
+    """Measure the variants in turns and print their figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -447,7 +451,7 @@ def main() -> None:
         }
         steps, rates = take_turns(workers, args.rounds, limit, emulated)
     for variant in workers.keys() - steps.keys():
-        skipped[variant] = "no time was left for it"
+        skipped[variant] = "--minutes were used up before its first step"
     result = summary(steps, rates, model_flops(SIZES[args.size], lengths), sum(lengths))
     peak = {dtype: statistics.median(found) / 1e9 for dtype, found in rates.items()}
     for variant, figures in result.items():

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The control tables of docs/results.md: functional tokens on/off x tree on/off x PRM on/off, ways to
-# pay for process scores, and one act forbidden at a time (in RL and after it, or only after it).
+# Makes the control tables of docs/results.md: functional tokens on/off x tree on/off x PRM on/off,
+# reward schemes for process scores, and one act forbidden at a time (from RL on, or only after it).
 #   bash runs/controls_tiny.sh 0 1 2       after runs/results_tiny.sh, which runs the cells without a PRM
-# All RL cells may sample as many tokens as the tree search of their seed did. A finished cell is not
-# run again. The table names missing cells and leaves them empty. CELLS and MASKED select cells.
+# Each RL cell may sample as many tokens as the tree search of its seed. A finished cell is not run
+# again. Missing cells are empty in the table. CELLS and MASKED select the cells to run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

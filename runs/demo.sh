@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Runs the whole method on the embedded tiny world: make demo [FAST=1].
 #   SEED=1 OUT=outputs/seed1 bash runs/demo.sh     another seed, in another folder
-# Seed 0 starts from the problems and the base model in data/tiny. Any other seed makes its own world
-# first, which takes a few minutes more. Every stage runs on two ranks, and so on two cores.
-# A demo that was interrupted continues: finished work is not repeated.
+# Seed 0 uses the problems and the base model in data/tiny. Any other seed first makes its own world,
+# which takes a few minutes more. Every stage except the report uses two ranks, hence two cores.
+# An interrupted demo continues when it is started again: finished work is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-0} FAST=${FAST:-}
@@ -19,7 +19,7 @@ else
   SEARCH=() SFT=() RL=() EVAL=()
 fi
 
-stage() {  # stage NAME COMMAND…: run it, print to stderr, note how long it took
+stage() {  # stage NAME COMMAND…: run it with output on stderr, and record its seconds
   local name=$1 begin=$SECONDS
   shift
   echo "== $name: $*" >&2
@@ -72,7 +72,7 @@ for name, run in runs.items():
     cells = [f"{100 * x:.1f}" if x is not None else "-" for x in figures]
     print(f"{name:24}{cells[0]:>8}{cells[1]:>9}{cells[2]:>8}{cells[3]:>11}")
 seconds = {}
-for line in open(f"{os.environ['OUT']}/seconds.txt"):  # a stage begun again counts again
+for line in open(f"{os.environ['OUT']}/seconds.txt"):  # a repeated stage has several lines
     name, value = line.split()
     seconds[name] = seconds.get(name, 0) + int(value)
 print(json.dumps({

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The forgetting table of docs/results.md: plain SFT on the world's own written solutions against
+# Makes the forgetting table of docs/results.md. It compares plain SFT on the world's solutions with
 # rejection sampling from the model itself, on the target and on a guard set, per seed.
-#   bash runs/forgetting_tiny.sh 0 1 2        about 5 CPU minutes a seed, 3 more for its base model
+#   bash runs/forgetting_tiny.sh 0 1 2        5 CPU minutes per seed, 3 more for its base model
 # Both train on one row per problem with the same settings. Only the author of the solution differs.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tables of docs/results.md: the whole chain and its controls on the tiny world, per seed.
-#   bash runs/results_tiny.sh 0 1 2        about 17 CPU minutes a seed; run seeds in parallel if you can
+# Makes the main tables of docs/results.md: the whole chain and its controls on the tiny world.
+#   bash runs/results_tiny.sh 0 1 2        about 17 CPU minutes per seed
 # Controls start from the same curated rows and may sample as many tokens as the tree search did.
 set -euo pipefail
 cd "$(dirname "$0")/.."
