@@ -11,6 +11,7 @@ from rftt.engines.base import Counters
 from rftt.engines.chat import engine_chat
 from rftt.mcts import Tree
 from rftt.prompted import Prompted
+from rftt.prompts import ActPrompt, load_prompts
 from rftt.rollout import Learned, cut, expand_learned, learned_tree, sample, tree_rollouts
 from rftt.run.config import Acts, load_config
 from rftt.tokens import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
@@ -71,9 +72,15 @@ class Scripted:
         return Completion(tuple(ids), (-0.5,) * len(ids), finish, watched)
 
 
+BARE = {act: ActPrompt(system=act, instruction=f"Now {act}.") for act in ACTS}
+LENIENT = load_prompts().model_copy(update={"acts": BARE, "refuse": {}})
+"""Prompts without examples, whose contract names no words."""
+
+
 def prompted(replies, **changes):
     """A searcher, and the engine that it asks."""
     settings = {"temperature": 1.0, "max_tokens": 500, "max_depth": 15, "max_direct_sentences": 4}
+    settings["prompts"] = LENIENT
     engine = Scripted(replies)
     chat = partial(engine_chat, engine, Letters())
     return Prompted(chat, **settings | {"seed": 0} | changes), engine
