@@ -9,7 +9,9 @@ from tests.test_rollout import PROBLEM, Letters, choose, prompted
 
 
 def test_prompted_path_ends_with_a_stated_answer():
-    ctx, engine = prompted(["Think of pairs.", *(f"Is it {i}? It is \\boxed{{4}}" for i in range(9))])
+    ctx, engine = prompted(
+        ["Think of pairs.", *(f"Is it {i}? It is \\boxed{{4}}" for i in range(9))]
+    )
     steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("next_step")))
     assert steps[0].act == "next_step"
     assert steps[0].text == "Think of pairs."
