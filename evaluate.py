@@ -22,6 +22,7 @@ if __name__ == "__main__":
     front("evaluate", EvalConfig)
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -49,6 +50,7 @@ from rftt.run.log import RunLog
 from rftt.run.provenance import made_from
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
 from rftt.run.tables import name_of
+from rftt.tokens import ACTS
 from rftt.types import Problem, Rollout, Step
 
 
@@ -127,6 +129,7 @@ async def answer(
         "gold": problem.answer,
         "response": decode(policy.tokenizer, best[0].response_ids),
         "greedy": verdict(cfg, policy, problem, best[0]),
+        "acts": list(best[0].acts),  # of the greedy response; "" is text outside any segment
         "samples": [
             verdict(cfg, policy, problem, *one) for one in zip(samples, scores, strict=True)
         ],
@@ -197,6 +200,12 @@ def summarise(
         "n": len(rows),
         "greedy": interval([float(row["greedy"]["correct"]) for row in rows]),
     }
+    acts = [row["acts"] for row in rows]
+    if any(any(written) for written in acts):  # the model writes functional segments
+        whole = [float("" not in written and written[-1] == "output") for written in acts]
+        summary["whole_segments"] = interval(whole)
+        counts = Counter(act for written in acts for act in written)
+        summary["acts"] = {act: counts[act] / len(rows) for act in ACTS}
     powers = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= num_samples]
     right = [sum(s["correct"] for s in row["samples"]) for row in rows]
     if num_samples:
@@ -271,6 +280,10 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"{summary['set']}: {summary['n']} problems",
         f"greedy      {percent(summary['greedy'])}",
     ]
+    if "whole_segments" in summary:
+        lines.append(f"segments    {percent(summary['whole_segments'])}  responses of whole ones")
+        written = ", ".join(f"{act} {n:.2f}" for act, n in summary["acts"].items())
+        lines.append(f"acts        {written}  per response")
     if "sampled" in summary:
         lines.append(f"avg@k       {percent(summary['sampled'])}")
         lines += [f"pass@{k:<6} {percent(figure)}" for k, figure in summary["pass@k"].items()]

@@ -35,12 +35,12 @@ from rftt.engines.chat import open_chat, open_tokenizer
 from rftt.graders import open_prm
 from rftt.graders.prm import ProcessModel, score_steps
 from rftt.learner.fsdp import World, joined
-from rftt.prompted import Prompted, prompted_tree, reply
-from rftt.prompts import Messages
+from rftt.prompted import Prompted, draw, prompted_tree
 from rftt.run.config import SearchConfig
 from rftt.run.data import load_problems
 from rftt.run.files import Journal, Row, file_name, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
+from rftt.run.prompts_file import load_prompts
 from rftt.run.rejection import sample_responses, score_responses
 from rftt.run.rows import open_log, score_cache, search_source, write_data
 from rftt.run.stats import tree_record
@@ -97,6 +97,7 @@ async def generate(
     todo: Sequence[Problem],
     journal: Journal,
 ) -> None:
+    prompts = load_prompts(cfg.prompts_file)
     prm = None if cfg.method == "sample" else await open_prm(cfg, log.info)
     work = sample_responses if cfg.method == "sample" else partial(grow_and_curate, prm)
     ledger = Path(cfg.output_dir) / "data" / "api.jsonl"
@@ -108,11 +109,13 @@ async def generate(
             max_depth=cfg.search_depth,
             max_direct_sentences=cfg.max_direct_sentences,
             seed=cfg.seed,
+            prompts=prompts,
+            contract_tries=cfg.contract_tries,
         )
         with log.bar(len(todo), "problem", cfg.method) as bar:
 
             async def finish(problem: Problem) -> None:
-                own = replace(ctx, spent=Counters())
+                own = replace(ctx, spent=Counters(), refusals=Counter())
                 found = await work(cfg, own, problem)
                 if not own.spent.requests and "counts" in found:
                     found["counts"] = {"prompt_too_long": 1}
@@ -131,10 +134,6 @@ async def grow_and_curate(
 ) -> Row:
     """A tree of prompted acts, kept below trees/, and the rows that curation makes of it."""
 
-    async def ask(messages: Messages, act: str, problem_id: str) -> str | None:
-        said = await reply(ctx, messages, act, problem_id, "curate", act)
-        return said.text if said.whole else None
-
     tree = await prompted_tree(
         ctx,
         problem,
@@ -144,8 +143,8 @@ async def grow_and_curate(
         explore=explorer(cfg.method, cfg),
     )
     n_unscored = await score_steps(prm, tree, problem) if prm else 0
-    rows, counts = await curate(tree, problem, ask, cfg)
-    counts += Counter(path_unscored=n_unscored)
+    rows, counts = await curate(tree, problem, partial(draw, ctx, problem), cfg)
+    counts += ctx.refusals + Counter(path_unscored=n_unscored)
     name = f"trees/{file_name(problem.id)}.json"
     write_json(Path(cfg.output_dir) / name, tree_record(tree, problem))
     return {

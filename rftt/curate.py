@@ -1,6 +1,6 @@
 """A finished tree -> training rows: pair choice, cross verification, branch merging, leak checks.
 
-From each tree come at most one merged row, shared prefix + wrong suffix + <verify> + <refine> +
+Each tree yields at most one merged row, shared prefix + wrong suffix + <verify> + <refine> +
 correct suffix + <output>, and a few plain correct rows that share no step (arXiv 2502.13389).
 `tree_pairs` adds a preference pair for DPO. Every row records its origin, and every omission is
 counted under a reason.
@@ -8,23 +8,23 @@ counted under a reason.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 
+from rftt.contract import best_check, leaks, nameable
 from rftt.graders.math import grade
 from rftt.graders.prm import reduce
 from rftt.mcts import Tree
 from rftt.prompted import visible
-from rftt.prompts import Messages, ask_refine, ask_verify, sentences
+from rftt.prompts import sentences
 from rftt.run.config import SearchConfig
 from rftt.run.files import Row
 from rftt.tokens import successors
 from rftt.types import Problem, Trace
 
-Ask = Callable[[Messages, str, str], Awaitable[str | None]]
-"""(messages, act, problem id) -> the model's clipped reply, None if it ran out of tokens"""
+Draw = Callable[..., Awaitable[list[str]]]
+"""(act, so_far, n=…, **parts of the prompt) -> the replies that keep the act's contract"""
 
 
 def traces(tree: Tree, problem: Problem) -> list[Trace]:
@@ -56,6 +56,19 @@ def follows_grammar(acts: Sequence[str]) -> bool:
     )
 
 
+def answers_early(trace: Trace) -> bool:
+    """Return whether a step that only prepares states the path's own answer, right or wrong.
+
+    Whoever has solved the problem while restating it teaches no search.
+    """
+    known = trace.problem.question
+    for step in trace.steps:
+        if step.act in ("clarify", "analysis") and leaks(step.text, str(trace.answer), known):
+            return True
+        known += f"\n{step.text}"
+    return False
+
+
 def quality(cfg: SearchConfig, trace: Trace) -> tuple[float, int, int, int]:
     """Return a path's rank, higher is better: process score, few repeats, many steps, short."""
     scores = [step.score for step in trace.steps if step.score is not None]
@@ -85,14 +98,24 @@ def choose_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trac
         return "no_correct_path"
     if not wrong:
         return "no_wrong_path"
+    reason = "no_shared_prefix"
     for good in correct:
         for bad in wrong:
             n = shared(good, bad)  # steps of the common prefix
             acts = [s.act for s in bad.steps] + ["verify", "refine"]  # the merged row, act by act
             acts += [s.act for s in good.steps[n:]] + ["output"]
-            if n >= cfg.min_shared_steps and follows_grammar(acts):
+            if n < cfg.min_shared_steps or not follows_grammar(acts):
+                continue
+            if mistakes_of(good, bad):
                 return good, bad
-    return "no_shared_prefix"
+            reason = "no_mistake_to_name"
+    return reason
+
+
+def mistakes_of(good: Trace, bad: Trace) -> set[str]:
+    """Return what a check can name: numbers and calculations that only the wrong steps contain."""
+    n = shared(good, bad)
+    return nameable(visible(bad.steps[n:]), visible(good.steps), good.problem.question)
 
 
 def widest_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trace] | None:
@@ -116,39 +139,25 @@ def disjoint_correct(usable: Sequence[Trace], cfg: SearchConfig) -> list[Trace]:
     return chosen
 
 
-def mentions(text: str, answer: str) -> bool:
-    """Return whether `answer` stands alone in `text`, as text: 17 or 7.5 do not mention 7."""
-    pattern = rf"(?<![\w.]){re.escape(answer.strip())}(?![\w]|\.\d)"
-    return re.search(pattern, text) is not None
-
-
-def leaks(check: str, answer: str, known: str) -> bool:
-    """Return whether a check states a gold answer that `known` (what precedes it) does not."""
-    return mentions(check, answer) and not mentions(known, answer)
-
-
-async def merge(ask: Ask, good: Trace, bad: Trace) -> Row | str:
+async def merge(draw: Draw, good: Trace, bad: Trace, cfg: SearchConfig) -> Row | str:
     """Cross-verify and merge two branches; return a reason instead of an unfit row."""
-    problem, n = good.problem, shared(good, bad)
-    # what both share; all of the wrong
-    prefix, before = visible(good.steps[:n]), visible(bad.steps)
+    n = shared(good, bad)
     wrong, right = visible(bad.steps[n:]), visible(good.steps[n:])  # where they differ
-    messages = ask_verify(problem.question, prefix, wrong, right)
-    check = await ask(messages, "verify", problem.id)
-    if not check:
-        return "verify_empty"
-    if leaks(check, str(problem.answer), f"{problem.question}\n{before}"):
-        return "verify_leaks_answer"  # it would teach recall instead of checking
-    turn = await ask(ask_refine(problem.question, before, check), "refine", problem.id)
-    if not turn:
-        return "refine_empty"
-    if leaks(turn, str(problem.answer), f"{problem.question}\n{before}\n{check}"):
-        return "refine_leaks_answer"
+    prefix = visible(good.steps[:n])
+    checks = await draw("verify", prefix, n=cfg.verify_draws, wrong=wrong, correct=right)
+    if not checks:
+        return "verify_refused"
+    check = best_check(checks, mistakes_of(good, bad))
+    if check is None:
+        return "verify_names_no_mistake"
+    turns = await draw("refine", visible(bad.steps), n=cfg.contract_tries, check=check)
+    if not turns:
+        return "refine_refused"
     steps = [
         *_entries(good)[:n],
         *(entry | {"wrong": True} for entry in _entries(bad)[n:]),  # out of the loss: `mask_wrong`
         {"act": "verify", "text": check},
-        {"act": "refine", "text": turn},
+        {"act": "refine", "text": turns[0]},
         *_entries(good)[n:],
     ]
     return _row("merged", good, steps, shared=n, failed=list(bad.nodes[n:]))
@@ -159,7 +168,7 @@ def plain(trace: Trace) -> Row:
 
 
 async def curate(
-    tree: Tree, problem: Problem, ask: Ask, cfg: SearchConfig
+    tree: Tree, problem: Problem, draw: Draw, cfg: SearchConfig
 ) -> tuple[list[Row], Counter[str]]:
     """Return the rows of one tree, and how often each reason excluded something."""
     counts: Counter[str] = Counter()
@@ -169,11 +178,13 @@ async def curate(
             counts["path_against_grammar"] += 1
         elif repeats(step.text for step in trace.steps) > cfg.max_repeats:
             counts["path_repeats"] += 1
+        elif trace.answer is not None and answers_early(trace):
+            counts["path_answers_early"] += 1
         else:
             usable.append(trace)
     rows = [plain(trace) for trace in disjoint_correct(usable, cfg)]
     pair = choose_pair(usable, cfg)
-    merged = pair if isinstance(pair, str) else await merge(ask, *pair)
+    merged = pair if isinstance(pair, str) else await merge(draw, *pair, cfg)
     if isinstance(merged, str):
         counts[merged] += 1
     else:

@@ -7,17 +7,21 @@ uses are never paid for.
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
+from rftt.contract import breach, clean, leaks, trimmed
 from rftt.engines.base import Counters, Reply, Sampling
 from rftt.engines.chat import Chat
 from rftt.graders.math import extract
 from rftt.mcts import Choice, Explore, Tree, grow
-from rftt.prompts import Messages, ask, clip_reply, sentences
+from rftt.prompts import Messages, Prompts, sentences
 from rftt.rewards import graded
+from rftt.run.prompts_file import load_prompts
 from rftt.tokens import FUNCTIONS, successors
 from rftt.types import Problem, Step, seed_for
 
@@ -32,8 +36,13 @@ class Prompted:
     max_depth: int
     max_direct_sentences: int
     seed: int
+    prompts: Prompts = field(default_factory=load_prompts)
+    contract_tries: int = 3
+    """Replies asked for, each with another seed, until one keeps its act's contract."""
     spent: Counters = field(default_factory=Counters)
     """Replies and their tokens; each problem gets a copy of its own."""
+    refusals: Counter[str] = field(default_factory=Counter)
+    """Refused replies by `contract_<act>_<reason>`; each problem gets a copy of its own."""
 
 
 def visible(steps: Sequence[Step]) -> str:
@@ -42,28 +51,33 @@ def visible(steps: Sequence[Step]) -> str:
 
 
 async def reply(ctx: Prompted, messages: Messages, act: str | None, *key: object) -> Reply:
-    """Return one reply of the model, clipped to the limits of `act` unless that is None."""
+    """Return one reply of the model; unless `act` is None, clean and within the act's limits."""
     limit = min(FUNCTIONS[act].max_tokens, ctx.max_tokens) if act else ctx.max_tokens
     sampling = Sampling(limit, ctx.temperature, seed=seed_for(ctx.seed, *key))
     said = await ctx.chat(messages, sampling)
     ctx.spent.requests += said.n_prompt > 0  # 0: no room was left for a reply
     ctx.spent.generated_tokens += said.n_generated
-    return replace(said, text=clip_reply(act, said.text)) if act else said
+    if act is None:
+        return said
+    text = clean(ctx.prompts, act, said.text)
+    # A truncated reply is whole again where cleaning has removed its end.
+    whole = said.whole or not said.text.rstrip().endswith(text)
+    return replace(said, text=text, whole=whole)
 
 
 async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> list[Step]:
     """Take the chosen act, then random allowed acts until a step states the final answer.
 
-    A reply that is empty or cut off ends the path without an answer.
+    A reply that breaks its contract in every try ends the path without an answer.
     """
     steps = [node.step for node in choice.node.path() if node.step]
     known = len(steps)  # these are in the tree already
     random = Random(seed_for(ctx.seed, problem.id, choice.key))
     acts = [choice.act]  # the first act is the tree's choice
     while acts:
-        step, whole = await _child(ctx, problem, steps, acts, choice.key)
+        step = await _child(ctx, problem, steps, acts, choice.key)
         steps.append(step)
-        if step.answer is not None or not whole or not step.text or len(steps) >= ctx.max_depth:
+        if step.answer is not None or step.refused or len(steps) >= ctx.max_depth:
             break
         acts = list(successors(step.act, "prompted"))
         random.shuffle(acts)  # later acts are random
@@ -72,16 +86,58 @@ async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> li
 
 async def _child(
     ctx: Prompted, problem: Problem, steps: list[Step], acts: list[str], key: tuple[str, ...]
-) -> tuple[Step, bool]:
+) -> Step:
     """Ask for the first of `acts` whose reply fits: long direct answers are skipped."""
-    said, act = Reply("", whole=False), acts[0]
+    step = Step("", "")
     for act in acts:
-        messages = ask(act, problem.question, visible(steps))
-        said = await reply(ctx, messages, act, problem.id, key, len(steps), act)
-        if act != "direct_answer" or len(sentences(said.text)) <= ctx.max_direct_sentences:
+        step = await _ask_step(ctx, problem, visible(steps), act, key, len(steps))
+        if act != "direct_answer" or len(sentences(step.text)) <= ctx.max_direct_sentences:
             break
-    states = said.whole and act in ("direct_answer", "next_step")
-    return Step(act, said.text, answer=extract(said.text) if states else None), said.whole
+    return step
+
+
+async def _ask_step(ctx: Prompted, problem: Problem, so_far: str, act: str, *key: object) -> Step:
+    """Ask for one act, up to `contract_tries` times, until a reply keeps its contract."""
+    messages = ctx.prompts.ask(act, problem.question, so_far)
+    text, refused = "", None
+    for number in range(ctx.contract_tries):
+        said = await reply(ctx, messages, act, problem.id, *key, act, number)
+        text, shown = said.text, {"question": problem.question, "so_far": so_far}
+        refused = breach(ctx.prompts, act, text, **shown, whole=said.whole)
+        if refused is None:
+            break
+        ctx.refusals[f"contract_{act}_{refused}"] += 1
+    states = act in ("direct_answer", "next_step") and refused is None
+    return Step(act, text, answer=extract(text) if states else None, refused=refused)
+
+
+async def draw(
+    ctx: Prompted, problem: Problem, act: str, so_far: str, *, n: int, **parts: str
+) -> list[str]:
+    """Return those of `n` replies to `act` that keep its contract and do not leak the gold answer.
+
+    `parts` fill the act's template (prompts.yaml). What the model is shown of its own solution may
+    be named; the `correct` steps may not. Each reply is cut where it breaks the contract.
+    """
+    messages = ctx.prompts.ask(act, problem.question, so_far, **parts)
+    own = "\n".join([so_far, *(text for name, text in parts.items() if name != "correct")])
+    known = f"{problem.question}\n{own}"
+
+    def refused(text: str) -> str | None:
+        reason = breach(ctx.prompts, act, text, question=problem.question, so_far=own)
+        if reason is None and leaks(text, str(problem.answer), known):
+            return "leaks_answer"  # it would teach recall instead of checking
+        return reason
+
+    asked = [reply(ctx, messages, act, problem.id, "curate", act, i) for i in range(n)]
+    kept: list[str] = []
+    for said in await asyncio.gather(*asked):
+        text, reason = trimmed(said.text, refused, whole=said.whole)
+        if reason is None:
+            kept.append(text)
+        else:
+            ctx.refusals[f"contract_{act}_{reason}"] += 1
+    return kept
 
 
 async def prompted_tree(

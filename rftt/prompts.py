@@ -1,79 +1,88 @@
-"""The prompts: a bare question, and phase 1's instruction for each act.
+"""The prompts: a bare question, and phase 1's messages for each act.
 
-In phase 1 an act is an instruction to an ordinary instruct model; tokens.py holds its limits.
+In phase 1 an act is an instruction to an ordinary instruct model, shown to it on a few examples.
+The texts are in prompts.yaml, of which a user's `prompts_file` replaces any part
+(run/prompts_file.py). contract.py checks the replies.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
-from rftt.tokens import FUNCTIONS
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
 Messages = list[dict[str, str]]
+Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
+Reasons = dict[str, list[Text]]
+"""Reason of a refusal -> phrases."""
 
-INSTRUCTIONS: dict[str, str] = {
-    "clarify": "Restate the problem in your own words: what is given and what is asked. "
-    "Use at most three sentences and do not solve it.",
-    "analysis": "Analyse what is known so far: which quantities and relations lead towards the "
-    "answer. Do not give the final answer yet.",
-    "next_step": "Write only the next step of the solution. If it completes the solution, state "
-    "the final answer in \\boxed{}.",
-    "subquestion": "Ask the one sub-question that helps most now and answer it, on a single line.",
-    "direct_answer": "Finish the solution from here and state the final answer in \\boxed{}.",
-    "verify": "Say where continuation A goes wrong, comparing it with the similar steps of "
-    "B. Write as if checking your own work: do not mention A or B, and do not give the final "
-    "answer.",
-    "refine": "The check above found a mistake. Say in one sentence from where the solution "
-    "must be redone, without giving the final answer.",
-    "output": "State the final answer in \\boxed{}.",
+HOLES = {
+    "act": {"question", "so_far", "instruction"},
+    "verify": {"question", "so_far", "wrong", "correct", "instruction"},
+    "refine": {"question", "so_far", "check", "instruction"},
 }
-"""Phase 1: what the instruct model is asked to do, act by act."""
+"""The placeholders of each template."""
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Example(Part):
+    """One worked example: what the model is shown, and what it should reply."""
+
+    question: Text
+    so_far: str = ""
+    wrong: str | None = None
+    correct: str | None = None
+    check: str | None = None
+    reply: Text
+
+
+class ActPrompt(Part):
+    system: Text
+    instruction: Text
+    examples: list[Example] = []
+    refuse: Reasons = {}
+    require: Reasons = {}
+
+
+class Prompts(Part):
+    """All texts of phase 1; prompts.yaml describes each field."""
+
+    nothing_yet: Text
+    templates: dict[str, Text]
+    labels: list[Text]
+    refuse: Reasons
+    acts: dict[str, ActPrompt]
+
+    def ask(self, act: str, question: str, so_far: str, **parts: str) -> Messages:
+        """Return messages that ask for one act as the continuation of the solution `so_far`.
+
+        `parts` are the other placeholders of the act's template: `wrong` and `correct` of verify,
+        `check` of refine.
+        """
+        prompt = self.acts[act]
+        messages = [{"role": "system", "content": prompt.system}]
+        for example in prompt.examples:
+            shown = example.model_dump(exclude_none=True, exclude={"reply"})
+            messages.append({"role": "user", "content": self._fill(act, **shown)})
+            messages.append({"role": "assistant", "content": example.reply})
+        asked = self._fill(act, question=question, so_far=so_far, **parts)
+        return [*messages, {"role": "user", "content": asked}]
+
+    def _fill(self, act: str, so_far: str, **parts: str) -> str:
+        template = self.templates[act if act in self.templates else "act"]
+        values = parts | {"so_far": so_far or self.nothing_yet}
+        values["instruction"] = self.acts[act].instruction
+        return re.sub(r"\{(\w+)\}", lambda hole: values[hole[1]], template)
 
 
 def question_messages(question: str, system_prompt: str | None = None) -> Messages:
     """Return the conversation of SFT, RL and evaluation; phase 1 has no system prompt."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     return [*system, {"role": "user", "content": question}]
-
-
-def ask(act: str, question: str, so_far: str) -> Messages:
-    """Return messages that ask for one act as the continuation of the solution `so_far`.
-
-    The instruction comes last, so that all acts of one node share a cached prefix.
-    """
-    return _user(question, f"Solution so far:\n{so_far}", INSTRUCTIONS[act])
-
-
-def ask_verify(question: str, so_far: str, wrong: str, correct: str) -> Messages:
-    """Return messages for cross verification: where does the wrong continuation err?"""
-    return _user(
-        question,
-        f"Solution so far:\n{so_far}",
-        f"Continuation A, which ends in a wrong answer:\n{wrong}",
-        f"Continuation B, which ends in the right answer:\n{correct}",
-        INSTRUCTIONS["verify"],
-    )
-
-
-def ask_refine(question: str, so_far: str, check: str) -> Messages:
-    """Return messages that ask for the way back from a found mistake."""
-    return _user(
-        question, f"Solution so far:\n{so_far}", f"Check:\n{check}", INSTRUCTIONS["refine"]
-    )
-
-
-def _user(*parts: str) -> Messages:
-    return [{"role": "user", "content": "\n\n".join(parts)}]
-
-
-def clip_reply(act: str, text: str) -> str:
-    """Apply the act's limits on lines and sentences to a reply (arXiv 2502.13389)."""
-    function, text = FUNCTIONS[act], text.strip()
-    if function.one_line:
-        text = text.split("\n", 1)[0].strip()
-    if function.max_sentences:
-        text = " ".join(sentences(text)[: function.max_sentences])
-    return text
 
 
 def sentences(text: str) -> list[str]:

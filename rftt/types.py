@@ -61,6 +61,8 @@ class Step:
     """Final answer that this step states, if any: the path ends here."""
     score: float | None = None
     """Process reward of the step (PRM), in [0, 1]."""
+    refused: str | None = None
+    """Phase 1: reason why the text breaks its act's contract; the path ends here, unanswered."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from rftt.curate import choose_pair, curate, disjoint_correct, traces
 from rftt.graders.math import extract
 from rftt.graders.prm import Unscored, score_steps
 from rftt.mcts import Choice, Tree
-from rftt.prompts import ask_verify
 from rftt.run.config import SearchConfig
 from rftt.tokens import ACTS, FunctionIds, render
 from rftt.types import Problem, Step
@@ -41,11 +40,11 @@ WRONG = [PLAN, ("direct_answer", "58, 55. \\boxed{55}")]
 OTHER = [("subquestion", "Triples? 19*3=57."), ("direct_answer", "54. \\boxed{54}")]
 
 
-def says(verify="19*3=57, not 58.", refine="Redo it from the tripling."):
-    async def ask(messages, act, problem_id):
-        return {"verify": verify, "refine": refine}[act]
+def says(verify=("19*3=57, not 58.",), refine=("Redo it from the tripling.",)):
+    async def draw(act, so_far, *, n, **parts):
+        return list({"verify": verify, "refine": refine}[act])
 
-    return ask
+    return draw
 
 
 class Doubter:
@@ -96,31 +95,51 @@ def test_merged_row_is_prefix_wrong_verify_refine_correct_output():
 def test_verification_sees_both_continuations_of_the_shared_prefix():
     seen = []
 
-    async def ask(messages, act, problem_id):
-        seen.append(messages[0]["content"])
-        return "19*3=57, not 58."
+    async def draw(act, so_far, *, n, **parts):
+        seen.append((act, so_far, n, parts))
+        return ["19*3=57, not 58."]
 
-    asyncio.run(curate(build(RIGHT, WRONG), PROBLEM, ask, RULES))
-    (expected,) = ask_verify(
-        PROBLEM.question, PLAN[1], WRONG[1][1], "Triples? 57.\nSells 3? \\boxed{54}"
-    )
-    assert seen[0] == expected["content"]
+    rules = replace(RULES, verify_draws=5, contract_tries=2)
+    asyncio.run(curate(build(RIGHT, WRONG), PROBLEM, draw, rules))
+    right = "Triples? 57.\nSells 3? \\boxed{54}"
+    assert seen == [
+        ("verify", PLAN[1], 5, {"wrong": WRONG[1][1], "correct": right}),
+        ("refine", f"{PLAN[1]}\n{WRONG[1][1]}", 2, {"check": "19*3=57, not 58."}),
+    ]
+
+
+def test_of_several_checks_the_one_that_quotes_the_mistake_is_taken():
+    checks = ("I see 57 and 3.", "It is not 55.", "I wrote 58, then 55, but why?", "Not 58, not 55")
+    rows, _ = asyncio.run(curate(build(RIGHT, WRONG), PROBLEM, says(verify=checks), RULES))
+    assert rows[0]["steps"][2]["text"] == "Not 58, not 55"
 
 
 @pytest.mark.parametrize(
     ("replies", "reason"),
     [
-        ({"verify": "It should be 54."}, "verify_leaks_answer"),
-        ({"refine": "Redo it: 54."}, "refine_leaks_answer"),
-        ({"verify": ""}, "verify_empty"),
-        ({"verify": None}, "verify_empty"),
-        ({"refine": ""}, "refine_empty"),
+        ({"verify": ()}, "verify_refused"),
+        ({"verify": ("I see 57 and 3.",)}, "verify_names_no_mistake"),
+        ({"refine": ()}, "refine_refused"),
     ],
 )
 def test_unfit_merges_are_counted_and_left_out(replies, reason):
     rows, counts = asyncio.run(curate(build(RIGHT, WRONG), PROBLEM, says(**replies), RULES))
     assert [row["kind"] for row in rows] == ["plain"]
     assert counts == {reason: 1, "kept_plain": 1}
+
+
+def test_a_wrong_path_of_right_numbers_has_no_mistake_to_name():
+    wrong = [PLAN, ("direct_answer", "57. \\boxed{57}")]  # it stops too early
+    _, counts = asyncio.run(curate(build(RIGHT, wrong), PROBLEM, says(), RULES))
+    assert counts["no_mistake_to_name"] == 1
+
+
+def test_a_path_whose_analysis_states_its_answer_is_left_out():
+    early = [("analysis", "It is 57 - 3 = 54."), ("direct_answer", "So \\boxed{54}.")]
+    wrong = [("clarify", "We want 51."), ("direct_answer", "So \\boxed{51}.")]
+    rows, counts = asyncio.run(curate(build(early, wrong), PROBLEM, says(), RULES))
+    assert rows == []
+    assert counts["path_answers_early"] == 2
 
 
 def test_row_that_does_not_end_in_the_right_answer_is_left_out():

@@ -357,6 +357,21 @@ def test_counters_count_every_token_and_shared_prompts(engine: Engine) -> None:
 
 
 @pytest.mark.oracle
+def test_prompts_that_arrive_together_share_their_examples(
+    open_engine: Callable[[str, str], Engine],
+) -> None:
+    examples = [16 + i % 40 for i in range(80)]
+    prompts = [[*examples, 20 + i, 30] for i in range(5)]
+    how = [Sampling(max_tokens=10, seed=i) for i in range(5)]
+    engine, model = open_engine("hf", "untied"), make_model(tied=False)
+    engine.load_weights(model.named_parameters())  # nothing is cached
+    got = sample(engine, *zip(prompts, how, strict=True))
+    assert sorted(completion.n_cached for completion in got) == [0, *[len(examples)] * 4]
+    for prompt, completion in zip(prompts, got, strict=True):
+        assert agrees_with_model(model, prompt, completion, 1.0) < 1e-4
+
+
+@pytest.mark.oracle
 def test_continuations_reuse_what_was_sampled(engine: Engine) -> None:
     model, prompt = make_model(tied=False), list(range(16, 56))
     roots = sample(engine, *((prompt, Sampling(max_tokens=30, seed=i)) for i in range(6)))

@@ -59,7 +59,7 @@ def inside(name: str, *rooms: str) -> bool:
 
 LAYERS = (
     ("types", "tokens", "prompts", "run.files"),
-    ("mcts", "rl", "batch", "graders", "engines"),
+    ("mcts", "rl", "batch", "contract", "graders", "engines"),
     ("prompted", "curate", "rollout", "beam", "rewards", "update", "learner", "run"),
 )
 """Rooms of rftt/, each of which may import its own layer and those before; the longest name counts.
@@ -246,7 +246,7 @@ METHOD = (
     *("rollout", "rewards", "rl", "batch", "update", "beam"),
 )
 """The flat files of rftt/, in reading order."""
-BUDGET = 2_401
+BUDGET = 2_700
 """Most physical lines of these and the three scripts that use them."""
 
 

@@ -4,12 +4,14 @@ import asyncio
 
 import pytest
 
-from rftt.prompted import expand_prompted
-from tests.test_rollout import BOXED, PROBLEM, Letters, choose, prompted
+from rftt.prompted import draw, expand_prompted
+from tests.test_rollout import PROBLEM, Letters, choose, prompted
 
 
 def test_prompted_path_ends_with_a_stated_answer():
-    ctx, engine = prompted(["Think of pairs.", *["2+2 is \\boxed{4}"] * 9])
+    ctx, engine = prompted(
+        ["Think of pairs.", *(f"Is it {i}? It is \\boxed{{4}}" for i in range(9))]
+    )
     steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("next_step")))
     assert steps[0].act == "next_step"
     assert steps[0].text == "Think of pairs."
@@ -20,26 +22,63 @@ def test_prompted_path_ends_with_a_stated_answer():
     assert "Think of pairs." in second_prompt
 
 
-@pytest.mark.parametrize("reply", ["", [165, 166], BOXED], ids=["empty", "cut off", "boxed"])
-@pytest.mark.parametrize("act", ["analysis", "direct_answer"])
-def test_prompted_path_ends_where_the_model_has_nothing_to_say(reply, act):
-    steps = asyncio.run(expand_prompted(prompted([reply])[0], PROBLEM, choose(act)))
-    assert len(steps) == 1
-    assert steps[0].answer is None
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [("", "empty"), ([165, 166], "cut_off"), ("So \\boxed{4", "cut_off"), ("It is 4.", "no_box")],
+)
+def test_a_reply_that_never_keeps_its_contract_ends_the_path(reply, reason):
+    ctx, engine = prompted([reply] * 3, contract_tries=3)
+    (step,) = asyncio.run(expand_prompted(ctx, PROBLEM, choose("direct_answer")))
+    assert step.refused == reason
+    assert step.answer is None
+    assert ctx.refusals == {f"contract_direct_answer_{reason}": 3}
+    assert len({sampling.seed for _, sampling in engine.asked}) == 3  # each try has its own
+
+
+def test_a_refused_reply_is_asked_for_again_and_then_forgotten():
+    ctx, engine = prompted(["It is 4.", "So it is \\boxed{4}."])
+    (step,) = asyncio.run(expand_prompted(ctx, PROBLEM, choose("direct_answer")))
+    assert (step.text, step.answer, step.refused) == ("So it is \\boxed{4}.", "4", None)
+    assert engine.asked[0][0] == engine.asked[1][0]  # the refused reply is not shown to the model
+    assert ctx.refusals == {"contract_direct_answer_no_box": 1}
+
+
+def test_a_reply_whose_truncated_end_is_cleaned_away_is_whole():
+    truncated = [*Letters().encode("How many? 4.\nAnd now I wi")]
+    ctx, _ = prompted([truncated, "So \\boxed{4}."])
+    steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("subquestion")))
+    assert (steps[0].text, steps[0].refused) == ("How many? 4.", None)
+
+
+def test_drawn_checks_are_trimmed_and_counted_and_may_not_leak_the_answer():
+    replies = [
+        "No, 2+2 is not 5. So it is 4.",  # only its beginning keeps the answer to itself
+        "It is 4 and not 5.",
+        "\\boxed{",
+        "I wrote 5, but it is less.",
+    ]
+    ctx, engine = prompted(replies)
+    parts = {"wrong": "2+2=5", "correct": "2+2=4"}
+    kept = asyncio.run(draw(ctx, PROBLEM, "verify", "", n=4, **parts))
+    assert kept == ["No, 2+2 is not 5.", "I wrote 5, but it is less."]
+    assert ctx.refusals == {"contract_verify_leaks_answer": 1, "contract_verify_cut_off": 1}
+    shown = Letters().decode(engine.asked[0][0])
+    assert shown.index("2+2?") < shown.index("2+2=5") < shown.index("2+2=4")
 
 
 def test_prompted_depth_is_bounded():
-    ctx, _ = prompted(["a step"] * 50, max_depth=3)
+    ctx, _ = prompted([f"How is step {i}? Good." for i in range(50)], max_depth=3)
     assert len(asyncio.run(expand_prompted(ctx, PROBLEM, choose("clarify")))) <= 3
 
 
 def test_simulation_passes_over_long_direct_answers_but_the_tree_may_choose_one():
-    long = "A. B. C. D. E. \\boxed{4}"
-    (step,) = asyncio.run(expand_prompted(prompted([long])[0], PROBLEM, choose("direct_answer")))
+    long, limit = "A. B. \\boxed{4}", {"max_direct_sentences": 2}
+    ctx, _ = prompted([long], **limit)
+    (step,) = asyncio.run(expand_prompted(ctx, PROBLEM, choose("direct_answer")))
     assert step.answer == "4"
     requests = set()
     for seed in range(20):
-        ctx, engine = prompted(["x.", long, long], seed=seed)
+        ctx, engine = prompted(["x? y.", long, "\\boxed{4}."], seed=seed, **limit)
         steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("subquestion")))
         assert [step.act for step in steps] == ["subquestion", "next_step"]
         requests.add(len(engine.asked))

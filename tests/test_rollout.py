@@ -13,8 +13,10 @@ from rftt.engines.chat import engine_chat
 from rftt.engines.sampler import Sampler, Task
 from rftt.mcts import Tree
 from rftt.prompted import Prompted
+from rftt.prompts import ActPrompt
 from rftt.rollout import cut, expand_learned, learned_tree, sample, tree_rollouts
 from rftt.run.config import Acts, load_config
+from rftt.run.prompts_file import load_prompts
 from rftt.tokens import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
 from rftt.types import Completion, Problem, Step, UserError
 
@@ -77,9 +79,15 @@ class Scripted:
         return Completion(tuple(ids), (-0.5,) * len(ids), finish, watched)
 
 
+BARE = {act: ActPrompt(system=act, instruction=f"Now {act}.") for act in ACTS}
+LENIENT = load_prompts().model_copy(update={"acts": BARE, "refuse": {}})
+"""Prompts without examples, whose contract names no words."""
+
+
 def prompted(replies, **changes):
     """A searcher, and the engine that it asks."""
     settings = {"temperature": 1.0, "max_tokens": 500, "max_depth": 15, "max_direct_sentences": 4}
+    settings["prompts"] = LENIENT
     engine = Scripted(replies)
     chat = partial(engine_chat, engine, Letters())
     return Prompted(chat, **settings | {"seed": 0} | changes), engine

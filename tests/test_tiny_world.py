@@ -11,10 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rftt.curate import leaks
+from rftt.contract import best_check, breach, clean, leaks, nameable
 from rftt.engines.chat import encode_chat
 from rftt.graders.math import grade
-from rftt.prompts import ask, ask_verify, clip_reply, question_messages
 from rftt.run.data import load_problems
 from rftt.tokens import ACTS, OPENERS, add_function_tokens, function_ids, successors
 from rftt.types import UserError
@@ -67,9 +66,29 @@ def test_a_path_keeps_to_the_grammar_and_ends_in_the_gold_answer():
         lines = tiny.write_path(tale, (0, tale.start), None, Random(seed), None)
         for before, line in zip([None, *(line.act for line in lines)], lines, strict=False):
             assert line.act in successors(before, "prompted")
-            assert clip_reply(line.act, line.text) == line.text
         assert ["\\boxed" in line.text for line in lines] == [False] * (len(lines) - 1) + [True]
         assert grade(tiny.text_of(lines), str(tale.values[-1]), tale.question).correct
+
+
+@pytest.mark.invariant
+def test_every_reply_of_this_world_keeps_its_contract():
+    prompts, named = tiny.PROMPTS, 0
+    for seed, tale in enumerate(TALES):
+        rng, question = Random(seed), tale.question
+        right = tiny.write_path(tale, (0, tale.start), None, rng, None)
+        slip = (rng.randrange(len(tale.changes)), rng.choice(tiny.SLIPS))
+        wrong = tiny.text_of(tiny.write_path(tale, (0, tale.start), None, rng, slip))
+        so_far = ""
+        for line in right:
+            assert clean(prompts, line.act, line.text) == line.text
+            assert not breach(prompts, line.act, line.text, question=question, so_far=so_far)
+            so_far = f"{so_far}\n{line.text}".strip()
+        check = tiny.write_check(tale, (0, tale.start), slip)
+        turn = f"Back to {tale.start}, before {tale.changes[0].verb}."
+        for act, text in (("verify", check), ("refine", turn)):
+            assert not breach(prompts, act, text, question=question, so_far=wrong)
+        named += best_check([check], nameable(wrong, so_far, question)) == check
+    assert named > 0.9 * len(TALES)
 
 
 @pytest.mark.oracle
@@ -125,7 +144,7 @@ def test_any_text_round_trips(tokenizer):
     rng = Random(0)
     texts = ["Grüße, 漢字 \\frac{1}{2}\n\ttabs  and spaces ", "Eva has 7 dogs"]
     pairs = [tiny.make_pair(rng, set()) for _ in range(200)]
-    texts += [pair.messages[0]["content"] + pair.reply for pair in pairs]
+    texts += [pair.messages[-1]["content"] + pair.reply for pair in pairs]
     for text in texts:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -135,10 +154,10 @@ def test_digits_stay_apart_and_phrases_whole(tokenizer):
     question = TALES[0].question
     assert len(tokenizer.encode(question)) < 30
     for act in ACTS:
-        prompt = encode_chat(tokenizer, ask(act, question, ""))
-        assert len(prompt) == len(encode_chat(tokenizer, question_messages(question))) + 2
-    verify = encode_chat(tokenizer, ask_verify("", "", "", ""))
-    assert len(verify) == 6
+        prompt = tiny.PROMPTS.ask(act, question, "", wrong="", correct="", check="")
+        # A role token and one id for each message shown, an end for each reply shown.
+        shown = 2 + 5 * len(tiny.PROMPTS.acts[act].examples)
+        assert len(encode_chat(tokenizer, prompt)) <= shown + len(tokenizer.encode(question)) + 7
 
 
 def test_functional_tokens_become_single_ids_that_decode(tokenizer):
@@ -253,7 +272,7 @@ def test_base_opens_like_any_other_model(worlds):
     assert model.config.model_type == "qwen2"
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    messages = ask("analysis", TALES[0].question, "")
+    messages = tiny.PROMPTS.ask("analysis", TALES[0].question, "")
     assert encode_chat(tokenizer, messages) == encode_chat(tiny.build_tokenizer(), messages)
     assert json.loads(Path(folder, "config.json").read_text())["vocab_size"] == len(tokenizer)
 

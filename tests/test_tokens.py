@@ -15,7 +15,7 @@ from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rftt.engines.chat import encode_chat
-from rftt.prompts import INSTRUCTIONS, ask, ask_refine, ask_verify, clip_reply, question_messages
+from rftt.prompts import question_messages
 from rftt.tokens import (
     ACTS,
     ALIASES,
@@ -293,39 +293,8 @@ def test_limits_equal_the_paper_and_the_alias_names_an_act() -> None:
     assert limits["subquestion"] == (256, None, True)
     assert limits["direct_answer"] == (4096, None, False)
     assert ALIASES == {"analyze": "analysis"}
-    assert tuple(FUNCTIONS) == tuple(INSTRUCTIONS) == ACTS
+    assert tuple(FUNCTIONS) == ACTS
     assert len(ACTS) == 8
-
-
-@pytest.mark.parametrize(
-    ("act", "reply", "clipped"),
-    [
-        ("clarify", " One. Two? Three! Four. ", "One. Two? Three!"),
-        ("clarify", "It costs 3.5 each. We buy 2.", "It costs 3.5 each. We buy 2."),
-        ("subquestion", "\nHow many? 12.\nThen I go on.", "How many? 12."),
-        ("next_step", "a = 1.\nb = 2. c. d. e.", "a = 1.\nb = 2. c. d. e."),
-        ("refine", "", ""),
-    ],
-)
-def test_clip_reply(act: str, reply: str, clipped: str) -> None:
-    assert clip_reply(act, reply) == clipped
-
-
-def test_all_acts_of_a_node_share_their_prompt_up_to_the_instruction() -> None:
-    prompts = {act: ask(act, "How many apples?", "There are 12.")[0]["content"] for act in ACTS}
-    before = {prompts[act].removesuffix(INSTRUCTIONS[act]) for act in ACTS}
-    assert len(before) == 1
-    assert before.pop().endswith("There are 12.\n\n")
-
-
-def test_the_prompts_of_curation_hold_what_they_are_about() -> None:
-    verify = ask_verify("Q?", "so far", "wrong way", "right way")[0]["content"]
-    assert verify.index("Q?") < verify.index("so far") < verify.index("wrong way")
-    assert verify.index("wrong way") < verify.index("right way")
-    assert verify.endswith(INSTRUCTIONS["verify"])
-    refine = ask_refine("Q?", "so far", "the check")[0]["content"]
-    assert refine.index("so far") < refine.index("the check")
-    assert refine.endswith(INSTRUCTIONS["refine"])
 
 
 # ---- Chat prompts ----

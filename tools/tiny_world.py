@@ -25,10 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.engines.chat import encode_chat
-from rftt.prompts import Messages, ask, ask_refine, ask_verify, question_messages
+from rftt.prompts import Messages, question_messages
 from rftt.run.cli import cli
 from rftt.run.config import Count, LocalPath, Seed, Whole, config_class
 from rftt.run.files import write_jsonl
+from rftt.run.prompts_file import load_prompts
 from rftt.tokens import ACTS, description_of, successors
 from rftt.types import UserError
 
@@ -210,7 +211,8 @@ def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
 PAIRS = {"act": 68, "plain": 2, "verify": 12, "refine": 4, "output": 3, "guard": 7}
 """Shares of the kinds of training examples."""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
-SO_FAR = ask("output", "", "\0")[0]["content"].split("\0")[0]
+PROMPTS = load_prompts(str(Path(__file__).parents[1] / "configs/tiny/prompts.yaml"))
+SO_FAR = PROMPTS.templates["act"].split("{question}")[1].split("{so_far}")[0]
 """Heading of the solution so far."""
 IGNORED, BATCH = -100, 24  # label of tokens without loss, and pairs per optimizer step
 
@@ -239,12 +241,12 @@ def make_pair(rng: Random, seen: set[str]) -> Pair:
     path = write_path(tale, root, None, rng, None if sound else slip)
     if kind == "output":
         reply = write_line("output", tale, path[-1].end).text
-        return Pair(ask("output", question, text_of(path)), reply, sound)
+        return Pair(PROMPTS.ask("output", question, text_of(path)), reply, sound)
     (cut,) = rng.choices(range(len(path)), [SHARES[line.act] for line in path])
     done, line = path[:cut], path[cut]
     if kind == "act":
         line = write_line(line.act, tale, line.begin)
-        return Pair(ask(line.act, question, text_of(done)), line.text, sound)
+        return Pair(PROMPTS.ask(line.act, question, text_of(done)), line.text, sound)
     if line.begin[0] == len(tale.changes):
         done, line = [], path[0]
     act = done[-1].act if done else None
@@ -253,9 +255,11 @@ def make_pair(rng: Random, seen: set[str]) -> Pair:
     check = write_check(tale, line.begin, slip)
     if kind == "refine":
         reply = f"Back to {line.begin[1]}, before {tale.changes[line.begin[0]].verb}."
-        return Pair(ask_refine(question, text_of([*done, *wrong]), check), reply)
+        messages = PROMPTS.ask("refine", question, text_of([*done, *wrong]), check=check)
+        return Pair(messages, reply)
     right = write_path(tale, line.begin, act, rng, None)
-    return Pair(ask_verify(question, text_of(done), text_of(wrong), text_of(right)), check)
+    parts = {"wrong": text_of(wrong), "correct": text_of(right)}
+    return Pair(PROMPTS.ask("verify", question, text_of(done), **parts), check)
 
 
 # ---- Tokenizer ----
@@ -299,9 +303,10 @@ PHRASES = (
 def _phrases() -> set[str]:
     """Return the fixed parts of prompts, replies and questions."""
     hole = "\0"
-    prompts = [ask(act, hole, hole) for act in ACTS]
-    prompts += [ask_verify(hole, hole, hole, hole), ask_refine(hole, hole, hole)]
-    phrases = {part for messages in prompts for part in messages[0]["content"].split(hole)}
+    others = {"wrong": hole, "correct": hole, "check": hole}
+    shown = [PROMPTS.ask(act, hole, hole, **others) for act in ACTS]
+    texts = [message["content"] for messages in shown for message in messages]
+    phrases = {part for text in texts for part in text.split(hole)} | {PROMPTS.nothing_yet}
     phrases |= {description_of(f"<{act}>") for act in ACTS} | {"end: "}
     phrases |= {f"{name} has " for name in NAMES} | {f" {thing}" for thing in THINGS}
     return phrases.union(VERBS, PHRASES.split("|")) - {""}
@@ -415,9 +420,9 @@ def _batches(
 def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], list[int]]:
     prompt = encode_chat(tokenizer, pair.messages)
     labels = [IGNORED] * len(prompt)
-    if pair.sound:  # all between its heading and the instruction, which is one id
+    if pair.sound:  # all between the heading and the instruction
         (heading,) = tokenizer.encode(SO_FAR)
-        begin = prompt.index(heading) + 1
+        begin = prompt.index(heading) + 1  # an example is one id, and so is the instruction
         labels[begin:-2] = prompt[begin:-2]
     response = tokenizer.encode(pair.reply + END)
     return prompt + response, labels + response

@@ -28,6 +28,11 @@ ADMIT_SHARE = 4
 """Prefill once the waiting requests are 1/4 of the running ones, because it costs about a step."""
 
 
+FEW_SHOT = 64
+"""Prompts that share this many first tokens have worked examples in common. One of them is
+prefilled before the others, which then find the examples in its slot."""
+
+
 @dataclass(eq=False)
 class _Request:
     prompt: tuple[int, ...]
@@ -85,9 +90,22 @@ class HFEngine:
             self._retire(finished)
 
     def _admit(self, n: int) -> None:
-        """Prefill the first `n` waiting requests, longest prompts together, and let them run."""
+        """Prefill the first `n` waiting requests and let them run."""
         new, self._waiting = self._waiting[:n], self._waiting[n:]
-        new.sort(key=lambda request: -len(request.prompt))
+        begun: set[tuple[int, ...]] = set()
+        first: list[_Request] = []
+        followers: list[_Request] = []
+        for request in new:
+            beginning = request.prompt[:FEW_SHOT]
+            shares = len(request.prompt) > FEW_SHOT and beginning in begun
+            (followers if shares else first).append(request)
+            begun.add(beginning)
+        self._prefill(first)
+        self._prefill(followers)
+
+    def _prefill(self, new: list[_Request]) -> None:
+        """Prefill requests, longest prompts together."""
+        new = sorted(new, key=lambda request: -len(request.prompt))
         while new:
             size = max(1, PREFILL_TOKENS // len(new[0].prompt))
             chunk, new = new[:size], new[size:]

@@ -394,6 +394,12 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     """Longest direct answer that a simulation chooses, in sentences (arXiv 2502.13389)."""
     max_completion_length: Count = 4096
     """Maximum tokens of one reply; an act's own limit may be lower."""
+    prompts_file: LocalPath | None = None
+    """YAML that replaces any part of rftt/prompts.yaml: other examples, language or domain."""
+    contract_tries: Count = 3
+    """Replies asked for until one keeps its act's contract (contract.py); then the path ends."""
+    verify_draws: Count = 8
+    """Checks drawn for a merged row; the one that names most of the mistake is taken."""
     max_plain_paths: Whole = 2
     """Disjoint correct paths kept per problem beside the merged one (arXiv 2502.13389)."""
     min_shared_steps: Whole = 0

@@ -10,14 +10,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from rftt.prompts import ask, ask_refine, ask_verify
+from rftt.prompts import question_messages
 from rftt.run.cli import check_same_run, load_function
 from rftt.run.config import Filters
 from rftt.run.files import Row, write_json, write_jsonl
 from rftt.run.log import RunLog
+from rftt.run.prompts_file import load_prompts
 from rftt.run.provenance import MadeFrom, made_from
 from rftt.run.rejection import RESPONSES, curate_responses, load_responses, score_responses
-from rftt.tokens import FUNCTIONS
 from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -52,11 +52,10 @@ def search_source(
 ) -> MadeFrom:
     """Return the digests of what data/raw.jsonl is made from.
 
-    The instructions of all acts count, around a question of our own.
+    All texts of phase 1 count: those that the model is shown, and those that refuse its replies.
     """
-    asked = [ask(act, "1+1?", "") for act in FUNCTIONS]
-    asked += [ask_verify("1+1?", "", "3", "2"), ask_refine("1+1?", "", "no")]
-    return made_from(cfg, tokenizer, problems, asked)
+    texts = load_prompts(cfg.prompts_file).model_dump_json()
+    return made_from(cfg, tokenizer, problems, [question_messages(texts)])
 
 
 def score_cache(cfg: SearchConfig, log: RunLog, world: World) -> None:

@@ -174,6 +174,7 @@ def tree_record(
             "prior": prior(node),
             "score": node.step.score if node.step else None,
             "answer": node.step.answer if node.step else None,
+            "refused": node.step.refused if node.step else None,
             "terminal": node.terminal,
         }
         for node in tree.nodes

@@ -1,0 +1,211 @@
+"""The contract of each act: what a reply of phase 1 must be, checked before it becomes a step.
+
+A small instruct model apologises, solves the whole problem when it is asked to restate it, or
+repeats its instruction. Rows made of such replies teach exactly that. So every reply is cleaned
+(`clean`), checked (`breach`), and counted under the reason for which it is refused. The form of a
+good reply comes from the examples in the prompt. Its truth comes from choice: of several checks
+`best_check` takes one that names what only the wrong steps contain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from rftt.prompts import ActPrompt, Prompts, sentences
+from rftt.tokens import CLOSERS, FUNCTIONS, OPENERS
+
+RUN = 8
+"""So many words in a row that stand in the instruction or in an example are a repetition."""
+CONTROL = re.compile(r"<\|[^|<>\s]{1,60}\|>|" + "|".join(map(re.escape, (*OPENERS, *CLOSERS))))
+"""Functional tokens and the control text of chat templates, which may not become ids of a row."""
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+CALCULATION = re.compile(r"\d[\d.,]*(?:\s*[-+*/×÷=]\s*\$?\d[\d.,]*)+")
+
+
+# ---- Clean: forms that cost nothing to mend ----
+
+
+def clean(prompts: Prompts, act: str, text: str) -> str:
+    """Return a reply without labels, emphasis and what lies beyond the act's limits.
+
+    The limits are in tokens.py (arXiv 2502.13389). A step and a check end with their first
+    paragraph, a direct answer with the sentence that contains its last box.
+    """
+    text = text.replace("**", "").strip()
+    text = _label(tuple(prompts.labels)).sub("", text).strip()
+    function = FUNCTIONS[act]
+    if function.one_line:
+        text = text.split("\n", 1)[0].strip()
+    if function.max_sentences:
+        text = " ".join(sentences(text)[: function.max_sentences])
+    if act in ("next_step", "verify"):
+        text = text.split("\n\n", 1)[0].strip()
+    if act == "direct_answer" and (box := text.rfind("\\boxed{")) >= 0:
+        text = text[:box] + sentences(text[box:])[0]
+    return text
+
+
+@cache
+def _label(labels: tuple[str, ...]) -> re.Pattern[str]:
+    """Match "Step 3:", "### Answer", "Sure," where a line begins."""
+    names = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
+    return re.compile(rf"^[ \t]*#*[ \t]*(?:(?:{names})(?: \d+)?[:.,!][ \t]*)+", re.I | re.M)
+
+
+# ---- Check ----
+
+
+def breach(
+    prompts: Prompts, act: str, text: str, *, question: str, so_far: str = "", whole: bool = True
+) -> str | None:
+    """Return the reason for which a clean reply is refused; None if it keeps its act's contract.
+
+    `so_far` is all that the model was shown of its solution, `whole` is false for a reply that ran
+    into its limit of tokens.
+    """
+    prompt = prompts.acts[act]
+    if not text:
+        return "empty"
+    if not whole or text[-1] in ":,{" or text.count("{") != text.count("}"):
+        return "cut_off"
+    if CONTROL.search(text):
+        return "control_text"
+    for reason, phrases in (prompts.refuse | prompt.refuse).items():
+        if _any_of(tuple(phrases)).search(text):
+            return reason
+    for reason, phrases in prompt.require.items():
+        if not _any_of(tuple(phrases)).search(text):
+            return reason
+    if _repeats(prompt, text, f"{question}\n{so_far}"):
+        return "repeats_prompt"
+    if _words(text) in [_words(line) for line in so_far.split("\n")]:
+        return "repeats_step"
+    if _borrowed(prompt, text, f"{question}\n{so_far}"):
+        return "borrows_example"
+    return _breach_of_form(act, text, question)
+
+
+def _breach_of_form(act: str, text: str, question: str) -> str | None:
+    """Check what only one act requires."""
+    match act:
+        case "clarify" if set(NUMBER.findall(text)) - set(NUMBER.findall(question)):
+            return "new_number"
+        case "subquestion":
+            _, mark, answer = text.partition("?")
+            if not mark:
+                return "asks_nothing"
+            if not re.search(r"\w", answer):
+                return "answers_nothing"
+        case "next_step" if len(sentences(text)) > 3:
+            return "several_steps"
+        case "direct_answer" | "output" if "\\boxed{" not in sentences(text)[-1]:
+            return "no_box"
+        case "verify" if len(sentences(text)) > 2:
+            return "several_sentences"
+        case "refine" if len(sentences(text)) > 1:
+            return "several_sentences"
+    return None
+
+
+@cache
+def _any_of(phrases: tuple[str, ...]) -> re.Pattern[str]:
+    """Match any of `phrases`; letters and digits at its ends are the ends of words."""
+    patterns = []
+    for phrase in phrases:
+        before = r"(?<!\w)" if phrase[0].isalnum() else ""
+        after = r"(?!\w)" if phrase[-1].isalnum() else ""
+        patterns.append(before + re.escape(phrase) + after)
+    return re.compile("|".join(patterns) or r"(?!)", re.I)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+def _runs(words: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)}
+
+
+def _repeats(prompt: ActPrompt, text: str, known: str) -> bool:
+    """Return whether `text` contains words in a row of the prompt that the problem does not."""
+    own = _runs(_words(text)) - _runs(_words(known))
+    shown = [prompt.system, prompt.instruction]
+    for example in prompt.examples:
+        shown += [example.question, example.reply]
+    return any(own & _runs(_words(part)) or part.lower() in text.lower() for part in shown)
+
+
+def _borrowed(prompt: ActPrompt, text: str, known: str) -> set[str]:
+    """Return the words of `text` that come from the questions of the examples alone.
+
+    A small model puts the train of an example into another problem. Short words are common ones.
+    """
+    shown = " ".join(example.question for example in prompt.examples)
+    foreign = {word for word in _words(shown) if len(word) >= 5}
+    return foreign & set(_words(text)) - set(_words(f"{known} {prompt.system}"))
+
+
+# ---- Choose among checks ----
+
+
+def mentions(text: str, answer: str) -> bool:
+    """Return whether `answer` stands alone in `text`, as text: 17 or 7.5 do not mention 7."""
+    pattern = rf"(?<![\w.]){re.escape(answer.strip())}(?![\w]|\.\d)"
+    return re.search(pattern, text) is not None
+
+
+def leaks(text: str, answer: str, known: str) -> bool:
+    """Return whether `text` states a gold answer that `known` (what precedes it) does not."""
+    return mentions(text, answer) and not mentions(known, answer)
+
+
+def nameable(wrong: str, correct: str, known: str) -> set[str]:
+    """Return the numbers and calculations that only the wrong steps contain.
+
+    >>> sorted(nameable("48 + 30 = 78 rolls", "48 - 30 = 18 rolls", "30 of 48 rolls"))
+    ['48+30=78', '78']
+    """
+    return _things(wrong) - _things(correct) - _things(known)
+
+
+def _things(text: str) -> set[str]:
+    calculations = {re.sub(r"[\s$]", "", found) for found in CALCULATION.findall(text)}
+    return {thing.rstrip(".,") for thing in calculations | set(NUMBER.findall(text))}
+
+
+def trimmed(
+    text: str, refused: Callable[[str], str | None], *, whole: bool = True
+) -> tuple[str, str | None]:
+    """Return the longest beginning of `text`, in sentences, that is not refused, and None.
+
+    A model that has named its mistake often goes on to the answer. If every beginning is refused,
+    return the first sentence and its reason. The last sentence counts only in a `whole` reply.
+    """
+    parts = sentences(text)
+    if not whole:
+        parts.pop()
+    if not parts:
+        return text, "empty" if whole else "cut_off"
+    for n in range(len(parts), 1, -1):
+        beginning = " ".join(parts[:n])
+        if refused(beginning) is None:
+            return beginning, None
+    return parts[0], refused(parts[0])
+
+
+def best_check(checks: Sequence[str], mistakes: set[str]) -> str | None:
+    """Return the check that names a mistake first and most, the shortest of equals.
+
+    None if no check names one: a model that compares a wrong with a right solution often finds
+    fault with what both contain.
+    """
+
+    def rank(check: str) -> tuple[bool, int, int]:
+        quoted = CALCULATION.search(check)
+        first = _things(quoted[0]) if quoted else set[str]()
+        return bool(first & mistakes), len(_things(check) & mistakes), -len(check)
+
+    named = [check for check in checks if _things(check) & mistakes]
+    return max(named, key=rank, default=None)

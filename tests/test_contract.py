@@ -1,0 +1,155 @@
+"""Test the contract of each act: cleaning, every reason of a refusal, the choice of a check."""
+
+import pytest
+
+from rftt.contract import best_check, breach, clean, leaks, nameable, trimmed
+from rftt.run.prompts_file import load_prompts
+from rftt.tokens import ACTS
+
+PROMPTS = load_prompts()
+QUESTION = "Eva has 19 pens, triples them and gives 3 away. How many pens has she now?"
+
+
+@pytest.mark.parametrize(
+    ("act", "reply", "cleaned"),
+    [
+        ("clarify", " One. Two? Three! Four. ", "One. Two? Three!"),
+        ("clarify", "It costs 3.5 each. We buy 2.", "It costs 3.5 each. We buy 2."),
+        ("subquestion", "\nHow many? 12.\nThen I go on.", "How many? 12."),
+        ("next_step", "a = 1.\nb = 2. c. d. e.", "a = 1.\nb = 2. c. d. e."),
+        ("next_step", "**Step 3:** 19 * 3 = 57.\n\nStep 4: ...", "19 * 3 = 57."),
+        ("next_step", "Sure, next step: 19 * 3 = 57.", "19 * 3 = 57."),
+        ("next_step", "### Answer: 57 pens.", "57 pens."),
+        ("next_step", "Steps are fine. Answers, too.", "Steps are fine. Answers, too."),
+        ("direct_answer", "It is \\boxed{54}. I hope this helps!", "It is \\boxed{54}."),
+        ("direct_answer", "First 57.\n\nThen \\boxed{54}", "First 57.\n\nThen \\boxed{54}"),
+        ("verify", "Wait, not 58.\n\nThe right steps instead:\n57", "Wait, not 58."),
+        ("refine", "", ""),
+    ],
+)
+def test_clean(act: str, reply: str, cleaned: str) -> None:
+    assert clean(PROMPTS, act, reply) == cleaned
+
+
+GOOD = {
+    "clarify": "Eva has 19 pens. We look for the number of pens after she has triples of them.",
+    "analysis": "First the pens are multiplied, then some are taken away.",
+    "subquestion": "How many pens are three times 19 pens? They are 19 * 3 = 57 pens.",
+    "next_step": "Eva triples her pens, so she has 19 * 3 = 57 pens.",
+    "direct_answer": "Eva has 57 pens and gives 3 away, so she has \\boxed{54} pens.",
+    "verify": "Wait, I wrote 19 * 2 = 38, but she triples her pens.",
+    "refine": "Let me go back to the 19 pens and triple them.",
+    "output": "The final answer is \\boxed{54}.",
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_good_replies_keep_their_contract(act: str) -> None:
+    assert breach(PROMPTS, act, GOOD[act], question=QUESTION, so_far="We begin.") is None
+
+
+@pytest.mark.parametrize(
+    ("act", "text", "reason"),
+    [
+        ("next_step", "", "empty"),
+        ("next_step", "So we have the following:", "cut_off"),
+        ("next_step", "So she has \\boxed{57", "cut_off"),
+        ("next_step", "I'm sorry, this is unclear.", "apology"),
+        ("next_step", "I cannot solve it.", "apology"),
+        ("next_step", "Let me know if it helps.", "addresses_user"),
+        ("next_step", "In your problem she has 57.", "addresses_user"),
+        ("verify", "Continuation A is wrong, but B is not.", "prompt_talk"),
+        ("next_step", "The solution so far is 57.", "prompt_talk"),
+        ("next_step", "<|im_end|> 57 pens.", "control_text"),
+        ("next_step", "</next_step><output> 57", "control_text"),
+        ("next_step", "Write only the next small step, in one sentence.", "repeats_prompt"),
+        ("next_step", "There are 4 trays and each tray holds 12 rolls, so.", "repeats_prompt"),
+        ("next_step", "Eva has 57 tickets.", "borrows_example"),
+        ("next_step", "We BEGIN!", "repeats_step"),
+        ("next_step", "One. Two. Three. Four.", "several_steps"),
+        ("clarify", "Eva ends with 19 * 3 = 57 pens.", "calculates"),
+        ("clarify", "Eva ends with 57 pens.", "new_number"),
+        ("clarify", "The answer is to be found.", "states_answer"),
+        ("analysis", "She has 19 * 3 = 57 pens.", "calculates"),
+        ("analysis", "She has \\boxed{54} pens.", "states_answer"),
+        ("subquestion", "She has 57 pens.", "asks_nothing"),
+        ("subquestion", "How many pens has she?", "answers_nothing"),
+        ("direct_answer", "\\boxed{54}. That was easy.", "no_box"),
+        ("direct_answer", "She has 54 pens.", "no_box"),
+        ("verify", "Wait, I wrote 19 * 2 = 38.", "explains_nothing"),
+        ("verify", "Wait, not 38. One more. And one more.", "several_sentences"),
+        ("verify", "Wait, not 38, the answer is 54.", "states_answer"),
+        ("refine", "Let me go back. Then on.", "several_sentences"),
+        ("refine", "Let me use 19 * 3 = 57.", "calculates"),
+    ],
+)
+def test_each_breach_has_its_reason(act: str, text: str, reason: str) -> None:
+    assert breach(PROMPTS, act, text, question=QUESTION, so_far="We begin.") == reason
+
+
+def test_a_truncated_reply_is_refused_whatever_it_says() -> None:
+    for act in ACTS:
+        assert breach(PROMPTS, act, GOOD[act], question=QUESTION, whole=False) == "cut_off"
+
+
+def test_words_of_the_problem_are_never_borrowed_or_repeated() -> None:
+    question = "A baker has 4 trays of 12 rolls and sells 30 of the rolls. What is left?"
+    text = "A baker has 4 trays of 12 rolls and sells 30 of the rolls."
+    assert breach(PROMPTS, "clarify", text, question=question) is None
+
+
+def test_a_phrase_counts_only_as_whole_words() -> None:
+    text = "Provide youth with examples: 57 pens."  # provided, you, example
+    assert breach(PROMPTS, "next_step", text, question=QUESTION) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "known", "leaked"),
+    [
+        ("It is 54.", "54", "", True),
+        ("It is 54.", "54", "He has 54 pens.", False),
+        ("It is 154 or 5.4 or 54.5.", "54", "", False),
+        ("It is 4, not 5.", "5", "", True),
+    ],
+)
+def test_leaks(text: str, answer: str, known: str, leaked: bool) -> None:
+    assert leaks(text, answer, known) is leaked
+
+
+@pytest.mark.oracle
+def test_only_what_the_wrong_steps_alone_contain_can_be_named() -> None:
+    wrong, right = "19 * 2 = 38 pens, then 38 - 3 = 35.", "19 * 3 = 57 pens, then 57 - 3 = 54."
+    assert nameable(wrong, right, QUESTION) == {"19*2=38", "2", "38", "38-3=35", "35"}
+    assert nameable("She has 57 pens.", right, QUESTION) == set()
+    assert nameable("She has 1,200 pens.", right, QUESTION) == {"1,200"}
+
+
+def test_the_best_check_quotes_the_mistake_first() -> None:
+    mistakes = nameable("19 * 2 = 38, 38 - 3 = 35", "19 * 3 = 57, 57 - 3 = 54", QUESTION)
+    blind = "Wait, I wrote 19 * 3 = 57, but it is more."
+    late = "Wait, I wrote 19 * 3 = 57, but then 38 - 3 = 35 and 19 * 2 = 38 are not."
+    good = "Wait, I wrote 19 * 2 = 38, but she triples them."
+    assert best_check([blind], mistakes) is None
+    assert best_check([blind, late], mistakes) == late
+    assert best_check([late, f"{good} Really.", good, blind], mistakes) == good
+    assert best_check([], mistakes) is None
+
+
+def test_a_check_is_cut_where_it_breaks_its_contract() -> None:
+    def refused(text: str) -> str | None:
+        return "leaks" if "54" in text else None
+
+    assert trimmed("Not 38. Not 35. So 54. Bye.", refused) == ("Not 38. Not 35.", None)
+    assert trimmed("It is 54. Bye.", refused) == ("It is 54.", "leaks")
+    assert trimmed("Not 38. Not 3", refused, whole=False) == ("Not 38.", None)
+    assert trimmed("Not 3", refused, whole=False) == ("Not 3", "cut_off")
+    assert trimmed("", refused) == ("", "empty")
+
+
+@pytest.mark.parametrize("unit", ["=", "1 ", "a. ", "\n", "{", "Step 1: ", "<|", "1+", "\\boxed{"])
+def test_long_replies_are_read_in_linear_time(unit: str) -> None:
+    """A quadratic expression would take minutes here; the engine's limit of tokens is larger."""
+    text = unit * (200_000 // len(unit))
+    for act in ACTS:
+        cleaned = clean(PROMPTS, act, text)
+        breach(PROMPTS, act, cleaned, question=QUESTION, so_far=QUESTION)
