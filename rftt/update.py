@@ -81,11 +81,8 @@ class Learner:
         """Set the learning rates of `step` and forget the metrics of the step before."""
         self._step = step
         self._totals, self._norms, self._n_terms = Totals(), list[float](), 0.0
-        self._rates: dict[str, float] = {}
         for name, optimizer in self.optimizers.items():
-            peak = self._peak_rates[name]
-            self._rates[name] = lr_at(self._cfg, peak, step, self._total_steps)
-            set_lr(optimizer, self._rates[name])
+            set_lr(optimizer, lr_at(self._cfg, self._peak_rates[name], step, self._total_steps))
 
     def step(self, minibatch: Batch, loss_of: Loss) -> None:
         """Take one optimizer step of every module. Collective.
@@ -119,11 +116,12 @@ class Learner:
     def metrics(self) -> dict[str, float]:
         """Return means over the terms of all updates since `begin`. Collective."""
         metrics = self._totals.reduce(self._world, per=self._n_terms)
+        rate = lr_at(self._cfg, self._peak_rates["policy"], self._step, self._total_steps)
         n_skipped = sum(map(math.isnan, self._norms))  # then the means are NaN as well
         metrics |= {
             "grad_norm": fmean(self._norms),
             "grad_norm_max": math.nan if n_skipped else max(self._norms),
             "updates_skipped": float(n_skipped),
-            "learning_rate": self._rates["policy"],
+            "learning_rate": rate,
         }
         return metrics

@@ -91,8 +91,8 @@ def test_a_dpo_row_is_one_prompt_with_two_responses(world):
         assert all(chosen[2])
         assert all(rejected[2])
     size = sorted(max(len(p) + len(r) for p, r, _ in example) for example in examples)[4]
-    kept, too_long = read(world, max_length=size)
-    assert (len(kept), too_long) == (5, 2)  # one long response is enough
+    kept, left_out = read(world, max_length=size)
+    assert (len(kept), left_out) == (5, {"too long": 2})  # one long response is enough
 
 
 @pytest.mark.parametrize(
