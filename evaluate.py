@@ -49,13 +49,11 @@ from rftt.types import Problem, Rollout, Step
 
 
 def main(cfg: EvalConfig) -> None:
-    """Evaluate in a process group, which a single process has as well."""
     with joined(cfg.device) as world:
         evaluate(cfg, world)
 
 
 def evaluate(cfg: EvalConfig, world: World) -> None:
-    """Evaluate this rank's share of the problems. Rank 0 writes the summary. Collective."""
     out, name = Path(cfg.output_dir), Path(cfg.eval_file).stem
     check_same_run(out / "config.yaml", asdict(cfg))
     problems = load_problems(

@@ -9,8 +9,8 @@ that of the loaded model, including gradients and optimizer state. Every step is
 as soon as it is measured. The last line is one JSON object.
 
 `skipped` names variants in bfloat16 if the device emulates it. A round that would not end within
---minutes does not start, so `rounds` may be smaller. TRL's chunked head is a Triton kernel and uses
-a slower fallback on a CPU, which makes CPU ratios favourable for us.
+--minutes does not start, so `rounds` may be smaller. TRL's chunked head is a Triton kernel, which a
+CPU replaces by a fallback, so a CPU ratio does not predict the ratio on a GPU.
 """
 
 from __future__ import annotations

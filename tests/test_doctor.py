@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[str, list[str], str, str]] = {
     "hub": ("train_rl", ["model_name_or_path={bad}/hub/hf", "system_prompt=Think."],
         "fail", "use system_prompt None"),
     "bos": ("evaluate", ["model_name_or_path={bad}/doubled"], "fail", "two BOS tokens"),
-    "template": ("train_rl", ["model_name_or_path={bad}/sft/hf"], "fail", "must use the same prompts"),
+    "template": ("train_rl", ["model_name_or_path={bad}/sft/hf"], "fail", "same prompts"),
     "system prompt": ("train_rl", ["model_name_or_path={bad}/same/hf", "system_prompt=Think."],
         "fail", "use system_prompt None"),
     "memory": ("train_sft", ["max_tokens_per_microbatch=1000000000"], "fail",
