@@ -72,7 +72,7 @@ $(VENV)/.runtime: requirements.txt
 	$(call install,$(VENV),-r requirements.txt)
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements-check.txt requirements-serve.txt requirements-api.txt $(VENV)/.runtime
+$(VENV)/.dev: requirements-dev.txt requirements-check.txt requirements-serve.txt requirements-api.txt requirements-data.txt $(VENV)/.runtime
 	$(call install,$(VENV),-r requirements-dev.txt)
 	@touch $@
 

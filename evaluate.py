@@ -1,6 +1,7 @@
 """Evaluate a model: greedy, avg@k, pass@k, maj@k, best@k, per level, search at inference.
 
     python evaluate.py configs/tiny/evaluate.yaml model_name_or_path=… eval_file=… [key=value …]
+    python evaluate.py … audit=true    (count the gold answers that can be graded; opens no model)
     torchrun --nproc_per_node N evaluate.py …        (each rank takes its share of the problems)
 
 Common benchmark files are read in their own format. The search never sees a gold answer, because
@@ -30,42 +31,54 @@ from typing import Any, Literal
 from rftt.beam import explorer
 from rftt.engines import build_engine
 from rftt.engines.base import for_each
-from rftt.engines.chat import decode, load_tokenizer
+from rftt.engines.chat import decode, open_tokenizer
+from rftt.engines.sampler import Sampler, functional_ids, pose, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
 from rftt.learner.fsdp import World, joined
 from rftt.mcts import Value
 from rftt.rewards import solves
-from rftt.rollout import Learned, encode_question, learned_tree, sample, sampler_of, tree_rollouts
+from rftt.rollout import learned_tree, sample, tree_rollouts
+from rftt.run.audit import audit_gold
 from rftt.run.checks import check_prompts
 from rftt.run.cli import check_same_run
 from rftt.run.data import load_problems
 from rftt.run.files import Row, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
+from rftt.run.provenance import made_from
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
-from rftt.tokens import function_ids, has_function_tokens
+from rftt.run.tables import name_of
 from rftt.types import Problem, Rollout, Step
 
 
 def main(cfg: EvalConfig) -> None:
+    """Evaluate a model or, with `audit`, only the gold answers."""
+    if cfg.audit:
+        audit_gold(cfg)
+        return
     with joined(cfg.device) as world:
         evaluate(cfg, world)
 
 
 def evaluate(cfg: EvalConfig, world: World) -> None:
-    out, name = Path(cfg.output_dir), Path(cfg.eval_file).stem
-    check_same_run(out / "config.yaml", asdict(cfg))
+    """Evaluate this rank's share of the problems. Rank 0 writes the summary. Collective."""
+    out, name = Path(cfg.output_dir), name_of(cfg.eval_file)
+    if not cfg.overwrite_output_dir:
+        check_same_run(out / "config.yaml", asdict(cfg))
     problems = load_problems(
-        cfg.eval_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
+        cfg.eval_file,
+        limit=cfg.max_problems,
+        keys=(cfg.prompt_key, cfg.answer_key),
+        system_prompt=cfg.system_prompt,
     )
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     check_prompts(tokenizer, problems, cfg.system_prompt, cfg.max_model_len)
-    functional = bool(cfg.simulations or cfg.forbidden_acts) or has_function_tokens(tokenizer)
-    ids = function_ids(tokenizer) if functional else None
+    ids = functional_ids(tokenizer, required=bool(cfg.simulations or cfg.forbidden_acts))
     log = RunLog(out, asdict(cfg), enabled=world.is_main)
     file = out / "eval" / f"{name}.jsonl"
-    journal, done = open_part(file, world)
+    source = made_from(cfg, tokenizer, problems)
+    journal, done = open_part(file, world, source, anew=cfg.overwrite_output_dir)
     todo = [problem for problem in problems if problem.id not in done][world.rank :: world.size]
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
     prm = asyncio.run(open_prm(cfg, log.info))
@@ -96,14 +109,15 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
 
 
 async def answer(
-    cfg: EvalConfig, policy: Learned, prm: ProcessModel | None, problem: Problem
+    cfg: EvalConfig, policy: Sampler, prm: ProcessModel | None, problem: Problem
 ) -> Row:
     """Return a line of eval/<set>.jsonl: greedy, samples and search, without the gold answer."""
     hidden = replace(problem, answer=None, solution=None)
-    prompt = encode_question(policy, problem, cfg.system_prompt)
+    task = pose(policy, hidden, cfg.system_prompt)
+    greedy = replace(task, sampler=replace(policy, temperature=0.0))
     value = processed(policy, prm, hidden, cfg.prm_reduce) if prm else None
-    best = await sample(replace(policy, temperature=0.0), hidden, prompt, n=1, group=0)
-    samples = await sample(policy, hidden, prompt, n=cfg.num_samples, group=0)
+    best = await sample(greedy, n=1)
+    samples = await sample(task, n=cfg.num_samples)
     scores = [None] * len(samples)
     if value:
         scores = await asyncio.gather(*(value(steps_of(rollout)) for rollout in samples))
@@ -119,16 +133,14 @@ async def answer(
     }
     if cfg.simulations:
         tree = await learned_tree(
-            policy,
-            hidden,
-            prompt,
+            task,
             simulations=max(cfg.simulations),
             exploration_weight=cfg.exploration_weight,
             in_flight=cfg.leaves_in_flight,
             explore=explorer(cfg.search_method, cfg),
             value=value,
         )
-        paths = tree_rollouts(policy, tree, hidden, prompt, group=0, mask_forced=False)
+        paths = tree_rollouts(task, tree, mask_forced=False)
         row["search"] = [
             verdict(cfg, policy, problem, rollout, leaf.q if prm else None)
             for rollout, leaf in zip(paths, tree.leaves(), strict=True)
@@ -137,7 +149,7 @@ async def answer(
 
 
 def processed(
-    ctx: Learned, prm: ProcessModel, problem: Problem, how: Literal["min", "mean", "last", "prod"]
+    ctx: Sampler, prm: ProcessModel, problem: Problem, how: Literal["min", "mean", "last", "prod"]
 ) -> Value:
     """Return the value of a path: its process score, or 0 without an answer or a score."""
 
@@ -160,7 +172,7 @@ def steps_of(rollout: Rollout) -> list[Step]:
 
 
 def verdict(
-    cfg: EvalConfig, policy: Learned, problem: Problem, rollout: Rollout, score: float | None = None
+    cfg: EvalConfig, policy: Sampler, problem: Problem, rollout: Rollout, score: float | None = None
 ) -> Row:
     """Grade a finished response. Only this function uses the gold answer."""
     text = decode(policy.tokenizer, rollout.response_ids)

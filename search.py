@@ -27,12 +27,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from rftt.beam import explorer
 from rftt.curate import curate
 from rftt.engines.base import Counters, for_each
-from rftt.engines.chat import load_tokenizer, open_chat
+from rftt.engines.chat import open_chat, open_tokenizer
 from rftt.graders import open_prm
 from rftt.graders.prm import ProcessModel, score_steps
 from rftt.learner.fsdp import World, joined
@@ -40,10 +39,10 @@ from rftt.prompted import Prompted, prompted_tree, reply
 from rftt.prompts import Messages
 from rftt.run.config import SearchConfig
 from rftt.run.data import load_problems
-from rftt.run.files import Journal, Row, gather_parts, open_part, write_json
+from rftt.run.files import Journal, Row, file_name, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
 from rftt.run.rejection import sample_responses, score_responses
-from rftt.run.rows import open_log, score_cache, write_data
+from rftt.run.rows import open_log, score_cache, search_source, write_data
 from rftt.run.stats import tree_record
 from rftt.types import Problem, UserError
 
@@ -61,9 +60,10 @@ def search(cfg: SearchConfig, world: World) -> None:
     problems = load_problems(
         cfg.train_file, limit=cfg.max_problems, keys=(cfg.prompt_key, cfg.answer_key)
     )
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     file = Path(cfg.output_dir) / "data" / "raw.jsonl"
-    journal, done = open_part(file, world)
+    source = search_source(cfg, tokenizer, problems)
+    journal, done = open_part(file, world, source, anew=cfg.overwrite_output_dir)
     left = [problem for problem in problems if problem.id not in done]
     log.info(f"{len(problems)} problems, {len(done)} of them done before")
     failure: UserError | None = None
@@ -146,7 +146,7 @@ async def grow_and_curate(
     n_unscored = await score_steps(prm, tree, problem) if prm else 0
     rows, counts = await curate(tree, problem, ask, cfg)
     counts += Counter(path_unscored=n_unscored)
-    name = f"trees/{quote(problem.id, safe='')}.json"
+    name = f"trees/{file_name(problem.id)}.json"
     write_json(Path(cfg.output_dir) / name, tree_record(tree, problem))
     return {
         "rows": [row | {"tree": name} for row in rows],

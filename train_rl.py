@@ -3,11 +3,9 @@
     python train_rl.py configs/tiny/rl.yaml [key=value …]
     torchrun --nproc_per_node 8 train_rl.py configs/qwen2.5-7b/rl.yaml
 
-Every step has four parts. 1. Explore: the newest weights search for solutions. 2. Score: how good
-was every token? 3. Learn: a few clipped passes over the same rollouts. 4. Look: numbers, examples
-and a place to resume from. One process is one rank with its own engine. Every rank holds all
-rollouts of a step and trains on its share of each minibatch, so the number of ranks does not change
-the mathematics.
+Every step explores, scores, learns and looks. One process is one rank with its own engine. Every
+rank holds all rollouts of a step and trains on its share of each minibatch, so the number of ranks
+does not change the mathematics.
 """
 
 from __future__ import annotations
@@ -22,32 +20,32 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, islice
-from pathlib import Path
+from itertools import chain, compress, islice
 
 import torch
 from torch import Tensor
 
 from rftt import rl
-from rftt.batch import Batch, collate
+from rftt.batch import Batch
 from rftt.engines import build_engine
-from rftt.engines.chat import load_tokenizer
+from rftt.engines.chat import open_tokenizer
+from rftt.engines.sampler import functional_ids, sampler_of
 from rftt.graders import open_prm
-from rftt.graders.prm import Unscored
-from rftt.learner.fsdp import World, agreed, deal, full_weights, joined
+from rftt.graders.prm import Unscored, accepted
+from rftt.learner.fsdp import World, agreed, full_weights, joined
 from rftt.learner.logprobs import token_logprobs, token_values
+from rftt.learner.model import score_metrics
 from rftt.learner.prefix_tree import n_saved
 from rftt.learner.setup import Models, load_models
-from rftt.rewards import Reward, accepted
-from rftt.rollout import SampleExplorer, TreeExplorer, sampler_of
+from rftt.learner.share import share_rollouts
+from rftt.rewards import Reward
+from rftt.rollout import Explorer
 from rftt.run.checks import check_prompts, check_warm, greedy_accuracy
-from rftt.run.data import read_problems, shuffled_epochs
-from rftt.run.files import write_json, write_jsonl
-from rftt.run.stats import examples, learned_metrics, rollout_metrics, tree_record
+from rftt.run.data import endless, read_problems
+from rftt.run.stats import learned_metrics, nothing_to_learn, rollout_metrics
 from rftt.run.training import Run
-from rftt.tokens import function_ids, has_function_tokens
 from rftt.types import Problem, Rollout, seed_for
-from rftt.update import Learner, score_metrics, score_tokens, weigh
+from rftt.update import Learner, score_tokens, weigh
 
 LINE = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", "search_seconds",
         "train_seconds", "eval/greedy")  # fmt: skip
@@ -61,49 +59,40 @@ def main(cfg: RLConfig) -> None:
 
 def train(cfg: RLConfig, world: World) -> None:
     problems, eval_problems = read_problems(cfg)
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     check_prompts(tokenizer, problems + eval_problems, cfg.system_prompt, cfg.max_model_len)
-    functional = cfg.sampling_method == "mcts" or cfg.forbidden_acts
-    ids = function_ids(tokenizer) if functional or has_function_tokens(tokenizer) else None
+    needs_acts = cfg.sampling_method == "mcts" or bool(cfg.forbidden_acts)
+    ids = functional_ids(tokenizer, required=needs_acts)
     run = Run(cfg, world, tokenizer, LINE)
     engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))  # before FSDP takes memory
     sampler = sampler_of(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
-    explorer = (TreeExplorer if cfg.sampling_method == "mcts" else SampleExplorer)(cfg, sampler)
+    explorer = Explorer(cfg, sampler)
     reward = Reward(cfg, tokenizer, ids, asyncio.run(open_prm(cfg, run.info)))
     models = load_models(cfg, world, len(tokenizer))
     learner = Learner(cfg, models.trained(), cfg.max_steps, world, run.folder / "debug", run.info)
-    if run.is_new and cfg.sampling_method == "mcts" and not cfg.allow_cold_start:
-        asyncio.run(check_warm(sampler, problems[:8], cfg.system_prompt))
+    if run.is_new:
+        check_warm(cfg, sampler, problems[:8])
     run.resume(learner)
-    kl_coef = run.state.get("kl_coef", cfg.kl_coef)
-    kl = rl.AdaptiveKL(kl_coef, cfg.kl_target or math.inf, cfg.kl_horizon)
+    run.require_same_source(problems, tokenizer)
+    kl = rl.AdaptiveKL(run.state.get("kl_coef", cfg.kl_coef), cfg.kl_target, cfg.kl_horizon)
     n_taken = run.state.get("problems_taken", 0)
-    order = islice(shuffled_epochs(len(problems), cfg.seed), n_taken, None)
-    stream = (problems[i] for i in order)
+    stream = endless(problems, cfg.seed, skip=n_taken)
 
     for step in run.steps(cfg.max_steps, cfg.max_generated_tokens):
         # 1. Explore: the newest weights search for solutions.
         engine.wake()
         held = engine.load_weights(full_weights(models.policy))
         metrics = {"weights_checksum": agreed(world.gather(held))} | run.clock.lap("sync_seconds")
-        saved = step > 0 and run.is_due(step - 1)
-        if cfg.eval_steps and (saved or step % cfg.eval_steps == 0):
-            accuracy = greedy_accuracy(cfg, sampler, eval_problems, world)
-            metrics |= {"eval/greedy": accuracy} | run.clock.lap("eval_seconds")
-            if saved:  # these weights are the last checkpoint's
-                run.rate(step, accuracy)
+        if cfg.eval_steps and (run.is_saved(step) or step % cfg.eval_steps == 0):
+            metrics["eval/greedy"] = greedy_accuracy(cfg, sampler, eval_problems, world)
+            run.rate_if_saved(step, metrics["eval/greedy"])
+            metrics |= run.clock.lap("eval_seconds")
         explored, rollouts, n_picked = explore(cfg, step, explorer, reward, stream, run.info, world)
-        engine.sleep()
+        engine.sleep()  # the learner needs the memory
         metrics |= run.clock.lap("search_seconds")
 
         # 2. Score: how good was every token? Each rank scores its share.
-        minibatches = deal_rollouts(cfg, step, rollouts, world)  # indices of this rank's rollouts
-        own = list(chain(*minibatches))
-        batch = collate(
-            [rollouts[i] for i in own],
-            mask_truncated=cfg.mask_truncated_completions,
-            tree=cfg.packing == "tree",
-        ).to(world.device)
+        batch, own, sizes = share_rollouts(cfg, step, rollouts, world)
         batch = score_tokens(cfg, models, batch, world)  # old_logprobs, ref_logprobs, values
         batch = add_advantages(cfg, batch, rollouts, own, kl.coef, world)
         metrics |= score_metrics(batch, world) | run.clock.lap("score_seconds")
@@ -111,7 +100,7 @@ def train(cfg: RLConfig, world: World) -> None:
         # 3. Learn: a few clipped passes over the same rollouts.
         learner.begin(step)
         for _ in range(cfg.num_ppo_epochs):
-            for minibatch in batch.split(map(len, minibatches)):
+            for minibatch in batch.split(sizes):
                 minibatch = weigh(minibatch, cfg, world)
                 learner.step(minibatch, partial(rl_loss, cfg, models, kl.coef))
         metrics |= learner.metrics() | run.clock.lap("train_seconds")
@@ -125,8 +114,7 @@ def train(cfg: RLConfig, world: World) -> None:
         n_taken += n_picked
         run.state |= {"kl_coef": kl.coef, "problems_taken": n_taken}
         run.log(step, metrics)
-        if run.is_due(step) and world.is_main:
-            write_examples(run.folder, f"step_{step:06d}", rollouts, explorer)
+        run.write_examples_if_due(step, rollouts, explorer.example)
         run.save_if_due(step)
     run.finish()
     engine.close()
@@ -138,7 +126,7 @@ def train(cfg: RLConfig, world: World) -> None:
 def explore(
     cfg: RLConfig,
     step: int,
-    explorer: TreeExplorer | SampleExplorer,
+    explorer: Explorer,
     reward: Reward,
     stream: Iterator[Problem],
     log: Callable[[str], None],
@@ -154,41 +142,27 @@ def explore(
         return await reward.score(await explorer.rollouts(problems, seed=seed))
 
     explored: list[Rollout] = []
-    new: list[Rollout] = []
     kept: list[Rollout] = []
+    new: list[Rollout] = []
     n_picked = 0
     for _ in range(1 + cfg.resample_rounds):
         n_missing = cfg.rollout_batch_size - len({rollout.group for rollout in kept})
         picked = list(enumerate(islice(stream, n_missing), n_picked))  # (group, problem)
         n_picked += n_missing
-        share = search(picked[world.rank :: world.size])
-        found = world.gather_or_raise(partial(asyncio.run, share))
+        share = picked[world.rank :: world.size]  # each rank searches for its own problems
+        found = world.gather_or_raise(partial(asyncio.run, search(share)))
         new = accepted(list(chain(*found)), log)
-        rewards = [sum(rollout.step_rewards) for rollout in new]
-        differ = rl.informative(rewards, [rollout.group for rollout in new])
-        kept += [rollout for rollout, keep in zip(new, differ, strict=True) if keep]
         explored += new
+        groups = [rollout.group for rollout in new]
+        kept += compress(new, rl.informative([rollout.reward for rollout in new], groups))
     if not kept:
-        solved = sum(rollout.outcome for rollout in explored) / len(explored)
-        log(
-            f"step {step}: all {n_picked} groups have equal rewards; nothing to learn (solve rate "
-            f"{solved:.2f}). Too easy, too hard, or answers that do not parse: read samples/."
-        )
-    return explored, (kept or new) if cfg.resample_rounds else explored, n_picked
+        log(nothing_to_learn(step, explored, n_picked))
+    if cfg.resample_rounds:
+        return explored, kept or new, n_picked
+    return explored, explored, n_picked  # groups of equal rewards stay: their KL still counts
 
 
 # ---- 2. Score ----
-
-
-def deal_rollouts(
-    cfg: RLConfig, step: int, rollouts: list[Rollout], world: World
-) -> list[list[int]]:
-    """Return this rank's share of each minibatch, as indices of rollouts."""
-    n_minibatches = max(1, round(len(rollouts) / cfg.train_batch_size))
-    sizes = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
-    # With tree packing the rollouts of a problem stay on one rank, where they share a prefix.
-    groups = [rollout.group for rollout in rollouts] if cfg.packing == "tree" else None
-    return deal(sizes, n_minibatches, seed_for(cfg.seed, "deal", step), world, groups)
 
 
 def add_advantages(
@@ -217,7 +191,7 @@ def add_advantages(
             returns = rl.discounted_returns(rewards, mask, lengths, cfg.gamma)
             return batch.replace(advantages=rl.whiten(returns, mask, world.sum))
         case "grpo":  # one number per rollout; its KL is in the loss
-            totals = [sum(rollout.step_rewards) for rollout in rollouts]
+            totals = [rollout.reward for rollout in rollouts]
             groups = [rollout.group for rollout in rollouts]
             relative = rl.group_advantages(totals, groups, cfg.scale_rewards)
             return batch.replace(advantages=batch.spread([relative[i] for i in own]) * mask)
@@ -236,11 +210,15 @@ def rl_loss(
     logprobs, entropy = token_logprobs(  # (T,), (T,)
         models.policy, micro, cfg.temperature, models.vocabulary, with_entropy=True
     )
-    assert entropy is not None, "it was asked for"
+    assert entropy is not None, "with_entropy returns it"
+    per_token = micro.loss_weights  # (T,)
+    if per_token is None:  # every action token counts the same
+        per_token = mask.float()
     cap = cfg.importance_cap or math.inf
-    weights, metrics = rl.importance_weights(old, micro.sampling_logprobs, mask, cap)
-    per_token = mask.float() if micro.loss_weights is None else micro.loss_weights
-    weights = weights * per_token if cfg.importance_cap else per_token
+    ratios, metrics = rl.importance_weights(old, micro.sampling_logprobs, mask, cap)
+    weights = per_token
+    if cfg.importance_cap:  # corrects the difference between engine and trainer
+        weights = ratios * weights
     if cfg.forced_actions == "weigh" and micro.forced is not None:
         # The tree takes an act with certainty, the policy with probability π: with this weight,
         # trying every act once is the policy gradient summed over the acts.
@@ -258,29 +236,14 @@ def rl_loss(
     metrics |= clipping | {"policy_loss": loss.detach(), "entropy": entropy.detach().sum()}
     metrics["saved_share"] = torch.tensor(float(n_saved(micro)))
     if cfg.advantage_estimator == "grpo" and micro.ref_logprobs is not None:
+        # The other estimators pay the KL as a reward; GRPO differentiates through it.
         penalty = rl.kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * per_token
         loss = loss + kl_coef * penalty.sum()
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * (entropy * per_token).sum()
     if models.critic and micro.values is not None and micro.returns is not None:
         values = token_values(models.critic, micro)  # (T,)
-        critic_loss, clipping = rl.value_loss(
-            values, micro.values, micro.returns, mask, cfg.value_clip
-        )
-        metrics |= clipping | {"value_loss": critic_loss.detach()}
-        loss = loss + critic_loss
+        critic_loss, clip = rl.value_loss(values, micro.values, micro.returns, mask, cfg.value_clip)
+        metrics |= clip | {"value_loss": critic_loss.detach()}
+        loss = loss + critic_loss  # policy and critic share no weights
     return loss, metrics
-
-
-# ---- 4. Look ----
-
-
-def write_examples(
-    folder: Path, name: str, rollouts: list[Rollout], explorer: TreeExplorer | SampleExplorer
-) -> None:
-    """Write one rollout of each of a few groups, and one tree, for readers."""
-    tokenizer = explorer.sampler.tokenizer
-    write_jsonl(folder / "samples" / f"{name}.jsonl", examples(rollouts, tokenizer))
-    if explorer.example:
-        tree, problem = explorer.example
-        write_json(folder / "trees" / name / "0.json", tree_record(tree, problem, tokenizer))

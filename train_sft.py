@@ -17,25 +17,18 @@ if __name__ == "__main__":
     front("train_sft", SFTConfig)
 
 import math
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rftt.batch import Batch
-from rftt.engines.chat import load_tokenizer
-from rftt.learner.fsdp import World, joined, per_token, shard
+from rftt.engines.chat import open_tokenizer
+from rftt.learner.fsdp import World, joined, per_token
 from rftt.learner.logprobs import token_logprobs
-from rftt.learner.model import add_function_rows, load_policy
-from rftt.learner.offline import (
-    Sums,
-    collate_examples,
-    eval_metrics,
-    offline_loss,
-    reference_logprobs,
-)
+from rftt.learner.offline import Sums, eval_metrics, offline_loss, reference_logprobs
+from rftt.learner.setup import load_trainee
+from rftt.learner.share import share_rows
 from rftt.rl import Metrics
 from rftt.run.data import read_rows, shuffled_epochs
 from rftt.run.training import Run
@@ -52,23 +45,17 @@ def main(cfg: SFTConfig) -> None:
 
 
 def train(cfg: SFTConfig, world: World) -> None:
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     new_tokens = add_function_tokens(tokenizer) if cfg.functional_tokens else []
-    train_rows, eval_rows, n_too_long = read_rows(cfg, tokenizer)
+    train_rows, eval_rows, left_out = read_rows(cfg, tokenizer)
     rows = train_rows + eval_rows
-    n_rows = round(len(train_rows) * cfg.num_train_epochs)
+    held_out = range(len(train_rows), len(rows))
+    n_rows = round(len(train_rows) * cfg.num_train_epochs)  # seen in all
     total_steps = math.ceil(n_rows / cfg.train_batch_size)
     order = list(islice(shuffled_epochs(len(train_rows), cfg.seed), n_rows))
 
     run = Run(cfg, world, tokenizer, LINE)
-    model = load_policy(
-        cfg.model_name_or_path,
-        torch.float32,
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        trust_remote_code=cfg.trust_remote_code,
-    )
-    add_function_rows(model, tokenizer, new_tokens)
-    shard(model, world, param_dtype=getattr(torch, cfg.dtype), cpu_offload=cfg.fsdp_cpu_offload)
+    model = load_trainee(cfg, world, tokenizer, new_tokens)
     learner = Learner(cfg, {"policy": model}, total_steps, world, run.folder / "debug", run.info)
     if cfg.initial_state:  # weights and moments of another run; steps and schedule are this one's
         learner.load(Path(cfg.initial_state))
@@ -77,39 +64,35 @@ def train(cfg: SFTConfig, world: World) -> None:
         return token_logprobs(model, batch, 1.0, len(tokenizer))[0]  # (T,)
 
     def loss_of(micro: Batch) -> tuple[Tensor, Metrics]:
-        return offline_loss(logprobs(micro), micro, cfg)
+        return offline_loss(logprobs(micro), micro, cfg)  # a sum over tokens, or over pairs
 
-    reference: list[Sums] = [(0.0,)] * len(rows)
+    reference: list[Sums] = [(0.0,)] * len(rows)  # only DPO compares with a reference
     if cfg.loss == "dpo":  # before a checkpoint is loaded: these are still the first weights
         cache = run.folder / "data" / "reference.jsonl"
         reference = reference_logprobs(cache, rows, logprobs, cfg, world, model)
     run.resume(learner)
     run.require_same_rows(rows)
-
-    def own_share(picked: Sequence[int]) -> Batch:
-        """Pack this rank's share of the rows; long and short ones are dealt out evenly."""
-        size = {i: sum(len(p) + len(response) for p, response, _ in rows[i]) for i in picked}
-        own = sorted(picked, key=lambda i: -size[i])[world.rank :: world.size]
-        names = [f"example {i}" for i in own]
-        examples, sums = [rows[i] for i in own], [reference[i] for i in own]
-        return collate_examples(examples, sums, names, each=len(rows[0])).to(world.device)
-
     run.info(
-        f"{len(train_rows)} rows ({n_too_long} too long), {len(eval_rows)} held out, "
+        f"{len(train_rows)} rows ({left_out}), {len(eval_rows)} held out, "
         f"{total_steps} steps from {run.first_step}"
     )
+
     for step in run.steps(total_steps):
-        batch = own_share(order[step * cfg.train_batch_size : (step + 1) * cfg.train_batch_size])
+        # 1. Learn: one optimizer step on the next rows.
+        picked = order[step * cfg.train_batch_size : (step + 1) * cfg.train_batch_size]
+        batch = share_rows(rows, reference, picked, world)
         learner.begin(step)
         learner.step(batch, loss_of)
         metrics = learner.metrics() | {"tokens": world.sum(float(batch.n_actions))}
+
+        # 2. Look: the loss on held-out rows, a place to resume from.
         saves = run.is_due(step) or run.is_last(step)
         if eval_rows and (saves or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0)):
-            held_out = own_share(range(len(train_rows), len(rows)))
-            values = per_token(logprobs, held_out, cfg.max_tokens_per_microbatch, world)
-            metrics |= eval_metrics(values, held_out, cfg, world)
+            unseen = share_rows(rows, reference, held_out, world)
+            values = per_token(logprobs, unseen, cfg.max_tokens_per_microbatch, world)
+            metrics |= eval_metrics(values, unseen, cfg, world)
         run.log(step, metrics)
-        if saves and eval_rows:
+        if saves and eval_rows:  # the best checkpoint has the lowest loss
             run.rate(step + 1, -metrics["eval_loss"])
         run.save_if_due(step)
     run.finish()

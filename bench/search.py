@@ -154,13 +154,14 @@ def samplers(
     from rftt.beam import beam_search
     from rftt.engines.base import for_each
     from rftt.engines.chat import engine_chat
+    from rftt.engines.sampler import Sampler, pose
     from rftt.mcts import Explore, grow
     from rftt.prompted import Prompted, prompted_tree
-    from rftt.rollout import Learned, encode_question, learned_tree, sample
+    from rftt.rollout import learned_tree, sample
     from rftt.tokens import function_ids
 
     ids = function_ids(tokenizer)
-    policy = Learned(engine, tokenizer, ids, 1.0, MAX_TOKENS, DEPTH, 0)
+    policy = Sampler(engine, tokenizer, ids, 1.0, MAX_TOKENS, DEPTH, 0)
     instruct = Prompted(partial(engine_chat, engine, tokenizer), 1.0, MAX_TOKENS, DEPTH, 4, 0)
     beam = partial(beam_search, branching=2)
     how: dict[str, Any] = {"simulations": simulations, "exploration_weight": 2.0}
@@ -169,8 +170,7 @@ def samplers(
         ctx = replace(policy, seed=seed)
 
         async def one(problem: Problem) -> int:
-            prompt = encode_question(ctx, problem, None)
-            return len(await sample(ctx, problem, prompt, n=simulations, group=0))
+            return len(await sample(pose(ctx, problem), n=simulations))
 
         return sum(await for_each(problems, one, in_flight=len(problems)))
 
@@ -179,10 +179,8 @@ def samplers(
             ctx = replace(policy, seed=seed, stepwise=stepwise)
 
             async def one(problem: Problem) -> int:
-                prompt = encode_question(ctx, problem, None)
-                tree = await learned_tree(
-                    ctx, problem, prompt, **how, in_flight=leaves, explore=explore
-                )
+                task = pose(ctx, problem)
+                tree = await learned_tree(task, **how, in_flight=leaves, explore=explore)
                 return len(tree.leaves())
 
             return sum(await for_each(problems, one, in_flight=trees or len(problems)))

@@ -1,4 +1,4 @@
-"""A packed batch: documents laid end to end, no padding, one alignment for every tensor.
+"""A packed batch: documents end to end, without padding, one alignment for every tensor.
 
 T is the number of tokens of all documents. Entry t of every (T,) tensor belongs to *emitting token
 t*: its log-prob given the tokens before it in its document, the value of the state before it, the
@@ -9,7 +9,7 @@ returns a new one. All counts come from `action_mask` (arXiv 2502.13389, phase 2
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -25,37 +25,22 @@ from rftt.types import Rollout, UserError
 class Batch:
     """D documents of `lengths` tokens each, T in total."""
 
-    input_ids: Tensor
-    """(T,) int64"""
-    lengths: tuple[int, ...]
-    action_mask: Tensor
-    """(T,) bool: tokens that the policy is trained on."""
-    rewards: Tensor
-    """(T,) float32, on the last token of each step."""
-    sampling_logprobs: Tensor
-    """(T,) float32, the engine's."""
-    old_logprobs: Tensor | None = None
-    """(T,) float32, the trainer's before the update."""
-    ref_logprobs: Tensor | None = None
-    """(T,) float32, the reference's."""
-    values: Tensor | None = None
-    """(T,) float32, the critic's."""
-    advantages: Tensor | None = None
-    """(T,) float32"""
-    returns: Tensor | None = None
-    """(T,) float32, targets of the critic."""
-    loss_weights: Tensor | None = None
-    """(T,) float32, with mean 1 over the action tokens; None: all tokens weigh the same."""
-    forced: Tensor | None = None
-    """(T,) bool: openers that the tree chose, not the policy."""
-    group: Tensor | None = None
-    """(T,) int64: the problem. Tree packing keeps a problem's documents in one microbatch."""
-    names: tuple[str, ...] = ()
-    """(D,) ids of the problems or rows, for messages."""
-    ref_sums: tuple[float, ...] = ()
-    """(D,) the reference's log-prob of each whole response (DPO)."""
-    together: int = 1
-    """Number of consecutive documents that stay together: 2 for the two responses of a pair."""
+    input_ids: Tensor  # (T,) int64
+    lengths: tuple[int, ...]  # (D,)
+    action_mask: Tensor  # (T,) bool: tokens that the policy is trained on
+    rewards: Tensor  # (T,) float32, on the last token of each step
+    sampling_logprobs: Tensor  # (T,) float32, the engine's
+    old_logprobs: Tensor | None = None  # (T,) float32, the trainer's before the update
+    ref_logprobs: Tensor | None = None  # (T,) float32, the reference's
+    values: Tensor | None = None  # (T,) float32, the critic's
+    advantages: Tensor | None = None  # (T,) float32
+    returns: Tensor | None = None  # (T,) float32, targets of the critic
+    loss_weights: Tensor | None = None  # (T,) float32 of mean 1 over action tokens; None: all 1
+    forced: Tensor | None = None  # (T,) bool: openers that the tree chose, not the policy
+    group: Tensor | None = None  # (T,) int64: the problem; tree packing keeps it together
+    names: tuple[str, ...] = ()  # (D,) ids of the problems or rows, for messages
+    ref_sums: tuple[float, ...] = ()  # (D,) the reference's log-prob of each response (DPO)
+    together: int = 1  # consecutive documents that stay together: 2 for the responses of a pair
     tree: bool = False
     """Shared prefixes go through the model once (prefix_tree.py); results are the same."""
 
@@ -77,15 +62,18 @@ class Batch:
 
     @cached_property
     def n_actions(self) -> int:
+        """Number of action tokens."""
         return int(self.action_mask.sum())
 
     @property
     def n_terms(self) -> int:
         """Number of terms in a mean loss: action tokens, or pairs where documents are paired."""
-        return self.n_actions if self.together == 1 else len(self.lengths) // self.together
+        if self.together > 1:
+            return len(self.lengths) // self.together
+        return self.n_actions
 
     def spread(self, per_document: Sequence[float]) -> Tensor:
-        """(T,) each document's number on all its tokens."""
+        """Return (T,) each document's number on all its tokens."""
         counts = torch.tensor(self.lengths, dtype=torch.int64)  # (D,)
         spread = torch.tensor(per_document).repeat_interleave(counts, output_size=int(counts.sum()))
         return spread.to(self.input_ids.device)
@@ -94,10 +82,10 @@ class Batch:
         return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str) -> Batch:
-        return self._map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def token_index(self, documents: Sequence[int]) -> Tensor:
-        """Positions in this batch of the tokens of these documents, in this order."""
+        """Return the (T',) positions of these documents' tokens, in this order."""
         chosen = torch.tensor(documents, dtype=torch.int64)  # (D',)
         lengths = torch.tensor(self.lengths, dtype=torch.int64)[chosen]  # (D',)
         shift = self.starts[chosen] - (lengths.cumsum(0) - lengths)  # (D',) old minus new start
@@ -105,14 +93,13 @@ class Batch:
         return index.to(self.input_ids.device)
 
     def select(self, documents: Sequence[int]) -> Batch:
-        """The batch of these documents, in this order."""
+        """Return the batch of these documents, in this order."""
         index = self.token_index(documents)  # (T',)
-        per_document = {
-            name: tuple(old[document] for document in documents)
-            for name in PER_DOCUMENT
-            if (old := getattr(self, name))
-        }
-        return self._map(lambda tensor: tensor[index]).replace(**per_document)
+        per_document = {}
+        for name in ("lengths", "names", "ref_sums"):
+            entries = getattr(self, name)  # (D,), or () where a batch has none
+            per_document[name] = tuple(entries[d] for d in documents if entries)
+        return self.map(lambda tensor: tensor[index]).replace(**per_document)
 
     def split(self, counts: Iterable[int]) -> Iterator[Batch]:
         """Yield a batch of the first documents, one of the next, and so on: `counts` of each."""
@@ -121,15 +108,14 @@ class Batch:
             yield self.select(range(place, place + count))
             place += count
 
-    def _map(self, function: Any) -> Batch:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(
-            **{name: function(x) if isinstance(x, Tensor) else x for name, x in fields.items()}
-        )
-
-
-PER_DOCUMENT = ("lengths", "names", "ref_sums")
-"""Fields of Batch that hold one entry per document."""
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with every tensor changed and all else as it is."""
+        changed = {}
+        for field in dataclasses.fields(self):  # vars() would include cached properties
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+        return self.replace(**changed)
 
 
 def collate(
@@ -144,6 +130,7 @@ def collate(
     rewards: list[float] = []
     logprobs: list[float] = []
     forced: list[bool] = []
+    lengths: list[int] = []  # (D,)
     for rollout in rollouts:
         n_prompt, n_response = len(rollout.prompt_ids), len(rollout.response_ids)
         check_document(n_prompt, n_response, len(rollout.action_mask), rollout.problem.id)
@@ -155,17 +142,19 @@ def collate(
         reward = [0.0] * n_response  # (R,)
         for end, value in zip(rollout.step_ends, rollout.step_rewards, strict=True):
             reward[end] += value  # on the token that ends the step
-        dropped = mask_truncated and rollout.finish == "length"  # no action counts
-        ids += [*rollout.prompt_ids, *rollout.response_ids]  # P + R tokens
-        # no prompt token
-        mask += [False] * n_prompt + [m and not dropped for m in rollout.action_mask]
+        actions = rollout.action_mask  # (R,)
+        if mask_truncated and rollout.finish == "length":
+            actions = (False,) * n_response
+        # Everything that belongs to the prompt is 0: the policy did not emit it.
+        ids += [*rollout.prompt_ids, *rollout.response_ids]
+        mask += [False] * n_prompt + [*actions]
         rewards += [0.0] * n_prompt + reward
         logprobs += [0.0] * n_prompt + [*rollout.sampling_logprobs]
         forced += [False] * n_prompt + [*(rollout.forced or (False,) * n_response)]
-    lengths = tuple(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+        lengths.append(n_prompt + n_response)
     batch = Batch(
         torch.tensor(ids, dtype=torch.int64),
-        lengths,
+        tuple(lengths),
         torch.tensor(mask, dtype=torch.bool),
         torch.tensor(rewards, dtype=torch.float32),
         torch.tensor(logprobs, dtype=torch.float32),
@@ -176,16 +165,10 @@ def collate(
     return batch.replace(group=batch.spread([rollout.group for rollout in rollouts]).long())
 
 
-def empty_like(batch: Batch) -> Batch:
-    """Return masked documents of two tokens: a rank without work must still run its forwards."""
-    n = batch.together  # a pair stays a pair
-    empty = batch._map(lambda tensor: tensor.new_zeros(2 * n))
-    return empty.replace(lengths=(2,) * n, names=("",) * n, ref_sums=(0.0,) * n)
-
-
 def check_document(n_prompt: int, n_response: int, n_mask: int, name: str) -> None:
+    """Raise UserError where a document has no prompt, or a mask that does not fit its response."""
     if n_prompt == 0 or n_mask != n_response:
         raise UserError(
             f"{name}: {n_prompt} prompt ids, {n_response} response ids, {n_mask} mask entries; a "
-            "prompt may not be empty and the mask covers the response."
+            "prompt must not be empty and a mask must cover its response."
         )

@@ -40,32 +40,30 @@ async def beam_search(
     """
     kept = [[tree.root] for _ in range(subtrees)]  # DVTS: one list per subtree
     while simulations > 0 and any(kept):
-        # paid for
+        # Children that earlier lookaheads left behind are candidates already paid for.
         candidates = [[child for node in nodes for child in node.children] for nodes in kept]
         claimed: list[tuple[int, Choice]] = []
         for i, nodes in enumerate(kept):
             for node in nodes:
-                # known children count
-                wanted = width * branching // len(nodes) - len(node.children)
-                n = min(wanted, len(node.untried), simulations - len(claimed))
+                n_new = width * branching // len(nodes) - len(node.children)  # these count already
+                n = min(n_new, len(node.untried), simulations - len(claimed))
                 claimed += [(i, tree.claim(node)) for _ in range(n)]
         simulations -= len(claimed)
         paths = await for_each([choice for _, choice in claimed], expand, in_flight=in_flight)
         for (i, choice), steps in zip(claimed, paths, strict=True):
             await settle(tree, choice, steps, value)  # in the order of the claims
-            candidates[i].append(choice.node.children[-1])
+            candidates[i].append(choice.node.children[-1])  # the one that has just landed
         kept = [best_nodes(tree, nodes, width) for nodes in candidates]
 
 
 def explorer(method: str, cfg: Beam) -> Explore:
-    """Return the function by which `method` grows a tree."""
-    beam = partial(beam_search, branching=cfg.beam_branching)
-    ways: dict[str, Explore] = {
-        "mcts": grow,
-        "beam": partial(beam, width=cfg.beam_width),
-        "dvts": partial(beam, width=1, subtrees=cfg.beam_width),
-    }
-    return ways[method]
+    """Return the function by which `method` grows a tree: mcts, beam or dvts."""
+    if method == "mcts":
+        return grow
+    width, subtrees = cfg.beam_width, 1
+    if method == "dvts":
+        width, subtrees = 1, cfg.beam_width
+    return partial(beam_search, branching=cfg.beam_branching, width=width, subtrees=subtrees)
 
 
 def best_nodes(tree: Tree, candidates: Sequence[Node], n: int) -> list[Node]:

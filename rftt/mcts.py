@@ -1,16 +1,14 @@
 """Monte Carlo tree search over reasoning acts, independent of any model, text or reward.
 
-One simulation is select -> expand -> evaluate -> backup; `expand` and `value` are awaited, so many
-simulations of many trees run at once and the engine batches them. Both phases share this file
-(arXiv 2502.13389): in phase 1 an act is a prompt, in phase 2 a token; unexplored acts come first,
-by prior where there is one. Departures from the textbook:
+One simulation is select -> expand -> evaluate -> backup. `expand` and `value` are awaited, so many
+simulations of many trees run at once and the engine batches them. Both phases use this file (arXiv
+2502.13389). Unexplored acts come first, by prior where there is one. Departures from the textbook:
 
 1. `expand` returns the whole path down to a leaf, and every step of it becomes a node. So each pass
    ends in a leaf, and a node's visits are the sum of its children's.
-2. Several simulations may be in flight. One in flight counts as a visit worth 0 on its path
-   (virtual loss), and results land in the order in which they were started: the tree is a function
-   of its seeds alone, however the engine schedules.
-3. A subtree with nothing left to try is not entered again: it could only repeat a known leaf.
+2. Several simulations may be in flight. Each counts as a visit of value 0 (virtual loss). They land
+   in the order in which they started, so the tree is a function of its seeds alone.
+3. A subtree with nothing left to try is not entered again: it could only repeat a leaf.
 """
 
 from __future__ import annotations
@@ -25,34 +23,34 @@ from typing import Any
 
 from rftt.types import Step
 
-Successors = Callable[[str | None], tuple[str, ...]]
+Successors = Callable[[str | None], tuple[str, ...]]  # acts that may follow an act (None: the root)
 
 
 @dataclass(eq=False)
 class Node:
+    """A state of the search: the steps from the root to here."""
+
     id: int
     parent: Node | None
-    step: Step | None
-    """None at the root."""
+    step: Step | None  # None at the root
     depth: int
     key: tuple[str, ...]
     """Acts from the root, each numbered among its equal siblings: what seeds derive from."""
-    untried: list[str] = field(default_factory=list)
-    """Acts not yet explored here; an act named twice may be explored twice."""
+    untried: list[str] = field(default_factory=list)  # an act named twice may be explored twice
     children: list[Node] = field(default_factory=list)
     visits: int = 0
     value_sum: float = 0.0
-    in_flight: int = 0
-    """Simulations that have passed through and not yet landed."""
+    in_flight: int = 0  # simulations that have passed through and not yet landed
     terminal: bool = False
 
     @property
     def q(self) -> float:
+        """Mean value; 0 before the first visit."""
         return self.value_sum / self.visits if self.visits else 0.0
 
     @property
     def is_right(self) -> bool:
-        """Whether a leaf is worth 1, which is the grader's verdict where it values the paths."""
+        """Whether a leaf has value 1: the grader's verdict, where the grader values paths."""
         return self.terminal and self.q == 1.0
 
     @property
@@ -60,10 +58,10 @@ class Node:
         return self.step.act if self.step else None
 
     def path(self) -> list[Node]:
-        """Nodes from the first below the root to this one."""
+        """Return the nodes from the first below the root to this one."""
         nodes: list[Node] = []
-        node: Node | None = self
-        while node is not None and node.parent is not None:
+        node = self
+        while node.parent is not None:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
@@ -75,11 +73,12 @@ class Choice:
 
     node: Node
     act: str
-    key: tuple[str, ...]
-    """Key of the node to come."""
+    key: tuple[str, ...]  # of the node to come
 
 
 class Tree:
+    """The nodes of one problem's search, and the rule by which it grows."""
+
     def __init__(
         self, successors: Successors, max_depth: int, exploration_weight: float, seed: int
     ) -> None:
@@ -87,8 +86,7 @@ class Tree:
         self.max_depth = max_depth
         self.exploration_weight = exploration_weight
         self._random = Random(seed)  # the order in which acts of equal prior are tried
-        self.act_logprobs: dict[str, float] = {}
-        """log π(act | root); below the root a step brings its own."""
+        self.act_logprobs: dict[str, float] = {}  # log π(act | root); a step brings its own
         self.nodes: list[Node] = []
         self.root = self._add(None, None, ())
 
@@ -147,6 +145,7 @@ class Tree:
         return node
 
     def backup(self, leaf: Node, value: float) -> None:
+        """Count a visit of this value on every node of the leaf's path."""
         for node in (self.root, *leaf.path()):  # the root counts every simulation
             node.visits += 1
             node.value_sum += value
@@ -156,6 +155,7 @@ class Tree:
         return not node.terminal and (bool(node.untried) or any(map(self.is_open, node.children)))
 
     def leaves(self) -> list[Node]:
+        """Return the ends of all paths, in the order in which they were found."""
         return [node for node in self.nodes if node.terminal]
 
     def _add(self, parent: Node | None, step: Step | None, key: tuple[str, ...]) -> Node:
@@ -169,14 +169,13 @@ class Tree:
         return node
 
     def _child_key(self, parent: Node, act: str) -> tuple[str, ...]:
-        """Key of the next child by `act`, numbered by how often the act is still untried."""
+        """Return the key of the next child by `act`: how often the act is untried numbers it."""
         return (*parent.key, f"{act}.{parent.untried.count(act)}")
 
 
-Expand = Callable[[Choice], Coroutine[Any, Any, list[Step]]]
-Value = Callable[[Sequence[Step]], Awaitable[float]]
-Explore = Callable[..., Awaitable[None]]
-"""How a tree grows: `grow`, or beam.py's with its width bound; same arguments."""
+Expand = Callable[[Choice], Coroutine[Any, Any, list[Step]]]  # the steps down to a leaf
+Value = Callable[[Sequence[Step]], Awaitable[float]]  # of a whole path
+Explore = Callable[..., Awaitable[None]]  # `grow`, or beam.py's with its width bound
 
 
 async def grow(
@@ -196,9 +195,8 @@ async def grow(
             if not flying:  # all simulations have landed
                 return
             choice, task = flying[0]  # landing order is starting order, whichever ends first
-            steps = await task
+            await settle(tree, choice, await task, value)
             flying.popleft()
-            await settle(tree, choice, steps, value)
     finally:
         for _, task in flying:
             task.cancel()  # a failed call stops the search: it never becomes a value

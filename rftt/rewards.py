@@ -6,17 +6,15 @@ PRM refuses is left out and counted. A PRM that is down stops the round (graders
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rftt.engines.chat import decode
 from rftt.graders.math import grade
 from rftt.graders.prm import ProcessModel, Unscored, score_paths, segment_text
 from rftt.mcts import Value
-from rftt.run.cli import load_function
+from rftt.run.cli import own_reward
 from rftt.types import Problem, Rollout, Step, UserError
 
 if TYPE_CHECKING:
@@ -32,8 +30,7 @@ class Reward:
 
     cfg: RLConfig
     tokenizer: PreTrainedTokenizerBase
-    ids: FunctionIds | None
-    """None for a policy without functional tokens."""
+    ids: FunctionIds | None  # None for a policy without functional tokens
     prm: ProcessModel | None
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[Rollout | Unscored]:
@@ -41,34 +38,23 @@ class Reward:
 
         Raise UserError when the PRM is down.
         """
-        paths = [
-            (r.problem.question, [segment_text(self.tokenizer, s, self.ids) for s in r.step_ids()])
-            for r in rollouts
-        ]
-        scores = await score_paths(self.prm, paths) if self.prm else [None] * len(rollouts)
-        return [
-            process if isinstance(process, Unscored) else self.score_one(rollout, process)
-            for rollout, process in zip(rollouts, scores, strict=True)
-        ]
+        if self.prm is None:
+            return [self._score_one(rollout, None) for rollout in rollouts]
+        paths = []
+        for rollout in rollouts:
+            texts = [segment_text(self.tokenizer, ids, self.ids) for ids in rollout.step_ids()]
+            paths.append((rollout.problem.question, texts))
+        found: list[Rollout | Unscored] = []
+        for rollout, scores in zip(rollouts, await score_paths(self.prm, paths), strict=True):
+            if isinstance(scores, Unscored):
+                found.append(scores)
+            else:
+                found.append(self._score_one(rollout, scores))
+        return found
 
-    def score_one(self, rollout: Rollout, process: Sequence[float] | None) -> Rollout:
-        """Score one rollout, given its (S,) process scores or None without a PRM."""
+    def _score_one(self, rollout: Rollout, process: Sequence[float] | None) -> Rollout:
         text = decode(self.tokenizer, rollout.response_ids)  # the grader reads text
         return score_rollout(self.cfg, rollout, text, process, functional=self.ids is not None)
-
-
-def accepted(found: Sequence[Rollout | Unscored], log: Callable[[str], None]) -> list[Rollout]:
-    """Return the scored rollouts by group, and log how many the PRM refused.
-
-    Raise UserError where it refused all of them.
-    """
-    rollouts = [rollout for rollout in found if isinstance(rollout, Rollout)]
-    refused = [reason for reason in found if isinstance(reason, Unscored)]
-    if refused and not rollouts:
-        raise UserError(f"the PRM refuses all of {len(refused)} paths; the first: {refused[0]}.")
-    if refused:
-        log(f"the PRM refuses {len(refused)} paths: they are left out")
-    return sorted(rollouts, key=lambda rollout: rollout.group)
 
 
 def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed") -> bool:
@@ -80,7 +66,7 @@ def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed
 def graded(problem: Problem, text_of: Callable[[Sequence[Step]], str]) -> Value:
     """Return a value of paths: 1 if the answer is right. For training: it needs the gold answer."""
     if problem.answer is None:
-        raise UserError(f"problem {problem.id} has no gold answer to search with.")
+        raise UserError(f"problem {problem.id} has no gold answer, which a training search needs.")
     gold = problem.answer
 
     async def value(steps: Sequence[Step]) -> float:
@@ -105,39 +91,31 @@ def score_rollout(
     Only a `functional` policy, one with functional tokens, can be required to write whole segments.
     """
     if rollout.problem.answer is None:
-        raise UserError(f"problem {rollout.problem.id} has no gold answer to reward against.")
+        raise UserError(f"problem {rollout.problem.id} has no gold answer, which its reward needs.")
     correct, answer = solves(rollout.problem, text, rollout.finish), rollout.answer
     malformed = functional and cfg.malformed_responses == "reject" and "" in rollout.acts
     if rollout.finish == "length" or malformed:
         correct, answer = False, None  # it earns what no answer earns
+    scores = tuple(process or ())  # (S,)
+    rewards = [*scores] or [0.0] * len(rollout.acts)  # (S,)
     if cfg.reward_function is not None:  # the user's own instead of the paper's amounts
-        last = own_reward(cfg.reward_function, rollout.problem, text)
+        rewards[-1] = own_reward(cfg.reward_function, rollout.problem, text)
     else:
-        last = last_reward(cfg, correct, answer, process[-1] if process is not None else None)
-    before = process[:-1] if process is not None else [0.0] * (len(rollout.acts) - 1)
-    rewards = (*before, last)  # (S,)
-    if cfg.reward_scheme == "gain":
-        rewards = tuple(after - before for before, after in pairwise((0.0, *rewards)))
-    scores = tuple(process or ())
-    return replace(rollout, outcome=float(correct), step_rewards=rewards, step_scores=scores)
+        rewards[-1] = last_reward(cfg, correct, answer, scores[-1] if scores else None)
+    if cfg.reward_scheme == "gain":  # what the step adds to the one before it; the sum telescopes
+        before = [0.0, *rewards[:-1]]
+        rewards = [reward - old for reward, old in zip(rewards, before, strict=True)]
+    return replace(rollout, outcome=float(correct), step_rewards=tuple(rewards), step_scores=scores)
 
 
 def last_reward(cfg: RLConfig, correct: bool, answer: str | None, process: float | None) -> float:
     """Return the reward of the last step; `process` is its own score, None without a PRM."""
-    if cfg.reward_scheme == "blend":
+    if cfg.reward_scheme == "blend":  # the official code's weights
         return 0.6 * correct + 0.4 * (process or 0.0)
     if correct:
         return cfg.correct_reward
     if answer is not None:
-        return cfg.wrong_reward
+        return cfg.wrong_reward  # above 0 by default: an answer beats none (arXiv 2502.13389)
     if process is not None and cfg.reward_scheme == "paper":
         return process
     return cfg.no_answer_reward
-
-
-def own_reward(function: str, problem: Problem, text: str) -> float:
-    """Call the user's function. Raise UserError where it does not return a finite number."""
-    value = load_function("reward_function", function)(problem, text)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"reward_function returned {value!r} for problem {problem.id}, no number.")
-    return float(value)

@@ -31,14 +31,11 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2"
     k1 is unbiased but useless as a loss, k2 has the right gradient, k3 is unbiased and ≥ 0.
     """
     log_ratio = logprobs - ref_logprobs  # (T,)
-    match kind:
-        case "k1":
-            return log_ratio
-        case "k2":
-            return 0.5 * log_ratio.square()
-        case "k3":
-            return torch.expm1(-log_ratio) + log_ratio
-    raise ValueError(f"unknown KL estimator {kind!r}")
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return 0.5 * log_ratio.square()
+    return torch.expm1(-log_ratio) + log_ratio
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,12 @@ class AdaptiveKL:
     """Controller of Ziegler et al. (2019) that keeps the KL per token near `target`."""
 
     coef: float
-    target: float
-    horizon: float
-    """Rollouts after which a constant 20 % error has moved `coef` by 20 %."""
+    target: float | None  # None keeps `coef` fixed
+    horizon: float  # rollouts after which a constant 20 % error has moved `coef` by 20 %
 
     def update(self, kl: float, n_rollouts: int) -> AdaptiveKL:
-        if math.isinf(self.target) or not math.isfinite(kl):  # fixed, or the update was skipped
+        """Return the controller after a step with this KL per token."""
+        if self.target is None or not math.isfinite(kl):  # not finite: the update was skipped
             return self
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)  # one noisy batch moves little
         return replace(self, coef=self.coef * (1.0 + error * n_rollouts / self.horizon))
@@ -70,12 +67,7 @@ def token_rewards(
 
 
 def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    lengths: Sequence[int],
-    gamma: float,
-    lam: float,
+    rewards: Tensor, values: Tensor, mask: Tensor, lengths: Sequence[int], gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Return (T,) generalised advantages and returns, 0 outside the mask.
 

@@ -22,16 +22,14 @@ Phase = Literal["prompted", "learned"]
 
 @dataclass(frozen=True)
 class Function:
-    description: str
-    """New vocabulary rows start as the mean of this text's token embeddings."""
-    max_tokens: int
-    """Phase 1: budget of one reply, in tokens (arXiv 2502.13389)."""
+    """An act: its description, the limits of a reply in phase 1, its allowed transitions."""
+
+    description: str  # new vocabulary rows start as the mean of this text's token embeddings
+    max_tokens: int  # budget of a reply, in tokens (arXiv 2502.13389)
     max_sentences: int | None = None
     one_line: bool = False
-    prompted: tuple[str, ...] = ()
-    """Acts that may follow in phase 1; an act named twice may be tried twice."""
-    learned: tuple[str, ...] = ()
-    """Acts that may follow in phase 2."""
+    prompted: tuple[str, ...] = ()  # acts that may follow in phase 1
+    learned: tuple[str, ...] = ()  # acts that may follow in phase 2
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -64,7 +62,6 @@ FUNCTIONS: dict[str, Function] = {
     "direct_answer": Function(
         description="finish and answer directly",
         max_tokens=4096,
-        prompted=(),
         learned=("output", "verify"),
     ),
     "verify": Function(
@@ -78,16 +75,13 @@ FUNCTIONS: dict[str, Function] = {
         one_line=True,
         learned=("next_step", "direct_answer", "output", "subquestion", "verify"),
     ),
-    "output": Function(
-        description="output the final answer",
-        max_tokens=512,
-    ),
+    "output": Function(description="output the final answer", max_tokens=512),
 }
-ROOT = {
+ROOT = {  # acts that may begin a solution; an act named twice may be tried twice
     "prompted": ("clarify", "analysis", "subquestion", "next_step") * 2 + ("direct_answer",),
     "learned": ("clarify", "subquestion", "analysis", "next_step"),
 }
-ALIASES = {"analyze": "analysis"}
+ALIASES = {"analyze": "analysis"}  # spellings in rows of other programs
 ACTS = tuple(FUNCTIONS)
 OPENERS = tuple(f"<{act}>" for act in ACTS)
 CLOSERS = tuple(f"</{act}>" for act in ACTS)
@@ -95,9 +89,12 @@ CLOSERS = tuple(f"</{act}>" for act in ACTS)
 
 def successors(act: str | None, phase: Phase) -> tuple[str, ...]:
     """Return the acts that may follow `act` (None: the root; "": no segment, a dead end)."""
-    if not act:
-        return ROOT[phase] if act is None else ()
-    return FUNCTIONS[act].prompted if phase == "prompted" else FUNCTIONS[act].learned
+    if act is None:
+        return ROOT[phase]
+    if act == "":
+        return ()
+    function = FUNCTIONS[act]
+    return function.prompted if phase == "prompted" else function.learned
 
 
 # ---- Vocabulary ----
@@ -112,16 +109,17 @@ class FunctionIds:
 
     @property
     def end(self) -> int:
-        """`</output>`: a response is finished."""
+        """The id of `</output>`, which ends a response."""
         return self.close["output"]
 
     @property
     def openers(self) -> tuple[int, ...]:
-        """In the order of ACTS."""
+        """Ids of the openers, in the order of ACTS."""
         return tuple(self.open.values())
 
     @property
     def closers(self) -> tuple[int, ...]:
+        """Ids of the closers, in the order of ACTS."""
         return tuple(self.close.values())
 
 
@@ -129,20 +127,16 @@ def add_function_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Give each delimiter one id of its own; return the tokens that were new."""
     from tokenizers import AddedToken
 
-    known = tokenizer.get_vocab()
-    new = [token for token in OPENERS + CLOSERS if token not in known]  # none after the warm-up
+    present = tokenizer.get_vocab()
+    new = [token for token in OPENERS + CLOSERS if token not in present]  # none after the warm-up
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in new])  # pyright: ignore[reportArgumentType]
     return new
 
 
-def has_function_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab())
-
-
 def description_of(token: str) -> str:
     """Return the text that initialises a delimiter's embedding; no two may be equal."""
-    act = token.strip("</>")
-    return f"end: {FUNCTIONS[act].description}" if token in CLOSERS else FUNCTIONS[act].description
+    description = FUNCTIONS[token.strip("</>")].description
+    return f"end: {description}" if token in CLOSERS else description
 
 
 def function_ids(tokenizer: PreTrainedTokenizerBase) -> FunctionIds:
@@ -177,11 +171,8 @@ def render(
     """Return the response ids of (act, text) pairs, with nothing between the segments."""
     rendered: list[int] = []
     for act, text in steps:
-        rendered += [
-            ids.open[act],
-            *tokenizer.encode(text, add_special_tokens=False),
-            ids.close[act],
-        ]
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        rendered += [ids.open[act], *encoded, ids.close[act]]
     return rendered
 
 
@@ -196,12 +187,11 @@ def parse_response(token_ids: Sequence[int], ids: FunctionIds) -> tuple[list[Spa
     spans: list[Span] = []
     position = 0
     while position < len(token_ids) and (act := act_of.get(token_ids[position])):
-        stop = position + 1
-        while stop < len(token_ids) and token_ids[stop] not in delimiters:  # the segment's text
+        stop = position + 1  # ends up behind the segment's text
+        while stop < len(token_ids) and token_ids[stop] not in delimiters:
             stop += 1
-        # never closed, or by another
         if stop == len(token_ids) or token_ids[stop] != ids.close[act]:
-            break
+            break  # the segment is never closed, or another delimiter interrupts it
         spans.append(Span(act, position, stop + 1))
         position = stop + 1
         if act == "output":  # the response is complete

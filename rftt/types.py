@@ -20,10 +20,11 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Problem:
+    """One problem of a file."""
+
     id: str
     question: str
-    answer: str | None = None
-    """Gold answer; None at inference, so that no sampler can see it."""
+    answer: str | None = None  # gold; None at inference, so that no sampler can see it
     solution: str | None = None
     level: str | None = None
     subject: str | None = None
@@ -40,8 +41,7 @@ class Completion:
     watched: dict[int, tuple[float, ...]] = field(default_factory=dict)
     """position -> log-probs of `Sampling.watch_ids` for the token at that position."""
     n_prompt: int = 0
-    n_cached: int = 0
-    """Prompt tokens that the prefix cache saved."""
+    n_cached: int = 0  # prompt tokens that the prefix cache saved
 
 
 @dataclass(frozen=True)
@@ -76,41 +76,37 @@ class Trace:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One finished response used for learning. R response tokens, S steps."""
+    """One finished response used for learning. P prompt tokens, R response tokens, S steps."""
 
     problem: Problem
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    sampling_logprobs: tuple[float, ...]
-    """(R,) the engine's log-probs when the tokens were sampled."""
-    action_mask: tuple[bool, ...]
-    """(R,) tokens that count as the policy's actions."""
-    step_ends: tuple[int, ...]
-    """(S,) index in the response of the last token of each step; the last one is always R - 1."""
-    acts: tuple[str, ...]
-    """(S,) act of each step, "" for text outside any segment."""
+    prompt_ids: tuple[int, ...]  # (P,)
+    response_ids: tuple[int, ...]  # (R,)
+    sampling_logprobs: tuple[float, ...]  # (R,) the engine's, when the tokens were sampled
+    action_mask: tuple[bool, ...]  # (R,) tokens that count as the policy's actions
+    step_ends: tuple[int, ...]  # (S,) index of each step's last token; the last is always R - 1
+    acts: tuple[str, ...]  # (S,) act of each step, "" for text outside any segment
     finish: Finish
-    group: int
-    """Number of the problem in this batch; its rollouts share it."""
-    n_generated: int
-    """Tokens sampled for this rollout; a prefix shared with an earlier rollout does not count."""
-    forced: tuple[bool, ...] = ()
-    """(R,) openers that the tree chose; empty if there are none."""
+    group: int  # number of the problem in this batch; its rollouts share it
+    n_generated: int  # tokens sampled for it, without a prefix shared with an earlier rollout
+    forced: tuple[bool, ...] = ()  # (R,) openers that the tree chose; empty if there are none
     answer: str | None = None
-    outcome: float = 0.0
-    """1 if the grader accepts the answer, else 0."""
-    step_scores: tuple[float, ...] = ()
-    """(S,) process score of each step, in [0, 1]; empty without a process reward model."""
-    step_rewards: tuple[float, ...] = ()
-    """(S,) reward on the last token of each step (rewards.py)."""
-    nodes: tuple[int, ...] = ()
-    """Ids of the tree nodes on its path; empty without a tree."""
+    outcome: float = 0.0  # 1 if the grader accepts the answer, else 0
+    step_scores: tuple[float, ...] = ()  # (S,) process scores in [0, 1]; empty without a PRM
+    step_rewards: tuple[float, ...] = ()  # (S,) on the last token of each step (rewards.py)
+    nodes: tuple[int, ...] = ()  # ids of the tree nodes on its path; empty without a tree
+
+    @property
+    def reward(self) -> float:
+        """Reward of the whole response."""
+        return sum(self.step_rewards)
 
     def step_ids(self) -> list[tuple[int, ...]]:
         """Return the response cut into its S steps."""
-        starts = (0, *(end + 1 for end in self.step_ends))
-        spans = zip(starts, self.step_ends, strict=False)
-        return [self.response_ids[start : end + 1] for start, end in spans]
+        steps, start = [], 0
+        for end in self.step_ends:  # inclusive
+            steps.append(self.response_ids[start : end + 1])
+            start = end + 1
+        return steps
 
 
 def seed_for(*keys: object) -> int:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
 
-from rftt.batch import Batch, empty_like
+from rftt.batch import Batch
 from rftt.learner.checkpoint import restore
-from rftt.learner.fsdp import Totals, World, clip_gradients, equal_count, per_token
+from rftt.learner.fsdp import Totals, World, clip_gradients, empty_like, equal_count, per_token
 from rftt.learner.guard import Guard, Loss
 from rftt.learner.logprobs import token_logprobs, token_values
-from rftt.learner.model import critic_metrics
 from rftt.learner.optim import build_optimizer, lr_at, set_lr
 from rftt.learner.setup import Models
-from rftt.rl import kl_estimate, sequence_weights
+from rftt.rl import sequence_weights
 from rftt.run.config import RLConfig, Training
 
 
@@ -31,21 +31,12 @@ def score_tokens(cfg: RLConfig, models: Models, batch: Batch, world: World) -> B
     def logprobs(model: Any) -> Tensor:
         return each(lambda b: token_logprobs(model, b, cfg.temperature, models.vocabulary)[0])
 
-    reference, critic = models.reference, models.critic
-    return batch.replace(
-        old_logprobs=logprobs(models.policy),
-        ref_logprobs=logprobs(reference) if reference else None,
-        values=each(lambda b: token_values(critic, b)) if critic else None,
-    )
-
-
-def score_metrics(batch: Batch, world: World) -> dict[str, float]:
-    """Return the KL per token before the update, and how well the critic explains the returns."""
-    old, reference, totals = batch.old_logprobs, batch.ref_logprobs, Totals()
-    if old is not None and reference is not None:
-        totals.add({"kl": (kl_estimate(old, reference, "k3") * batch.action_mask).sum()})
-    found = totals.reduce(world, per=world.sum(float(batch.n_actions)))
-    return found | critic_metrics(batch.values, batch.returns, batch.action_mask, world.sum)
+    scored = batch.replace(old_logprobs=logprobs(models.policy))
+    if models.reference:  # only a KL term needs it
+        scored = scored.replace(ref_logprobs=logprobs(models.reference))
+    if models.critic:  # only PPO has one
+        scored = scored.replace(values=each(partial(token_values, models.critic)))
+    return scored
 
 
 def weigh(batch: Batch, cfg: RLConfig, world: World) -> Batch:
@@ -71,16 +62,15 @@ class Learner:
         debug: Path,
         log: Callable[[str], None],
     ) -> None:
-        """`modules` has a policy and maybe a critic; `debug` is for minibatches that went wrong."""
+        """`modules` has a policy and maybe a critic; `debug` is the folder for bad minibatches."""
         self._cfg, self._world, self._total_steps = cfg, world, total_steps
         self.modules = modules
         self._peak_rates = {"policy": cfg.learning_rate}
         if isinstance(cfg, RLConfig):
             self._peak_rates["critic"] = cfg.critic_learning_rate
-        self.optimizers = {
-            name: build_optimizer(cfg, module, self._peak_rates[name])
-            for name, module in modules.items()
-        }
+        self.optimizers = {}
+        for name, module in modules.items():
+            self.optimizers[name] = build_optimizer(cfg, module, self._peak_rates[name])
         self._guard = Guard(debug, modules, world, log)
 
     def load(self, checkpoint: Path) -> dict[str, Any]:
@@ -91,11 +81,10 @@ class Learner:
         """Set the learning rates of `step` and forget the metrics of the step before."""
         self._step = step
         self._totals, self._norms, self._n_terms = Totals(), list[float](), 0.0
-        self._rates = {
-            name: lr_at(self._cfg, self._peak_rates[name], step, self._total_steps)
-            for name in self.modules
-        }
+        self._rates: dict[str, float] = {}
         for name, optimizer in self.optimizers.items():
+            peak = self._peak_rates[name]
+            self._rates[name] = lr_at(self._cfg, peak, step, self._total_steps)
             set_lr(optimizer, self._rates[name])
 
     def step(self, minibatch: Batch, loss_of: Loss) -> None:
@@ -110,20 +99,19 @@ class Learner:
         # Every microbatch reduces its gradients: whole ones would not fit beside the model.
         for group in equal_count(minibatch, self._cfg.max_tokens_per_microbatch, self._world):
             loss, metrics = loss_of(minibatch.select(group) if group else empty_like(minibatch))
-            (loss / max(n_terms, 1.0)).backward()
+            (loss / max(n_terms, 1.0)).backward()  # one denominator: see rl.py
             total = total + loss.detach()  # ()
             self._totals.add(metrics)
-        norms = {
-            name: clip_gradients(module, self._cfg.max_grad_norm)
-            for name, module in self.modules.items()
-        }
-        if not math.isfinite(self._world.sum(float(total))):
+        norms = {}
+        for name, module in self.modules.items():
+            norms[name] = clip_gradients(module, self._cfg.max_grad_norm)
+        if not math.isfinite(self._world.sum(float(total))):  # gradients may still be finite
             norms = dict.fromkeys(norms, math.nan)
         finite = all(map(math.isfinite, norms.values()))  # norms are global: all ranks agree
         for optimizer in self.optimizers.values():
             if finite:
                 optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # also after a skipped update
         self._norms.append(norms["policy"] if finite else math.nan)  # NaN marks a skipped update
         self._n_terms += n_terms
         self._guard.check(finite, self._step, minibatch, loss_of)
@@ -131,7 +119,7 @@ class Learner:
     def metrics(self) -> dict[str, float]:
         """Return means over the terms of all updates since `begin`. Collective."""
         metrics = self._totals.reduce(self._world, per=self._n_terms)
-        n_skipped = sum(map(math.isnan, self._norms))
+        n_skipped = sum(map(math.isnan, self._norms))  # then the means are NaN as well
         metrics |= {
             "grad_norm": fmean(self._norms),
             "grad_norm_max": math.nan if n_skipped else max(self._norms),

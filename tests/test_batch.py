@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rftt.batch import collate, empty_like
-from rftt.learner.fsdp import flat_microbatches
+from rftt.batch import collate
+from rftt.learner.fsdp import empty_like, flat_microbatches
 from rftt.learner.offline import collate_rows
 from rftt.types import Problem, Rollout, UserError
 from tests.learners import random_batch

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from rftt.beam import beam_search
+from rftt.engines.sampler import Task
 from rftt.mcts import Tree
 from rftt.prompted import prompted_tree
 from rftt.rollout import learned_tree, tree_rollouts
@@ -114,8 +115,9 @@ def test_beam_over_functional_tokens_takes_likely_acts_first():
     ctx = learned([[*body, *ends] for body in bodies])
     explore = partial(beam_search, width=1, branching=2)
     how = {"simulations": 3, "exploration_weight": 0.0, "in_flight": 1}
-    tree = asyncio.run(learned_tree(ctx, PROBLEM, [7], **how, explore=explore))
+    task = Task(ctx, PROBLEM, [7])
+    tree = asyncio.run(learned_tree(task, **how, explore=explore))
     assert [node.act for node in tree.root.children] == ["clarify", "analysis"]
     assert len(tree.leaves()) == 3
-    rollouts = tree_rollouts(ctx, tree, PROBLEM, [7], group=0, mask_forced=True)
+    rollouts = tree_rollouts(task, tree, mask_forced=True)
     assert sum(r.n_generated for r in rollouts) + 1 == ctx.engine.generated

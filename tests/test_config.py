@@ -189,7 +189,7 @@ def test_plain_yaml_scalars_of_a_text_field_are_text(tmp_path: Path) -> None:
         ("max_steps=1.5", "`max_steps` must be an integer of at least 1, got '1.5' (on the"),
         ("max_steps=null", "`max_steps` must be an integer of at least 1, got None (on the"),
         ("gradient_checkpointing=2", "must be true or false, got '2'"),
-        ("learning_rate=fast", "must be a finite number above 0, got 'fast'"),
+        ("learning_rate=fast", "must be a finite number above 0 and at most 1, got 'fast'"),
         ("seed=true", "`seed` must be an integer of at least 0 and at most 4294967295, got 'true'"),
         ("report_to=wandb", "`report_to` must be a list such as [a, b], each item text, got"),
         ("forbidden_acts=[guess]", "`forbidden_acts[0]` must be one of clarify,"),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -46,17 +47,13 @@ GOOD = {"problem": "1+1?", "answer": "2"}
             r"rows.jsonl:2 has no 'problem'.*found: text, answer\). Set prompt_key: text",
         ),
         (
-            ({"prompt": [{"role": "user", "content": "1+1?"}], "answer": "2"},),
-            r"rows.jsonl:1 has no 'problem'.*found: prompt, answer\)",
-        ),
-        (
             (GOOD, {"problem": "1+1?", "answer": ""}),
             r"1 of 2 rows have no gold .* first .*rows.jsonl:2 \(answer",
         ),
         ((GOOD, "{broken\n"), r"rows.jsonl:2 is not JSON"),
         ((GOOD, "[1]\n"), r"rows.jsonl:2 holds a list"),
     ],
-    ids=["empty", "no problem", "messages", "no gold", "broken", "not an object"],
+    ids=["empty", "no problem", "no gold", "broken", "not an object"],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):
     with pytest.raises(UserError, match=message):
@@ -121,11 +118,11 @@ def test_seeds_are_stable_across_processes():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="benchmark files are not here")
 def test_the_grader_is_audited_on_a_data_set(tmp_path, capsys):
+    from rftt.run.audit import audit_gold
     from rftt.run.config import EvalConfig, load_config
-    from tools import audit_grader
 
     arguments = ["model_name_or_path=none", f"eval_file={SHARED / 'amc23.jsonl'}"]
-    audit_grader.main(load_config(EvalConfig, [*arguments, f"output_dir={tmp_path}"]))
+    audit_gold(load_config(EvalConfig, [*arguments, f"output_dir={tmp_path}"]))
     found = json.loads((tmp_path / "eval" / "audit.json").read_text())
     assert found["n"] == 40
     assert found["unusable"] == []
@@ -136,6 +133,10 @@ class Letters:
     """Characters as ids from 100 and the sixteen delimiters below; enough of a tokenizer."""
 
     name_or_path, bos_token_id, eos_token_id, chat_template = "letters", None, 2, "yes"
+    added_tokens_decoder: ClassVar = {}
+
+    def __len__(self):
+        return 300
 
     def encode(self, text, add_special_tokens=False):
         if text in OPENERS + CLOSERS:
@@ -174,7 +175,7 @@ def test_rows_are_prompt_segments_and_eos_with_the_wrong_branch_masked(tmp_path)
     assert prompt == [letter["q"]]
     assert response == [11, letter["a"], 19, 12, letter["b"], 20, 17, letter["c"], 25, 2]
     assert mask == [True] * 3 + [False] * 3 + [True] * 4
-    assert too_long == 0
+    assert not too_long
 
 
 def test_rows_unmasked_plain_prompted_and_bounded(tmp_path):
@@ -185,7 +186,7 @@ def test_rows_unmasked_plain_prompted_and_bounded(tmp_path):
     ((prompted,), _), _ = rows_of(tmp_path, system_prompt="s")
     assert prompted[0] == Letters().encode("sq")
     kept, too_long = rows_of(tmp_path, max_length=20)
-    assert (len(kept), too_long) == (1, 1)
+    assert (len(kept), too_long) == (1, {"too long": 1})
 
 
 def test_rows_with_an_unknown_act_are_named(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from evaluate import processed, steps_of, summarise, summary_table
+from rftt.engines.sampler import Task
 from rftt.graders.prm import Unscored
 from rftt.rollout import learned_tree, sample, tree_rollouts
 from rftt.types import Problem
@@ -98,19 +99,20 @@ def test_search_at_inference_is_valued_by_the_process_model_and_sees_no_gold_ans
     hidden = Problem(PROBLEM.id, PROBLEM.question)
     value = processed(ctx, judge, hidden, "mean")
     how = {"simulations": 4, "exploration_weight": 9.0, "in_flight": 1}
-    tree = asyncio.run(learned_tree(ctx, hidden, [7], value=value, **how))  # type: ignore[arg-type]
+    task = Task(ctx, hidden, [7])
+    tree = asyncio.run(learned_tree(task, value=value, **how))  # type: ignore[arg-type]
     values = sorted(leaf.value_sum for leaf in tree.leaves())
     assert values == pytest.approx([0.0, 0.0, 0.4, 0.6])  # cut off, refused, n, y
     assert len(judge.asked) == 3  # a path without an answer is not shown to it
     assert judge.asked[0] == (PROBLEM.question, ["y", "\\boxed{4}"])
-    rollouts = tree_rollouts(ctx, tree, hidden, [7], group=0, mask_forced=False)
+    rollouts = tree_rollouts(task, tree, mask_forced=False)
     again = [asyncio.run(value(steps_of(rollout))) for rollout in rollouts]
     assert again == pytest.approx([leaf.value_sum for leaf in tree.leaves()])
 
 
 def test_a_plain_response_is_one_step_to_the_process_model() -> None:
     ctx, judge = learned(["It is \\boxed{4}"]), Judge()
-    [rollout] = asyncio.run(sample(ctx, PROBLEM, [7], n=1, group=0))
+    [rollout] = asyncio.run(sample(Task(ctx, PROBLEM, [7]), n=1))
     value = processed(ctx, judge, PROBLEM, "mean")
     assert asyncio.run(value(steps_of(rollout))) == pytest.approx(0.4)
     assert judge.asked == [(PROBLEM.question, ["It is \\boxed{4}"])]

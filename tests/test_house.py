@@ -167,7 +167,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("rftt/learner/fsdp.py", "rftt/learner/checkpoint.py"),
     "peft": ("rftt/learner/lora.py",),
     "bitsandbytes": ("rftt/learner/lora.py", "rftt/learner/optim.py"),
-    "datasets": ("rftt/run/data.py",),
+    "datasets": ("rftt/run/tables.py",),
+    "pyarrow": ("rftt/run/tables.py",),
     "openai": ("rftt/engines/openai.py",),
     "fastapi": ("tools/prm_serve.py",),
     "starlette": ("tools/prm_serve.py",),
@@ -245,8 +246,8 @@ METHOD = (
     *("rollout", "rewards", "rl", "batch", "update", "beam"),
 )
 """The flat files of rftt/, in reading order."""
-BUDGET = 2_690
-"""Physical lines of these and the three scripts that use them; the aim is 2,400."""
+BUDGET = 2_401
+"""Most physical lines of these and the three scripts that use them."""
 
 
 def test_the_method_is_read_in_one_sitting() -> None:

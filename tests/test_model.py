@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rftt import rl
-from rftt.batch import Batch, empty_like
-from rftt.learner.fsdp import flat_microbatches
+from rftt.batch import Batch
+from rftt.learner.fsdp import empty_like, flat_microbatches
 from rftt.learner.logprobs import _ChunkedLogprobs, token_logprobs, token_values
 from rftt.learner.model import Critic, add_function_rows, load_critic, load_policy, prepare
 from rftt.learner.offline import collate_rows

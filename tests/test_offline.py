@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rftt.batch import empty_like
 from rftt.engines.chat import encode_chat
-from rftt.learner.fsdp import flat_microbatches
+from rftt.learner.fsdp import empty_like, flat_microbatches
 from rftt.learner.offline import collate_examples, offline_loss
 from rftt.prompts import question_messages
 from rftt.run.config import SFTConfig, load_config

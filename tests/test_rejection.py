@@ -167,7 +167,7 @@ def test_scores_of_a_cache_that_was_sampled_again_are_not_taken_for_its_own(tmp_
     score(tmp_path, cache)
     again = [response(answer([0.5], 7)), *CACHE[2]["responses"][1:]]
     write_jsonl(cache, [CACHE[0], CACHE[1], CACHE[2] | {"responses": again}, CACHE[3]])
-    with pytest.raises(UserError, match=r"scored.jsonl holds other responses to p2; use a new"):
+    with pytest.raises(UserError, match=r"scores of other responses .* first of p2; use a new"):
         score(tmp_path, cache)
 
 

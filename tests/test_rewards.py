@@ -7,8 +7,8 @@ from itertools import accumulate
 import pytest
 
 from rftt.engines.chat import eos_id
-from rftt.graders.prm import Unscored
-from rftt.rewards import Reward, accepted, score_rollout, solves
+from rftt.graders.prm import Unscored, accepted
+from rftt.rewards import Reward, score_rollout, solves
 from rftt.run.config import RLConfig
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import Problem, Rollout, UserError

@@ -4,14 +4,16 @@ import asyncio
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import pytest
 
 from rftt.engines.base import Counters
 from rftt.engines.chat import engine_chat
+from rftt.engines.sampler import Sampler, Task
 from rftt.mcts import Tree
 from rftt.prompted import Prompted
-from rftt.rollout import Learned, cut, expand_learned, learned_tree, sample, tree_rollouts
+from rftt.rollout import cut, expand_learned, learned_tree, sample, tree_rollouts
 from rftt.run.config import Acts, load_config
 from rftt.tokens import ACTS, CLOSERS, OPENERS, ROOT, FunctionIds
 from rftt.types import Completion, Problem, Step, UserError
@@ -32,6 +34,10 @@ class Letters:
 
     eos_token_id = EOS
     bos_token_id = None
+    added_tokens_decoder: ClassVar = {}
+
+    def __len__(self):
+        return 300
 
     def encode(self, text):
         return [100 + ord(letter) for letter in text]
@@ -81,7 +87,7 @@ def prompted(replies, **changes):
 
 def learned(replies, **changes):
     settings = {"temperature": 1.0, "max_tokens": 400, "max_depth": 18, "seed": 0}
-    return Learned(Scripted(replies), Letters(), IDS, **(settings | changes))
+    return Sampler(Scripted(replies), Letters(), IDS, **(settings | changes))
 
 
 def choose(act, before=()):
@@ -104,7 +110,7 @@ BOXED = Letters().encode("\\boxed{4} an")
 def test_one_request_gives_the_whole_rollout_with_priors():
     tail = [*Letters().encode("so"), CLOSE["analysis"], *segment("output", "\\boxed{4}")]
     ctx = learned([tail])
-    steps = asyncio.run(expand_learned(ctx, PROBLEM, [7, 8], choose("analysis"), -1.25))
+    steps = asyncio.run(expand_learned(Task(ctx, PROBLEM, [7, 8]), choose("analysis"), -1.25))
     assert [step.act for step in steps] == ["analysis", "output"]
     assert len(ctx.engine.asked) == 1
     assert ctx.engine.asked[0][0] == [7, 8, OPEN["analysis"]]
@@ -127,7 +133,7 @@ def test_one_request_gives_the_whole_rollout_with_priors():
     ids=["never closed", "text between", "wrong closer", "cut off"],
 )
 def test_what_no_segment_holds_is_one_last_step(tokens, acts):
-    steps = cut(Completion(tuple(tokens), (0.0,) * len(tokens), "length"), IDS, OPEN["verify"])
+    steps = cut(Completion(tuple(tokens), (0.0,) * len(tokens), "length"), IDS, "verify")
     assert [step.act for step in steps] == acts
     assert sum((step.token_ids for step in steps), ()) == (OPEN["verify"], *tokens)
     assert [step.forced for step in steps] == [True] + [False] * (len(acts) - 1)
@@ -141,20 +147,29 @@ def test_stepwise_takes_the_most_likely_act_that_the_grammar_allows():
         [167, CLOSE["next_step"]],
     ]
     ctx = learned(replies, stepwise=True, max_depth=3)
-    steps = asyncio.run(expand_learned(ctx, PROBLEM, [7], choose("analysis"), -1.0))
+    steps = asyncio.run(expand_learned(Task(ctx, PROBLEM, [7]), choose("analysis"), -1.0))
     assert [step.act for step in steps] == ["analysis", "next_step", "next_step"]
     assert all(step.forced for step in steps)
     assert steps[1].logprobs[0] == -float(1 + ACTS.index("next_step"))
     again = [[165, CLOSE["analysis"]], [166, CLOSE["subquestion"]]]
     other = learned(again, stepwise=True, max_depth=2, forbidden=("next_step",))
-    steps = asyncio.run(expand_learned(other, PROBLEM, [7], choose("analysis"), -1.0))
+    steps = asyncio.run(expand_learned(Task(other, PROBLEM, [7]), choose("analysis"), -1.0))
     assert [step.act for step in steps] == ["analysis", "subquestion"]
+
+
+def test_stepwise_asks_for_no_priors_that_a_full_response_cannot_use():
+    """Room for an opener and one token is room for an act; for the opener alone it is not."""
+    body = [165, CLOSE["analysis"]]
+    for max_tokens, n_requests in ((4, 1), (5, 3)):
+        ctx = learned([body, [165]], stepwise=True, max_tokens=max_tokens)
+        asyncio.run(expand_learned(Task(ctx, PROBLEM, [7]), choose("analysis"), -1.0))
+        assert len(ctx.engine.asked) == n_requests
 
 
 def test_stepwise_ends_where_every_act_that_may_follow_is_forbidden():
     ctx = learned([[165, CLOSE["subquestion"]]], stepwise=True,
                   forbidden=("next_step", "direct_answer"))  # fmt: skip
-    steps = asyncio.run(expand_learned(ctx, PROBLEM, [7], choose("subquestion"), -1.0))
+    steps = asyncio.run(expand_learned(Task(ctx, PROBLEM, [7]), choose("subquestion"), -1.0))
     assert [(step.act, step.answer) for step in steps] == [("subquestion", None)]
 
 
@@ -162,10 +177,12 @@ def test_stepwise_ends_where_every_act_that_may_follow_is_forbidden():
 def test_budget_counts_the_whole_response():
     before = [Step("analysis", "", tuple(segment("analysis", "abc")), (0.0,) * 5)]
     ctx = learned([[165] * 4], max_tokens=10)
-    asyncio.run(expand_learned(ctx, PROBLEM, [7], choose("next_step", before), -1.0))
+    asyncio.run(expand_learned(Task(ctx, PROBLEM, [7]), choose("next_step", before), -1.0))
     assert ctx.engine.asked[0][1].max_tokens == 10 - 5 - 1
     full = learned([], max_tokens=6)
-    (step,) = asyncio.run(expand_learned(full, PROBLEM, [7], choose("next_step", before), -1.0))
+    (step,) = asyncio.run(
+        expand_learned(Task(full, PROBLEM, [7]), choose("next_step", before), -1.0)
+    )
     assert step.token_ids == (OPEN["next_step"],)
 
 
@@ -176,9 +193,9 @@ def test_rollouts_share_prefixes_and_pay_for_them_once():
     more = [[168, CLOSE["direct_answer"], *segment("output", "\\boxed{5}")]] * 8
     ctx = learned(answers + more)
     tree = asyncio.run(
-        learned_tree(ctx, PROBLEM, [7], simulations=7, exploration_weight=2.0, in_flight=2)
+        learned_tree(Task(ctx, PROBLEM, [7]), simulations=7, exploration_weight=2.0, in_flight=2)
     )
-    rollouts = tree_rollouts(ctx, tree, PROBLEM, [7], group=3, mask_forced=True)
+    rollouts = tree_rollouts(Task(ctx, PROBLEM, [7], group=3), tree, mask_forced=True)
     assert len(rollouts) == 7
     root_priors = 1
     assert sum(r.n_generated for r in rollouts) + root_priors == ctx.engine.generated
@@ -194,7 +211,7 @@ def test_a_forbidden_act_is_opened_by_nobody(act):
     replies = [[165, *segment("output", "\\boxed{4}")] for _ in range(9)]
     ctx = learned(replies, forbidden=(act,))
     tree = asyncio.run(
-        learned_tree(ctx, PROBLEM, [7], simulations=4, exploration_weight=2.0, in_flight=1)
+        learned_tree(Task(ctx, PROBLEM, [7]), simulations=4, exploration_weight=2.0, in_flight=1)
     )
     assert all(OPEN[act] in sampling.banned_ids for _, sampling in ctx.engine.asked)
     assert {node.act for node in tree.root.children} <= {*ROOT["learned"]} - {act}
@@ -205,7 +222,7 @@ def test_an_act_may_have_several_texts_and_the_likeliest_comes_first():
     replies = [[165 + i, CLOSE["analysis"], *segment("output", "\\boxed{4}")] for i in range(4)]
     ctx = learned(replies, children_per_act=2)
     tree = asyncio.run(
-        learned_tree(ctx, PROBLEM, [7], simulations=4, exploration_weight=2.0, in_flight=1)
+        learned_tree(Task(ctx, PROBLEM, [7]), simulations=4, exploration_weight=2.0, in_flight=1)
     )
     acts = [node.act for node in tree.root.children]
     assert acts == ["clarify", "clarify", "analysis", "analysis"]  # by prior, each twice
@@ -219,8 +236,8 @@ def test_an_act_may_have_several_texts_and_the_likeliest_comes_first():
 
 def test_plain_samples_have_no_steps():
     ctx = learned(["It is \\boxed{4}", "It is \\boxed{5}"])
-    plain = Learned(ctx.engine, Letters(), None, 1.0, 400, 1, 0)
-    rollouts = asyncio.run(sample(plain, PROBLEM, [7], n=2, group=0))
+    plain = Sampler(ctx.engine, Letters(), None, 1.0, 400, 1, 0)
+    rollouts = asyncio.run(sample(Task(plain, PROBLEM, [7]), n=2))
     assert [rollout.acts for rollout in rollouts] == [("",), ("",)]
     assert [rollout.answer for rollout in rollouts] == ["4", "5"]
     assert all(math.isclose(x, -0.5) for r in rollouts for x in r.sampling_logprobs)

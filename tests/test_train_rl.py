@@ -9,12 +9,12 @@ from torch import Tensor
 
 from rftt.batch import collate
 from rftt.learner.fsdp import Totals, deal, equal_count
-from rftt.learner.model import Critic, prepare
+from rftt.learner.model import Critic, prepare, score_metrics
 from rftt.learner.prefix_tree import n_saved, tree_microbatches
 from rftt.learner.setup import Models
 from rftt.run.config import RLConfig
 from rftt.types import Problem, Rollout
-from rftt.update import score_metrics, score_tokens
+from rftt.update import score_tokens
 from tests.learners import VOCABULARY, tiny_model
 from tests.test_update import Ranks
 from train_rl import add_advantages, rl_loss

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from rftt import rl
-from rftt.batch import empty_like
 from rftt.learner.checkpoint import Checkpoints, latest, restore
 from rftt.learner.fsdp import (
     World,
     clip_gradients,
     close_world,
+    empty_like,
     flat_microbatches,
     full_weights,
     open_world,

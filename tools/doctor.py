@@ -16,14 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.engines.chat import encode_chat, eos_id, load_tokenizer
+from rftt.engines.chat import encode_chat, eos_id, open_tokenizer
 from rftt.graders.math import grade
 from rftt.prompts import question_messages
 from rftt.run.cli import cli
@@ -40,6 +40,7 @@ from rftt.run.data import load_problems
 from rftt.run.files import read_jsonl, write_json
 from rftt.run.log import say
 from rftt.run.precision import computes_in_bfloat16
+from rftt.run.tables import read_table
 from rftt.tokens import function_ids
 from rftt.types import UserError
 from tools.memory import Config, complaint, details, estimate, gigabytes
@@ -98,19 +99,21 @@ def gold_answers(cfg: Config) -> Finding:
     assert not isinstance(cfg, SFTConfig), "the table says so"
     file = cfg.eval_file if isinstance(cfg, EvalConfig) else cfg.train_file
     file = (isinstance(cfg, SearchConfig) and cfg.raw_file) or file
-    problems = load_problems(file, keys=(cfg.prompt_key, cfg.answer_key))
+    problems = load_problems(
+        file, keys=(cfg.prompt_key, cfg.answer_key), system_prompt=cfg.system_prompt
+    )
     odd = [p for p in problems[:500] if not grade(rf"\boxed{{{p.answer}}}", str(p.answer)).correct]
     if odd:
         told = f"{len(odd)} of the first 500 gold answers are not accepted as their own answer"
         return Finding(f"{told}, first {odd[0].id}: {odd[0].answer!r}; mend them", "warn")
-    hashes = "####" in str(read_jsonl(file)[0])
+    hashes = "####" in str(read_table(file)[0].row)
     if hashes and isinstance(cfg, EvalConfig) and cfg.answer_format == "boxed":
         return Finding("gold answers use GSM8K's '####'; set answer_format: auto", "warn")
     return Finding(f"{len(problems)} problems, 100 % of the gold answers parse")
 
 
 def delimiters(cfg: Config) -> Finding:
-    tokenizer = load_tokenizer(cfg.model_name_or_path, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = open_tokenizer(cfg)
     eos_id(tokenizer)
     explores = isinstance(cfg, RLConfig) and cfg.sampling_method == "mcts"
     if explores or (isinstance(cfg, EvalConfig) and cfg.simulations):
@@ -122,18 +125,22 @@ def prompts(cfg: Config) -> Finding:
     """Check for a doubled BOS, and that prompts have the same ids as in the training before."""
     import yaml
 
-    def ids(model: str, system_prompt: str | None) -> list[int]:
-        tokenizer = load_tokenizer(model, trust_remote_code=cfg.trust_remote_code)
-        return encode_chat(tokenizer, question_messages("1+1?", system_prompt))
+    def ids(own: Config) -> list[int]:
+        return encode_chat(open_tokenizer(own), question_messages("1+1?", own.system_prompt))
 
-    ours = ids(cfg.model_name_or_path, cfg.system_prompt)
+    ours = ids(cfg)
     run = Path(cfg.model_name_or_path).parent  # of train_sft.py, whose hf/ this may be
     if not (run / "config.yaml").is_file():
         return Finding(f"{len(ours)} ids around a short question, no doubled BOS")
     before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     model, system_prompt = before.get("model_name_or_path"), before.get("system_prompt")
     at_hand = model if model and Path(model).is_dir() else cfg.model_name_or_path
-    if ids(at_hand, system_prompt) != ours:
+    keys = ("chat_template", "template_date")
+    template = {key: before.get(key) for key in keys} | {
+        "chat_template_kwargs": before.get("chat_template_kwargs") or {}
+    }
+    trained = replace(cfg, model_name_or_path=at_hand, system_prompt=system_prompt, **template)
+    if ids(trained) != ours:
         raise UserError(
             f"this run must use the same prompts as {run}, which trained its model, but they "
             f"differ; use system_prompt {system_prompt!r} and the chat template of {model}."
@@ -234,7 +241,7 @@ def _smallest(cfg: Config) -> dict[str, Any]:
     once = {"save_steps": 0, "eval_steps": 0, "report_to": []}
     match cfg:
         case SFTConfig():
-            n = len(read_jsonl(cfg.train_file))
+            n = len(read_table(cfg.train_file))
             return once | {"num_train_epochs": 4 / n, "train_batch_size": 4, "eval_ratio": 0.0}
         case RLConfig():
             n = min(4, cfg.num_generations)

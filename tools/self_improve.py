@@ -44,6 +44,7 @@ from rftt.run.config import (
 )
 from rftt.run.files import Journal, read_jsonl, write_json
 from rftt.run.stats import mean_ci, paired_bootstrap
+from rftt.run.tables import name_of
 from rftt.types import UserError
 
 
@@ -188,7 +189,7 @@ def iterate(cfg: LoopConfig, run: Run, n: int, rounds: list[Round]) -> Round:
     scores = {}
     for file in (cfg.target_file, *cfg.guard_files):
         chosen = {"model_name_or_path": model, "eval_file": file}
-        name = Path(file).stem
+        name = name_of(file)
         folder = run(n, "evaluate", f"eval-{name}", chosen)
         rows = [row for _, row in read_jsonl(folder / "eval" / f"{name}.jsonl")]
         rows.sort(key=lambda row: row["id"])  # the file is in order of completion

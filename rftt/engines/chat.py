@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from jinja2 import TemplateError
+
 from rftt.engines import build_engine
 from rftt.engines.base import Reply, Sampling
+from rftt.engines.templates import (
+    CUT,
+    apart,
+    encode_pieces,
+    single_template,
+    with_date,
+    with_settings,
+)
 from rftt.prompts import Messages
 from rftt.types import UserError
 
@@ -18,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rftt.engines.base import Engine
-    from rftt.run.config import SearchConfig
+    from rftt.run.config import Common, SearchConfig
 
 Chat = Callable[[Messages, Sampling], Awaitable[Reply]]
 """The only interface of phase 1 to a model. The reply is empty if the messages leave no room."""
@@ -40,17 +51,48 @@ def load_tokenizer(
             f"model_name_or_path must be a folder with a tokenizer or a reachable hub name, got "
             f"{path!r} ({str(error).splitlines()[0]})."
         ) from error
-    if chat and tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of {path} has no chat template; use an instruct model.")
+    if chat:
+        tokenizer.chat_template = single_template(tokenizer, None)
+    return tokenizer
+
+
+def open_tokenizer(cfg: Common) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a run; its chat template holds the run's settings and date.
+
+    Raise UserError as load_tokenizer does, and on a template or settings that cannot be used.
+    """
+    path, trust = cfg.model_name_or_path, cfg.trust_remote_code
+    tokenizer = load_tokenizer(path, trust_remote_code=trust, chat=False)
+    template = single_template(tokenizer, cfg.chat_template)
+    today = date.fromisoformat(cfg.template_date) if cfg.template_date else date.today()
+    template = with_settings(with_date(template, today), cfg.chat_template_kwargs)
+    tokenizer.chat_template = template
     return tokenizer
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Return the prompt ids up to the start of the reply. Prompts are encoded only here.
 
-    Raises UserError where the template doubles the BOS token.
+    A user's text that reads like a control token stays text. Raises UserError where the template
+    refuses the messages or doubles the BOS token.
     """
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    cut = apart(tokenizer, messages)
+    try:
+        if cut is None:
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        else:
+            text = tokenizer.apply_chat_template(cut, add_generation_prompt=True, tokenize=False)
+            ids = encode_pieces(tokenizer, cast(str, text).split(CUT))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        cure = "set system_prompt: null" if "system" in roles else "set chat_template to another"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the chat template of {tokenizer.name_or_path} refuses the roles {roles} ({reason}); "
+            f"{cure}."
+        ) from error
     bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:
         raise UserError(

@@ -32,7 +32,7 @@ import httpx2
 from rftt.engines.base import Reply, Sampling
 from rftt.engines.http import RETRIED, Bounded
 from rftt.prompts import Messages
-from rftt.run.files import Journal
+from rftt.run.files import Journal, valid_unicode
 from rftt.types import UserError
 
 try:
@@ -159,7 +159,7 @@ class Account:
 def priced(cfg: Api, text: str, whole: bool, n_prompt: int, n_generated: int) -> Reply:
     """Return a reply with its cost."""
     cost = (n_prompt * cfg.api_prompt_price + n_generated * cfg.api_completion_price) / 1e6
-    return Reply(text, whole, n_prompt, n_generated, cost)
+    return Reply(valid_unicode(text), whole, n_prompt, n_generated, cost)
 
 
 def read_reply(cfg: Api, body: bytes, worst: Reply) -> Reply:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from rftt.engines.chat import decode
 from rftt.mcts import Tree
-from rftt.types import Problem, UserError
+from rftt.types import Problem, Rollout, UserError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -116,6 +116,20 @@ async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
         for node, score in zip(path, [] if isinstance(scores, Unscored) else scores, strict=False):
             node.step = replace(node.step, score=score) if node.step else None
     return sum(isinstance(scores, Unscored) for scores in found)
+
+
+def accepted(found: Sequence[Rollout | Unscored], log: Callable[[str], None]) -> list[Rollout]:
+    """Return the scored rollouts by group, and log how many the PRM refused.
+
+    Raise UserError where it refused all of them.
+    """
+    rollouts = [rollout for rollout in found if isinstance(rollout, Rollout)]
+    refused = [reason for reason in found if isinstance(reason, Unscored)]
+    if refused and not rollouts:
+        raise UserError(f"the PRM refuses all of {len(refused)} paths; the first: {refused[0]}.")
+    if refused:
+        log(f"the PRM refuses {len(refused)} paths: they are left out")
+    return sorted(rollouts, key=lambda rollout: rollout.group)
 
 
 def segment_text(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
 from random import Random
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -32,12 +34,17 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from rftt.batch import Batch, empty_like
+from rftt.batch import Batch
 from rftt.learner.prefix_tree import tree_microbatches
 from rftt.types import UserError
 
 TIMEOUT = timedelta(hours=4)
 """Search lengths are skewed: a rank may wait long for the others. NCCL's default is 10 minutes."""
+FORMING = timedelta(seconds=25)
+"""Time in which all ranks must be there, where torchrun has not started them. A wait for the first
+rank and one for the others take less than a minute together."""
+GROUP_KEYS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+"""Environment variables that describe a process group."""
 Number = TypeVar("Number", float, Tensor)
 T = TypeVar("T")
 
@@ -110,14 +117,70 @@ def open_world(device: str = "auto") -> World:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+    if any(name in os.environ for name in GROUP_KEYS):
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun itself watches its processes
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            store, rank, size = _meet_others()
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT
+            )
     else:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     name = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu"
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(name), mesh)
+
+
+def _meet_others() -> tuple[Any, int, int]:
+    """Wait until every rank that the environment promises is there: (store, rank, world size).
+
+    Raise UserError after FORMING: variables of another job, left in the environment, would make a
+    single process wait for hours. The wait is in Python or in a thread, because a handler of
+    SIGTERM cannot run while the main thread is in C++.
+    """
+    missing = [name for name in GROUP_KEYS if name not in os.environ]
+    found = ", ".join(f"{name}={os.environ[name]}" for name in GROUP_KEYS if name in os.environ)
+    cure = "unset these variables for a single process, or start every rank (torchrun does)"
+    if missing:
+        raise UserError(f"the environment has {found} but lacks {', '.join(missing)}; {cure}.")
+    met: list[tuple[Any, int, int]] = []
+    reason = f"no answer within {FORMING.seconds} s"
+
+    def meet() -> None:
+        nonlocal reason
+        try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=FORMING))  # pyright: ignore[reportPrivateImportUsage]
+            store.set(f"rftt/{rank}", "here")
+            store.wait([f"rftt/{other}" for other in range(size)], FORMING)
+            store.set_timeout(TIMEOUT)
+            met.append((store, rank, size))
+        except (RuntimeError, ValueError) as error:  # DistStoreError, a port that is no number
+            reason = " ".join(str(error).split())[:120]
+
+    if os.environ["RANK"] == "0" or _answers(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
+        thread = Thread(target=meet, daemon=True)
+        thread.start()
+        thread.join(2 * FORMING.total_seconds())
+    if not met:
+        raise UserError(f"the process group of {found} does not form ({reason}); {cure}.")
+    return met[0]
+
+
+def _answers(host: str, port: str) -> bool:
+    """Return whether rank 0 listens before FORMING has passed.
+
+    torch's own client cannot be interrupted, and ends the interpreter where it is still waiting.
+    """
+    waiting, tries = Event(), FORMING.seconds
+    for _ in range(tries):
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return True
+        except (OSError, ValueError, OverflowError):
+            waiting.wait(1)
+    return False
 
 
 def close_world(world: World, *, wait: bool = True) -> None:
@@ -294,6 +357,13 @@ def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
     """
     groups = (tree_microbatches if batch.tree else flat_microbatches)(batch, max_tokens)
     return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
+
+
+def empty_like(batch: Batch) -> Batch:
+    """Return masked documents of two tokens: a rank without work must still run its forwards."""
+    n = batch.together  # a pair stays a pair
+    empty = batch.map(lambda tensor: tensor.new_zeros(2 * n))
+    return empty.replace(lengths=(2,) * n, names=("",) * n, ref_sums=(0.0,) * n)
 
 
 def per_token(

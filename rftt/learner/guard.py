@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rftt.batch import Batch, empty_like
-from rftt.learner.fsdp import World, clip_gradients
+from rftt.batch import Batch
+from rftt.learner.fsdp import World, clip_gradients, empty_like
 from rftt.rl import Metrics
 from rftt.run.files import write_json
 from rftt.types import UserError

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from inspect import getsource
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,13 @@ from transformers import (
 
 from rftt.learner.attention import ATTENTION
 from rftt.learner.logprobs import hidden_states, packed_logprobs, weight_of
-from rftt.rl import WorldSum
+from rftt.rl import WorldSum, kl_estimate
 from rftt.tokens import CLOSERS, OPENERS, description_of
 from rftt.types import UserError
+
+if TYPE_CHECKING:
+    from rftt.batch import Batch
+    from rftt.learner.fsdp import World
 
 # ---- Loading ----
 
@@ -139,6 +143,17 @@ def critic_metrics(
     variance = target_square - target_sum**2 / max(n, 1)
     unexplained = error_square - error_sum**2 / max(n, 1)
     return {"explained_variance": 1.0 - unexplained / variance if variance > 1e-12 else 0.0}
+
+
+def score_metrics(batch: Batch, world: World) -> dict[str, float]:
+    """Return the KL per token before the update, and how well the critic explains the returns."""
+    old, reference, mask = batch.old_logprobs, batch.ref_logprobs, batch.action_mask
+    metrics = critic_metrics(batch.values, batch.returns, mask, world.sum)
+    if old is not None and reference is not None:
+        kl = (kl_estimate(old, reference, "k3") * mask).sum()  # ()
+        n_actions = world.sum(float(batch.n_actions))  # of all ranks
+        metrics["kl"] = world.sum(float(kl)) / max(n_actions, 1.0)
+    return metrics
 
 
 def _pretrained(

@@ -1,4 +1,4 @@
-"""The models of an RL run, loaded and sharded."""
+"""The models of a run, loaded and sharded."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt.learner.fsdp import World, shard
-from rftt.learner.model import Critic, load_critic, load_policy
-from rftt.run.config import RLConfig
+from rftt.learner.model import Critic, add_function_rows, load_critic, load_policy
+from rftt.run.config import RLConfig, SFTConfig
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,19 @@ def load_models(cfg: RLConfig, world: World, vocabulary: int) -> Models:
         critic=load(load_critic) if cfg.advantage_estimator == "ppo" else None,
         vocabulary=vocabulary,
     )
+
+
+def load_trainee(
+    cfg: SFTConfig, world: World, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]
+) -> PreTrainedModel:
+    """Load the model that the warm-up trains, with a vocabulary row for each new token."""
+    model = load_policy(
+        cfg.model_name_or_path,
+        torch.float32,  # the optimizer needs float32 weights
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        trust_remote_code=cfg.trust_remote_code,
+    )
+    add_function_rows(model, tokenizer, new_tokens)
+    compute = getattr(torch, cfg.dtype)
+    shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
+    return model

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, encode_chat
+from rftt.engines.sampler import Sampler, pose
 from rftt.prompts import question_messages
 from rftt.rewards import solves
-from rftt.rollout import Learned, encode_question, root_act_logprobs, sample
+from rftt.rollout import sample
 from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -43,30 +44,36 @@ def check_prompts(
         )
 
 
-async def check_warm(ctx: Learned, problems: Sequence[Problem], system_prompt: str | None) -> None:
-    """Raise UserError where the policy does not open its responses with functional tokens."""
+def check_warm(cfg: RLConfig, sampler: Sampler, problems: Sequence[Problem]) -> None:
+    """Raise UserError where a tree's policy does not begin its responses with functional tokens.
+
+    `allow_cold_start` skips the check.
+    """
+    if cfg.sampling_method != "mcts" or cfg.allow_cold_start:
+        return
 
     async def opened(problem: Problem) -> float:
-        prompt = encode_question(ctx, problem, system_prompt)
-        return sum(map(exp, (await root_act_logprobs(ctx, problem, prompt)).values()))
+        task = pose(sampler, problem, cfg.system_prompt)
+        return sum(map(exp, (await task.act_logprobs((), "root")).values()))
 
-    share = fmean(await for_each(problems, opened, in_flight=len(problems)))
+    share = fmean(asyncio.run(for_each(problems, opened, in_flight=len(problems))))
     if share < 0.5:
         raise UserError(
-            f"{ctx.tokenizer.name_or_path} assigns {share:.3f} total probability to functional "
+            f"{sampler.tokenizer.name_or_path} assigns {share:.3f} total probability to functional "
             "tokens at the root (expected > 0.5). Start from an SFT checkpoint (train_sft.py) or "
             "set allow_cold_start: true."
         )
 
 
-def greedy_accuracy(cfg: RLConfig, policy: Learned, problems: list[Problem], world: World) -> float:
-    """Share of the problems that greedy decoding solves, over all ranks."""
-    greedy = replace(policy, temperature=0.0)
+def greedy_accuracy(
+    cfg: RLConfig, sampler: Sampler, problems: list[Problem], world: World
+) -> float:
+    """Return the share of the problems that greedy decoding solves, over all ranks."""
+    greedy = replace(sampler, temperature=0.0)
 
     async def one(problem: Problem) -> bool:
-        prompt = encode_question(greedy, problem, cfg.system_prompt)
-        (rollout,) = await sample(greedy, problem, prompt, n=1, group=0)
-        text = decode(policy.tokenizer, rollout.response_ids)
+        [rollout] = await sample(pose(greedy, problem, cfg.system_prompt), n=1)
+        text = decode(sampler.tokenizer, rollout.response_ids)
         return solves(problem, text, rollout.finish)
 
     mine = problems[world.rank :: world.size]

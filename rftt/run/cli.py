@@ -6,16 +6,19 @@ config.py reads the configuration. torch is imported only after the configuratio
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rftt.run.config import RUNTIME_KEYS, describe, load_config
-from rftt.types import UserError
+from rftt.types import Problem, UserError
 
 C = TypeVar("C")
 
@@ -51,6 +54,8 @@ def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None =
             from rftt.run.precision import settle_dtype
 
             config = settle_dtype(config)
+        if getattr(config, "template_date", "") is None:
+            config = settle_date(config)
         main(config)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -100,18 +105,43 @@ def load_function(key: str, name: str) -> Callable[..., object]:
     return function
 
 
-def check_same_run(config_file: Path, config: dict[str, Any]) -> None:
-    """Refuse to continue a run directory with settings that would mix two experiments in it."""
+def own_reward(function: str, problem: Problem, text: str) -> float:
+    """Call the user's reward function. Raise UserError where it does not return a finite number."""
+    value = load_function("reward_function", function)(problem, text)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(
+            f"reward_function returned {value!r} for problem {problem.id}; it must return a finite "
+            "number."
+        )
+    return float(value)
+
+
+def settle_date(config: Any) -> Any:
+    """Return `config` with the date that a chat template sees: of the run's first day, or today."""
+    before = _config_before(Path(config.output_dir) / "config.yaml")
+    if "template_date" in before:  # None where a program began the run, without this function
+        return replace(config, template_date=before["template_date"])
+    return replace(config, template_date=date.today().isoformat())
+
+
+def _config_before(config_file: Path) -> dict[str, Any]:
+    """Return the config that a run directory was begun with, empty where there is none."""
     import yaml
 
     if not config_file.exists():
-        return
+        return {}
     try:
         before = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{config_file} is damaged; use a new output_dir.") from error
     if not isinstance(before, dict):
         raise UserError(f"{config_file} is damaged; use a new output_dir.")
+    return before
+
+
+def check_same_run(config_file: Path, config: dict[str, Any]) -> None:
+    """Refuse to continue a run directory with settings that would mix two experiments in it."""
+    before = _config_before(config_file)
     for key, value in config.items():
         if key not in RUNTIME_KEYS and key in before and before[key] != value:
             raise UserError(

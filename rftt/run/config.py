@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, field, fields
+from datetime import date
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,9 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Coefficient = Annotated[float, Field(ge=0, le=1000)]
+Group = Annotated[int, Field(ge=1, le=2**16)]
 Temperature = Annotated[float, Field(ge=0, le=10)]
 Reward = Annotated[float, Field(ge=-100, le=100)]
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -77,6 +81,18 @@ def config_class(cls: type[C]) -> type[C]:
     return made
 
 
+def _typed(value: Any) -> Any:
+    """Return a mapping whose text reads as JSON does: a file's `false` is not text."""
+    if isinstance(value, dict):
+        return {key: _typed(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_typed(inside) for inside in value]
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 # ---- The settings ----
 
 
@@ -86,6 +102,9 @@ class Common:
 
     output_dir: Runtime[LocalPath]
     """Run directory; everything the script writes is below it."""
+    overwrite_output_dir: Runtime[bool] = False
+    """Forget the checkpoints and journals in output_dir and start over, each time the script is
+    started. Without it a journal made from other problems, prompts or weights is an error."""
     model_name_or_path: LocalPath
     """Hugging Face folder or hub name of the model to start from."""
     seed: Seed = 0
@@ -98,10 +117,31 @@ class Common:
     system_prompt: str | None = None
     """System turn before every question in SFT, RL, evaluation and plain sampling, and of a qwen
     PRM in this process. Phase 1's tree search uses its own instructions."""
+    chat_template: LocalPath | None = None
+    """Jinja file instead of the model's own chat template."""
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_typed)] = field(
+        default_factory=dict
+    )
+    """Settings of the chat template, such as {enable_thinking: false}. They are written into the
+    template of the exported model."""
+    template_date: str | None = None
+    """What a chat template takes for today, as YYYY-MM-DD; None is the day on which output_dir was
+    begun. An exported model keeps it."""
     trust_remote_code: bool = False
     """Permission to run Python code that comes with a model folder."""
     prompt_key: str | None = None
-    """Field of the data that holds the question, where it has none of the usual names."""
+    """Column of the data that holds the question, where it has none of the usual names. With dots
+    a value inside a column (prompt.0.content), with braces a template ({Body} {Question})."""
+
+    @model_validator(mode="after")
+    def _date_is_one(self) -> Self:
+        try:
+            date.fromisoformat(self.template_date or "2026-01-01")
+        except ValueError as error:
+            raise UserError(
+                f"template_date must be YYYY-MM-DD, got {self.template_date!r}."
+            ) from error
+        return self
 
 
 @config_class
@@ -109,7 +149,8 @@ class Graded:
     """Settings of scripts that grade answers."""
 
     answer_key: str | None = None
-    """Field of the data that holds the gold answer, where it has none of the usual names."""
+    """Column of the data that holds the gold answer, where it has none of the usual names; dots and
+    braces as in prompt_key (reward_model.ground_truth)."""
 
 
 @config_class
@@ -128,7 +169,7 @@ class EngineKeys:
 
 @config_class
 class Training:
-    learning_rate: Positive
+    learning_rate: Rate
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
     """Shape of the learning rate after the warm-up."""
@@ -140,7 +181,7 @@ class Training:
     """Decay of the first moment (arXiv 2502.13389)."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of the second moment (arXiv 2502.13389)."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: Share = 0.0
     """AdamW, decoupled."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
     """Optimizer. adamw_8bit needs bitsandbytes and a GPU and is untested."""
@@ -156,8 +197,6 @@ class Training:
     """Steps between two checkpoints; 0 saves only at the end."""
     save_total_limit: Runtime[Whole] = 2
     """Number of newest checkpoints kept beside the best one."""
-    overwrite_output_dir: Runtime[bool] = False
-    """Forget the checkpoints in output_dir and start over, each time the script is started."""
     report_to: Runtime[list[str]] = field(default_factory=list)
     """Any of tensorboard, wandb and trackio. metrics.jsonl is always written."""
 
@@ -330,7 +369,8 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     """search.py: problems -> trees or samples -> curated training rows (phase 1)."""
 
     train_file: LocalPath
-    """JSONL of problems with gold answers."""
+    """Problems with gold answers: .jsonl, .json, .csv or .parquet, also .gz, or a data set on the
+    Hugging Face hub (hf:owner/name[:config][@split])."""
     max_problems: Count | None = None
     """Number of problems read, from the start of the file; None reads all."""
     method: Literal["mcts", "beam", "dvts", "sample", "score"] = "mcts"
@@ -342,7 +382,7 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     """Passes of a tree search (arXiv 2502.13389); beam, dvts: lookaheads; sample: answers."""
     search_depth: Count = 15
     """Maximum number of steps on a path (arXiv 2502.13389)."""
-    exploration_weight: NotNegative = 2.0
+    exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
     """Concurrent simulations of one tree, spread by virtual loss. 1 is textbook MCTS."""
@@ -388,6 +428,11 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     def _api_has_a_budget(self) -> Self:
         if self.engine != "api":
             return self
+        if self.chat_template or self.chat_template_kwargs:
+            raise UserError(
+                "chat_template and chat_template_kwargs do not reach the server of engine=api; set "
+                "them there."
+            )
         if not (self.api_url and self.api_model):
             raise UserError("engine=api needs api_url and api_model; set both.")
         prices = self.api_prompt_price + self.api_completion_price
@@ -404,7 +449,10 @@ class SFTConfig(Common, Training):
     """train_sft.py: offline training on curated rows (warm-up) or on pairs of them (DPO)."""
 
     train_file: LocalPath
-    """JSONL of rows: question with steps or response (sft), or with chosen and rejected (dpo)."""
+    """Rows, in any of the formats of data: question with steps or response (sft), or with chosen
+    and rejected (dpo)."""
+    response_key: str | None = None
+    """sft: column of the response, where it has none of the usual names; as in prompt_key."""
     loss: Literal["sft", "dpo"] = "sft"
     """sft: cross-entropy; dpo: the chosen response against the rejected one (Rafailov 2023)."""
     dpo_beta: Positive = 0.3
@@ -413,13 +461,13 @@ class SFTConfig(Common, Training):
     """dpo: assumed share of pairs with swapped labels (cDPO)."""
     mix_file: LocalPath | None = None
     """More rows of the same kind, such as the original data, mixed in against forgetting."""
-    mix_ratio: NotNegative = 0.5
+    mix_ratio: Coefficient = 0.5
     """Rows of mix_file per row of train_file; those of a small file come more than once."""
     eval_file: LocalPath | None = None
     """Rows for the evaluation loss; otherwise eval_ratio of the training rows."""
     eval_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the training rows held out for the evaluation loss."""
-    num_train_epochs: Positive = 10
+    num_train_epochs: Annotated[float, Field(gt=0, le=10000)] = 10
     """Passes over the rows (arXiv 2502.13389: up to 10)."""
     train_batch_size: Count = 128
     """Rows per optimizer step over all ranks (arXiv 2502.13389)."""
@@ -440,7 +488,8 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """train_rl.py: online RL whose explorer is a tree search over functional tokens (phase 2)."""
 
     train_file: LocalPath
-    """JSONL of problems with gold answers."""
+    """Problems with gold answers: .jsonl, .json, .csv or .parquet, also .gz, or a data set on the
+    Hugging Face hub (hf:owner/name[:config][@split])."""
     eval_file: LocalPath | None = None
     """Problems for the greedy accuracy logged every eval_steps."""
     max_eval_problems: Runtime[Count] = 500
@@ -454,13 +503,13 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     # -- explore
     sampling_method: Literal["mcts", "normal"] = "mcts"
     """mcts: tree over functional tokens; normal: independent responses (the official name)."""
-    rollout_batch_size: Count = 16
+    rollout_batch_size: Group = 16
     """Problems per step over all ranks (arXiv 2502.13389)."""
-    num_generations: Count = 16
+    num_generations: Group = 16
     """Rollouts per problem (arXiv 2502.13389)."""
     search_depth: Count = 18
     """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
-    exploration_weight: NotNegative = 2.0
+    exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
     """Concurrent simulations of one tree. 1 is textbook MCTS."""
@@ -492,7 +541,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     # -- learn
     advantage_estimator: Literal["ppo", "reinforce++", "grpo"] = "reinforce++"
     """ppo: critic, GAE; reinforce++: whitened returns (the paper's runs); grpo: group-relative."""
-    kl_coef: NotNegative = 0.01
+    kl_coef: Coefficient = 0.01
     """Weight of the KL to the warm-up model (arXiv 2502.13389: β)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL in the loss (grpo); the token reward uses k1 (arXiv 2502.13389)."""
@@ -504,7 +553,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """Discount (arXiv 2502.13389)."""
     lam: Share = 0.95
     """GAE's λ (arXiv 2502.13389)."""
-    epsilon: Positive = 0.2
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Clip range of the ratio (arXiv 2502.13389)."""
     epsilon_high: Positive | None = None
     """Upper clip range when it differs (clip-higher)."""
@@ -512,7 +561,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """Bound on the loss of negative advantages, as a multiple; None is off."""
     value_clip: Positive = 0.2
     """Clip range of the critic's step."""
-    critic_learning_rate: Positive = 9e-6
+    critic_learning_rate: Rate = 9e-6
     """Peak rate of the critic (OpenRLHF)."""
     whiten_rewards: bool = False
     """ppo, reinforce++: divide token rewards by their standard deviation over the batch (TRL)."""
@@ -523,7 +572,7 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """token: every action token counts the same (DAPO); sequence: every rollout does (GRPO)."""
     scale_rewards: bool = True
     """grpo: divide by the group's standard deviation."""
-    entropy_coef: NotNegative = 0.0
+    entropy_coef: Coefficient = 0.0
     """Weight of the entropy bonus."""
     importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
     """Upper bound on π_trainer/π_engine, which weights the loss; None is off."""
@@ -578,7 +627,8 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """evaluate.py: greedy, pass@k, maj@k, per level, and search at inference."""
 
     eval_file: LocalPath
-    """JSONL of problems with gold answers."""
+    """Problems with gold answers: .jsonl, .json, .csv or .parquet, also .gz, or a data set on the
+    Hugging Face hub (hf:owner/name[:config][@split])."""
     max_problems: Count | None = None
     """Number of problems read, from the start of the file; None reads all."""
     num_samples: Whole = 8
@@ -593,7 +643,7 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """Kind of that search. Without a PRM the value of a path is its agreement with others."""
     search_depth: Count = 18
     """Depth at which the tree still chooses (arXiv 2502.13389); free rollouts may run deeper."""
-    exploration_weight: NotNegative = 2.0
+    exploration_weight: Coefficient = 2.0
     """c of UCT (arXiv 2502.13389)."""
     leaves_in_flight: Count = 4
     """Concurrent simulations of one tree."""
@@ -601,6 +651,9 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """Problems evaluated concurrently."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
+    audit: bool = False
+    """Only count the gold answers that parse and equal themselves, respelled ones that the grader
+    rejects, and near misses that it accepts; no model is opened."""
 
     @model_validator(mode="after")
     def _engine_returns_ids(self) -> Self:

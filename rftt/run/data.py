@@ -1,18 +1,29 @@
-"""Rows on disk <-> problems, prompts, training rows. JSONL only; errors name file and line."""
+"""Rows of a data set -> problems, prompts, training rows; errors name file and line."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rftt.engines.chat import encode_chat, eos_id
-from rftt.graders.math import parse_gold
+from rftt.engines.templates import holds_control_text
+from rftt.graders.math import parse_gold, same_answer
 from rftt.prompts import question_messages
 from rftt.run.cli import load_function
-from rftt.run.files import Row, read_jsonl
+from rftt.run.columns import (
+    gold_texts,
+    label_of,
+    pair_in,
+    proposed_answer,
+    question_of,
+    response_in,
+    solution_of,
+)
+from rftt.run.files import Row
+from rftt.run.tables import Record, name_of, read_table
 from rftt.tokens import ALIASES, FUNCTIONS, FunctionIds, function_ids, render
 from rftt.types import Problem, UserError
 
@@ -20,16 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rftt.run.config import RLConfig, SFTConfig
-
-
-SYNONYMS = {
-    "question": ("problem", "question", "prompt", "query"),
-    "answer": ("answer", "final_answer", "gold"),
-    "level": ("level", "difficulty"),
-    "subject": ("subject", "subfield", "type"),
-    "id": ("id", "unique_id", "idx"),
-}
-"""Names under which public data sets keep a field; the first that a row has is taken."""
 
 
 # ---- Problems ----
@@ -41,80 +42,82 @@ def load_problems(
     limit: int | None = None,
     graded: bool = True,
     keys: tuple[str | None, str | None] = (None, None),
+    system_prompt: str | None = None,
 ) -> list[Problem]:
-    """Read any of the usual data sets as it is (GSM8K, MATH-500, AIME, AMC, OlympiadBench, …).
+    """Read any of the usual data sets as it is (GSM8K, MATH-500, AIME, SVAMP, DAPO, …).
 
-    Raises UserError on a row without a question and, where `graded`, on gold answers that do not
-    parse. Where ids repeat, rows are numbered instead. `keys` are
-    the fields that hold question and answer, where they are not among the SYNONYMS.
+    `path` is what tables.py reads. `keys` are those of question and answer, where the columns have
+    none of the usual names (columns.py). Where ids repeat, rows are numbered instead. Raise
+    UserError on a row without a question, on a system message other than `system_prompt` and, where
+    `graded`, on gold answers that are missing or contradict each other.
     """
     prompt_key, answer_key = keys
     problems: list[Problem] = []
-    unread: list[tuple[int, Row]] = []
-    rows = read_jsonl(path)[:limit]
-    for number, row in rows:
-        question = _question(row, prompt_key, f"{path}:{number}")
-        gold = _field(row, "answer", answer_key)
-        answer = parse_gold(gold if gold is not None else str(row.get("solution") or ""))
-        unread += [(number, row)] if answer is None else []
-        solution = row.get("solution")
+    unread: list[Record] = []
+    records = read_table(path)[:limit]
+    name = name_of(path)
+    for record in records:
+        row, place = record.row, record.place
+        question = question_of(row, prompt_key, place, system_prompt)
+        answer = _gold(row, answer_key, place)
+        if answer is None:
+            unread.append(record)
         problems.append(
             Problem(
-                id=_field(row, "id") or f"{Path(path).stem}-{number}",
+                id=label_of(row, "id") or f"{name}-{record.number}",
                 question=question,
                 answer=answer,
-                solution=solution if isinstance(solution, str) else None,
-                level=_field(row, "level"),
-                subject=_field(row, "subject"),
+                solution=solution_of(row),
+                level=label_of(row, "level"),
+                subject=label_of(row, "subject"),
             )
         )
     if graded and unread:
-        raise UserError(_no_gold(path, unread, len(rows), answer_key))
+        raise UserError(_no_gold(unread, len(records), answer_key))
     if len({problem.id for problem in problems}) < len(problems):
-        problems = [replace(p, id=f"{Path(path).stem}-{i}") for i, p in enumerate(problems)]
+        problems = [replace(p, id=f"{name}-{i}") for i, p in enumerate(problems)]
     return problems
 
 
-def _question(row: Row, key: str | None, where: str) -> str:
-    question = _field(row, "question", key)
-    if not question:
-        wanted = key or "' or '".join(SYNONYMS["question"])
-        guess = next((name for name, value in row.items() if isinstance(value, str)), "…")
-        raise UserError(
-            f"{where} has no '{wanted}' (found: {', '.join(row)}). Set prompt_key: {guess}."
-        )
-    return question
+def _gold(row: Row, key: str | None, place: str) -> str | None:
+    """Return the gold answer of a row. Raise UserError where two columns give different ones."""
+    parsed = {name: parse_gold(text) for name, text in gold_texts(row, key, place).items()}
+    found = {name: answer for name, answer in parsed.items() if answer is not None}
+    if not found:
+        return None
+    first, answer = next(iter(found.items()))
+    for name, other in found.items():
+        if other != answer and not same_answer(answer, other):
+            raise UserError(
+                f"{place} has different gold answers in '{first}' ({answer:.40}) and '{name}' "
+                f"({other:.40}). Set answer_key: {first} or {name}."
+            )
+    return answer
 
 
-def _no_gold(path: str, unread: list[tuple[int, Row]], n_rows: int, key: str | None) -> str:
-    """What to say of `unread` (line, row) among `n_rows`, and where their gold answers may be."""
-    number, row = unread[0]
-    found = next((k for k, v in row.items() if "####" in str(v) or "\\boxed" in str(v)), None)
+def _no_gold(unread: list[Record], n_rows: int, key: str | None) -> str:
+    """Return what to say of the rows without a gold answer, and where the answers may be."""
+    row, place = unread[0].row, unread[0].place
+    texts = gold_texts(row, key, place)
+    found = proposed_answer(row)
     cure = f"'{found}' looks like it" if found else "or leave these rows out"
     return (
-        f"{len(unread)} of {n_rows} rows have no gold answer that parses, first {path}:{number} "
-        f"({key or 'answer'}: {_field(row, 'answer', key)!r}). Set answer_key: {found or '…'} "
-        f"({cure})."
+        f"{len(unread)} of {n_rows} rows have no gold answer that parses, first {place} "
+        f"({key or 'answer'}: {next(iter(texts.values()), None)!r:.80}). Set answer_key: "
+        f"{found or '…'} ({cure})."
     )
-
-
-def _field(row: Row, name: str, key: str | None = None) -> str | None:
-    names = (key,) if key else SYNONYMS[name]
-    found = (row[name] for name in names if row.get(name) not in (None, "", []))
-    value = next((v for v in found if not isinstance(v, list) or not isinstance(v[0], dict)), None)
-    if isinstance(value, list):  # OlympiadBench: a list of answers; of dicts it is a conversation
-        return ", ".join(map(str, value))
-    if isinstance(value, float) and value.is_integer():  # AMC: 27.0
-        value = int(value)
-    return None if value is None else str(value)
 
 
 def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
     """Return problems to explore and to evaluate on. A missing reward_function fails here."""
-    keys = (cfg.prompt_key, cfg.answer_key)
-    problems = load_problems(cfg.train_file, keys=keys)
-    eval_file = cfg.eval_file or cfg.train_file
-    eval_problems = load_problems(eval_file, limit=cfg.max_eval_problems, keys=keys)
+    keys, system_prompt = (cfg.prompt_key, cfg.answer_key), cfg.system_prompt
+    problems = load_problems(cfg.train_file, keys=keys, system_prompt=system_prompt)
+    eval_problems = load_problems(
+        cfg.eval_file or cfg.train_file,
+        limit=cfg.max_eval_problems,
+        keys=keys,
+        system_prompt=system_prompt,
+    )
     if cfg.reward_function is not None:
         load_function("reward_function", cfg.reward_function)
     return problems, eval_problems
@@ -138,24 +141,41 @@ def load_rows(
     functional: bool,
     max_length: int,
     prompt_key: str | None = None,
-) -> tuple[list[Example], int]:
-    """Read SFT or DPO rows; returns examples and how many rows exceed `max_length`: those are out.
+    response_key: str | None = None,
+) -> tuple[list[Example], Counter[str]]:
+    """Read SFT or DPO rows; return examples, and reason -> number of rows that are left out.
+
+    Left out are rows that exceed `max_length`, and responses with text that would become a special
+    or a functional token where no step begins or ends.
 
     A row is {"question", "steps": [{"act", "text"}, …]} or, for a plain chain of thought,
-    {"question", "response"} (a data set's own "solution" will do); with `pairs` {"question",
-    "chosen", "rejected"}, each of them steps or text. `mask_wrong` leaves the steps marked
-    `"wrong": true` out of the loss: the model learns to mend a mistake without learning to make it.
-    Without `functional` tokens the same steps are written as plain lines: the control that shows
-    what the tokens are worth.
+    {"question", "response"}; with `pairs` {"question", "chosen", "rejected"}, each of them steps or
+    text. columns.py reads the rows of others. `mask_wrong` leaves the steps marked `"wrong": true`
+    out of the loss: the model learns to mend a mistake without learning to make it. Without
+    `functional` tokens the same steps are written as plain lines: the control that shows what the
+    tokens are worth.
     """
     examples: list[Example] = []
-    too_long = 0
+    left_out: Counter[str] = Counter()
     ids = function_ids(tokenizer) if functional else None
-    for number, row in read_jsonl(path):
-        question = _question(row, prompt_key, where := f"{path}:{number}")
+    for record in read_table(path):
+        row, where = record.row, record.place
+        if pairs:
+            question, responses = pair_in(row, prompt_key, where, system_prompt)
+        else:
+            question = question_of(row, prompt_key, where, system_prompt)
+            responses = [response_in(row, response_key, where)]
+        texts = [
+            text
+            for response in responses
+            for text in ([response] if isinstance(response, str) else [s["text"] for s in response])
+        ]
+        if any(holds_control_text(tokenizer, text) for text in texts):
+            left_out["with control text"] += 1
+            continue
         prompt = encode_chat(tokenizer, question_messages(question, system_prompt))
         example: Example = ()
-        for value in _responses(row, pairs, where):
+        for value in responses:
             if isinstance(value, str):
                 response = tokenizer.encode(value, add_special_tokens=False)
                 mask = [True] * len(response)
@@ -163,28 +183,20 @@ def load_rows(
                 response, mask = _encode_steps(value, tokenizer, ids, mask_wrong, where)
             example += ((prompt, [*response, eos_id(tokenizer)], [*mask, True]),)
         if len(prompt) + max(len(response) for _, response, _ in example) > max_length:
-            too_long += 1
+            left_out["too long"] += 1
         else:
             examples.append(example)
     if not examples:
-        raise UserError(f"{path}: all {too_long} rows exceed max_length {max_length}; raise it.")
-    return examples, too_long
-
-
-def _responses(row: Row, pairs: bool, where: str) -> list[str | list[Row]]:
-    """The text or the steps of each response in a row."""
-    if pairs:
-        responses = [row.get("chosen"), row.get("rejected")]
-        lacks, name = "lacks 'chosen' or 'rejected', text or steps", "dpo"
-    else:
-        responses = [row.get("steps") or row.get("response") or row.get("solution")]
-        lacks, name = "has neither 'steps' nor 'response'", "sft"
-    if not all(isinstance(response, str | list) and response for response in responses):
         raise UserError(
-            f"{where} {lacks} (found: {', '.join(row)}); search.py writes such rows to "
-            f"data/{name}.jsonl."
+            f"{path}: no row is left ({counted(left_out)}); raise max_length {max_length} or take "
+            "control tokens out of the responses."
         )
-    return cast("list[str | list[Row]]", responses)
+    return examples, left_out
+
+
+def counted(left_out: Counter[str]) -> str:
+    """Return counts such as `2 too long, 1 with control text`."""
+    return ", ".join(f"{n} {reason}" for reason, n in left_out.items()) or "0 left out"
 
 
 def _encode_steps(
@@ -197,8 +209,6 @@ def _encode_steps(
     response: list[int] = []
     mask: list[bool] = []
     for i, step in enumerate(steps):
-        if not isinstance(step, dict) or not {"act", "text"} <= step.keys():
-            raise UserError(f"{where} has a step without act and text: {step!r:.80}.")
         act = ALIASES.get(step["act"], step["act"])
         if act not in FUNCTIONS:
             raise UserError(f"{where} has the unknown act {step['act']!r}.")
@@ -213,7 +223,7 @@ def _encode_steps(
 
 
 def shuffled_epochs(n: int, seed: int) -> Iterator[int]:
-    """Indices 0 … n-1 in a new order each epoch, for ever; the same order in every process."""
+    """Yield indices 0 … n-1 in a new order each epoch, for ever, equal in every process."""
     from random import Random
 
     epoch = 0
@@ -224,10 +234,16 @@ def shuffled_epochs(n: int, seed: int) -> Iterator[int]:
         epoch += 1
 
 
-def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], int]:
-    """Training rows, rows for the evaluation loss, and how many were too long."""
+def endless(problems: Sequence[Problem], seed: int, *, skip: int) -> Iterator[Problem]:
+    """Yield the problems for ever, in a new order each epoch, from the one after `skip` others."""
+    for i in islice(shuffled_epochs(len(problems), seed), skip, None):
+        yield problems[i]
 
-    def read(path: str) -> tuple[list[Example], int]:
+
+def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], str]:
+    """Training rows, rows for the evaluation loss, and how many training rows were left out."""
+
+    def read(path: str) -> tuple[list[Example], Counter[str]]:
         return load_rows(
             path,
             tokenizer,
@@ -237,12 +253,13 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], 
             functional=cfg.functional_tokens,
             max_length=cfg.max_length,
             prompt_key=cfg.prompt_key,
+            response_key=cfg.response_key,
         )
 
     def drawn(n_rows: int, n: float, seed: int) -> list[int]:
         return list(islice(shuffled_epochs(n_rows, seed), int(n)))
 
-    rows, too_long = read(cfg.train_file)
+    rows, left_out = read(cfg.train_file)
     if cfg.eval_file:
         held_out = read(cfg.eval_file)[0]
     else:
@@ -250,7 +267,11 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], 
         held_out = [rows[i] for i in sorted(chosen)]
         rows = [row for i, row in enumerate(rows) if i not in chosen]
     if cfg.mix_file:
-        more, more_too_long = read(cfg.mix_file)
+        more, more_left_out = read(cfg.mix_file)
         rows = rows + [more[i] for i in drawn(len(more), len(rows) * cfg.mix_ratio, cfg.seed + 2)]
-        too_long += more_too_long
-    return rows, held_out, too_long
+        left_out += more_left_out
+    if round(len(rows) * cfg.num_train_epochs) < 1:
+        raise UserError(
+            f"num_train_epochs={cfg.num_train_epochs} trains on none of {len(rows)} rows; raise it."
+        )
+    return rows, held_out, counted(left_out)

@@ -5,13 +5,16 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from glob import escape
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from rftt.types import UserError
 
@@ -21,25 +24,95 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
+UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""Byte order marks; the one of little-endian UTF-32 begins like that of UTF-16."""
+
+
+MAX_NAME = 120
+"""Longest file name made from an id, in bytes: file systems allow 255, some of them 143."""
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return the content of a file. Raise UserError where it cannot be read."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; name a file in it.")
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{path} cannot be read ({error}).") from error
+
+
+def decode_text(data: bytes, path: str | Path) -> str:
+    """Return UTF-8 as text, without its byte order mark. Raise UserError on other encodings."""
+    one_nul = data[:2].count(0) == 1  # ASCII text in UTF-16 or UTF-32, without a mark
+    if data.startswith(UTF_16_OR_32) or one_nul:
+        raise UserError(f"{path} must be UTF-8, it looks like UTF-16 or UTF-32; save it as UTF-8.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line} must be UTF-8, its byte {data[error.start]:#04x} is not; save the file "
+            "as UTF-8."
+        ) from error
+
+
+def valid_unicode(text: str) -> str:
+    """Return `text` with each lone surrogate replaced by U+FFFD: files cannot hold surrogates."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text, without lone surrogates. Raise ValueError, with the reason.
+
+    Only an escape such as `\\ud83d` can make a surrogate, because the text itself was decoded.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            value = json.loads(valid_unicode(json.dumps(value, ensure_ascii=False)))
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
 def read_jsonl(path: str | Path) -> list[tuple[int, Row]]:
     """(line number, row) for each line. Raises UserError on a missing, empty or broken file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist.")
-    rows: list[tuple[int, Row]] = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number} is not JSON ({error.msg}).") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} holds a {type(row).__name__}, not an object.")
-            rows.append((number, row))
+    rows = parse_lines(decode_text(read_bytes(path), path), path)
     if not rows:
         raise UserError(f"{path} has 0 rows; look at what should have written it.")
     return rows
+
+
+def parse_lines(text: str, path: str | Path) -> list[tuple[int, Row]]:
+    """Return (line number, row) for each line of a JSONL text.
+
+    Lines of NULs are skipped: a power cut leaves them where data was not yet on the disk.
+    """
+    rows: list[tuple[int, Row]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip("\0 \t\r"):
+            continue
+        try:
+            row = parse_json(line.strip("\0"))
+        except ValueError as error:
+            raise UserError(f"{path}:{number} is not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number} holds a {type(row).__name__}, not an object.")
+        rows.append((number, row))
+    return rows
+
+
+def file_name(identity: str) -> str:
+    """Return a file name for any id, at most 120 bytes long; different ids have different names."""
+    name = quote(identity, safe="")
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 17]}-{sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
@@ -48,7 +121,7 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
+        file.writelines(valid_unicode(line) + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -78,13 +151,14 @@ class Journal:
         kept = whole[: whole.rfind(b"\n") + 1]
         if kept != whole:
             os.truncate(self.path, len(kept))
-        self.rows: list[Row] = [json.loads(line) for line in kept.splitlines()]
+        self.rows: list[Row] = [row for _, row in parse_lines(decode_text(kept, path), path)]
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
 
     def append(self, row: Row) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        line = valid_unicode(json.dumps(row, ensure_ascii=False))
+        self._file.write(line + "\n")
         self._file.flush()
-        self.rows.append(row)
+        self.rows.append(parse_json(line))  # what a resumed job reads, to the letter
 
     def close(self) -> None:
         """Force all rows to the disk, so that they survive a crash of the machine, and close."""
@@ -99,6 +173,17 @@ def part_of(path: Path, rank: int) -> Path:
     return path.with_suffix(f".rank{rank}{path.suffix}") if rank else path
 
 
+def parts_of(path: Path) -> list[Path]:
+    """The journals of the other ranks that are there."""
+    return sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}"))
+
+
+def forget(path: Path) -> None:
+    """Delete a journal and the parts of all ranks."""
+    for old in (path, *parts_of(path)):
+        old.unlink(missing_ok=True)
+
+
 def gather_parts(path: Path) -> Journal:
     """Merge the journals of all ranks into that of rank 0, delete the others and return it.
 
@@ -106,7 +191,7 @@ def gather_parts(path: Path) -> Journal:
     """
     whole = Journal(path)
     known = {row["id"] for row in whole.rows}
-    names = sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}"))
+    names = parts_of(path)
     parts = [Journal(name) for name in names]
     for row in chain.from_iterable(part.rows for part in parts):
         if row["id"] not in known:  # a kill before all parts are deleted merges them twice
@@ -118,11 +203,35 @@ def gather_parts(path: Path) -> Journal:
     return whole
 
 
-def open_part(path: Path, world: World) -> tuple[Journal, set[str]]:
-    """This rank's part of a journal, and the ids that any rank has done before. Collective."""
+def open_part(
+    path: Path, world: World, made_from: Mapping[str, str] | None = None, *, anew: bool = False
+) -> tuple[Journal, set[str]]:
+    """This rank's part of a journal, and the ids that any rank has done before. Collective.
+
+    `made_from` are digests of what the work depends on; they are kept beside the journal. Raise
+    UserError where it was begun with others, unless it shall be begun `anew`. Rows that carry a
+    digest of their own need none.
+    """
+    record = path.with_suffix(".made_from.json")
     if world.is_main:
+        if anew:
+            forget(path)
         gather_parts(path)
     world.barrier()
     done = {row["id"] for row in Journal(path).rows}
-    world.barrier()
+    if done and made_from is not None:
+        _require_same_source(path, record, made_from)
+    world.barrier()  # every rank has compared the record before it is written again
+    if world.is_main and made_from is not None:
+        write_json(record, dict(made_from))
     return Journal(part_of(path, world.rank)), done
+
+
+def _require_same_source(path: Path, record: Path, made_from: Mapping[str, str]) -> None:
+    before = parse_json(decode_text(read_bytes(record), record)) if record.exists() else {}
+    changed = [name for name, digest in made_from.items() if before.get(name) != digest]
+    if changed:
+        raise UserError(
+            f"{path} was made from other {' and '.join(changed)} than this run; use a new "
+            "output_dir, or overwrite_output_dir: true to begin anew."
+        )

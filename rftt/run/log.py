@@ -111,8 +111,13 @@ class RunLog:
         for name in self._report_to:
             _check_available(name)
         if enabled:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
+            make_run_dir(self._run_dir)
             self._lock = _locked(self._run_dir)
+            if self._lock is None:
+                self.info(
+                    f"warning: the file system of {run_dir} has no locks; start no second process "
+                    "in this folder"
+                )
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             write_lines(self._run_dir / "config.yaml", [text.rstrip("\n")])
             write_json(self._run_dir / "env.json", environment())
@@ -175,8 +180,23 @@ class RunLog:
             bar.close()
 
 
-def _locked(run_dir: Path) -> TextIO:
-    """Return a locked file. The system releases the lock however this process ends."""
+def make_run_dir(run_dir: Path) -> None:
+    """Create a run directory. Raise UserError where it is a file or cannot be written to."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(run_dir / ".lock", "a", encoding="utf-8"):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"output_dir {run_dir} is or is below a file; use another.") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"output_dir {run_dir} cannot be written to ({error}).") from error
+
+
+def _locked(run_dir: Path) -> TextIO | None:
+    """Return a locked file, or None where the file system has no locks.
+
+    The system releases the lock however this process ends.
+    """
     file = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,6 +205,9 @@ def _locked(run_dir: Path) -> TextIO:
         raise UserError(
             f"{run_dir} is in use by another process; wait for it or use another output_dir."
         ) from error
+    except OSError:  # NFS, FUSE and others: ENOLCK, ENOSYS, EOPNOTSUPP
+        file.close()
+        return None
     return file
 
 

@@ -19,9 +19,10 @@ from rftt.graders.math import extract, grade
 from rftt.graders.prm import ProcessModel, Unscored, reduce
 from rftt.prompted import Prompted, reply
 from rftt.prompts import question_messages
-from rftt.run.files import Journal, Row, gather_parts, open_part, read_jsonl
+from rftt.run.files import Journal, Row, forget, gather_parts, open_part, read_jsonl
 from rftt.run.filters import rank, select, share_solved
 from rftt.run.log import RunLog
+from rftt.run.provenance import digest, weights_digest
 from rftt.tokens import ACTS
 from rftt.types import Problem, UserError
 
@@ -92,10 +93,15 @@ async def score_responses(
     With a `world` each rank scores its share. Only rank 0 receives all rows, the others [].
     """
     file = Path(cfg.output_dir) / "data" / "scored.jsonl"
+    model = cfg.prm_model_name_or_path
+    weights = weights_digest(model) if cfg.use_prm and model else ""
+    sources = {row["id"]: digest([repr(row), weights]) for row in raw}
     if world:
-        journal, done = open_part(file, world)
+        journal, done = open_part(file, world, anew=cfg.overwrite_output_dir)
         todo = [row for row in raw if row["id"] not in done][world.rank :: world.size]
     else:
+        if cfg.overwrite_output_dir:
+            forget(file)
         journal = Journal(file)
         done = {row["id"] for row in journal.rows}
         todo = [row for row in raw if row["id"] not in done]
@@ -104,7 +110,8 @@ async def score_responses(
 
         async def finish(row: Row) -> None:
             work = [score_response(prm, row, response) for response in row["responses"]]
-            journal.append(row | {"responses": await asyncio.gather(*work)})
+            made = {"responses": await asyncio.gather(*work), "source": sources[row["id"]]}
+            journal.append(row | made)
             bar.advance()
 
         await for_each(todo, finish, in_flight=cfg.problems_in_flight)
@@ -116,13 +123,14 @@ async def score_responses(
         if not world.is_main:
             return []
     by_id = {row["id"]: row for row in gather_parts(file).rows}
-    if changed := [row["id"] for row in raw if texts(row) != texts(by_id[row["id"]])]:
-        raise UserError(f"{file} holds other responses to {changed[0]}; use a new output_dir.")
+    if changed := [
+        row["id"] for row in raw if by_id[row["id"]].get("source") != sources[row["id"]]
+    ]:
+        raise UserError(
+            f"{file} holds scores of other responses or another PRM, first of {changed[0]}; use a "
+            "new output_dir, or overwrite_output_dir: true to begin anew."
+        )
     return [by_id[row["id"]] for row in raw]
-
-
-def texts(row: Row) -> list[str]:
-    return [response["text"] for response in row["responses"]]
 
 
 async def score_response(prm: ProcessModel | None, problem: Row, response: Row) -> Row:

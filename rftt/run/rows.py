@@ -10,14 +10,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from rftt.prompts import ask, ask_refine, ask_verify
 from rftt.run.cli import check_same_run, load_function
 from rftt.run.config import Filters
 from rftt.run.files import Row, write_json, write_jsonl
 from rftt.run.log import RunLog
+from rftt.run.provenance import MadeFrom, made_from
 from rftt.run.rejection import RESPONSES, curate_responses, load_responses, score_responses
-from rftt.types import UserError
+from rftt.tokens import FUNCTIONS
+from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rftt.learner.fsdp import World
     from rftt.run.config import SearchConfig
 
@@ -35,10 +40,23 @@ def open_log(cfg: SearchConfig, world: World) -> RunLog:
     changeable = {field.name for field in fields(Filters)}
     changeable |= {"prm_reduce", "max_repeats"} if cfg.method in RESPONSES else set()
     fixed = {key: value for key, value in asdict(cfg).items() if key not in changeable}
-    check_same_run(Path(cfg.output_dir) / "config.yaml", fixed)
+    if not cfg.overwrite_output_dir:
+        check_same_run(Path(cfg.output_dir) / "config.yaml", fixed)
     if cfg.custom_filter is not None:
         load_function("custom_filter", cfg.custom_filter)  # a mistake appears before sampling
     return RunLog(Path(cfg.output_dir), asdict(cfg), enabled=world.is_main)
+
+
+def search_source(
+    cfg: SearchConfig, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> MadeFrom:
+    """Return the digests of what data/raw.jsonl is made from.
+
+    The instructions of all acts count, around a question of our own.
+    """
+    asked = [ask(act, "1+1?", "") for act in FUNCTIONS]
+    asked += [ask_verify("1+1?", "", "3", "2"), ask_refine("1+1?", "", "no")]
+    return made_from(cfg, tokenizer, problems, asked)
 
 
 def score_cache(cfg: SearchConfig, log: RunLog, world: World) -> None:

@@ -82,14 +82,14 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     acts = [act for rollout in rollouts for act in rollout.acts]
     groups: dict[int, set[float]] = {}
     for rollout in rollouts:
-        groups.setdefault(rollout.group, set()).add(sum(rollout.step_rewards))
+        groups.setdefault(rollout.group, set()).add(rollout.reward)
     scores = [score for rollout in rollouts for score in rollout.step_scores]
     process = {"process_reward": sum(scores) / len(scores)} if scores else {}
     return (
         process
         | {
             "accuracy": sum(r.outcome for r in rollouts) / n,
-            "reward": sum(sum(r.step_rewards) for r in rollouts) / n,
+            "reward": sum(r.reward for r in rollouts) / n,
             "response_length": sum(len(r.response_ids) for r in rollouts) / n,
             "truncated_share": sum(r.finish == "length" for r in rollouts) / n,
             "malformed_share": sum("" in r.acts for r in rollouts) / n,
@@ -98,6 +98,15 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
             "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
         }
         | {f"acts/{act}": acts.count(act) / max(len(acts), 1) for act in ACTS}
+    )
+
+
+def nothing_to_learn(step: int, explored: list[Rollout], n_groups: int) -> str:
+    """Return the warning about a step in which no group has differing rewards."""
+    solved = sum(rollout.outcome for rollout in explored) / len(explored)
+    return (
+        f"step {step}: all {n_groups} groups have equal rewards; nothing to learn (solve rate "
+        f"{solved:.2f}). Too easy, too hard, or answers that do not parse: read samples/."
     )
 
 

@@ -7,7 +7,6 @@ on a CPU.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +20,14 @@ from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole
 from rftt.learner.fsdp import World
 from rftt.run.cli import STOPPED, check_same_run, stop_on_sigterm
 from rftt.run.config import RLConfig, SFTConfig
+from rftt.run.files import write_json, write_jsonl
 from rftt.run.log import Clock, RunLog
-from rftt.types import UserError
+from rftt.run.provenance import MadeFrom, digest, made_from
+from rftt.run.stats import examples, tree_record
+from rftt.types import Problem, Rollout, UserError
 
 if TYPE_CHECKING:
+    from rftt.mcts import Tree
     from rftt.update import Learner
 
 
@@ -77,10 +80,22 @@ class Run:
 
     def require_same_rows(self, rows: Sequence[object]) -> None:
         """Raise UserError where the run was begun with other rows than these."""
-        digest = hashlib.sha256(repr(rows).encode()).hexdigest()
-        if self.state.setdefault("data", digest) != digest:
+        self._require_same("source", {"rows": digest(map(repr, rows))})
+
+    def require_same_source(
+        self, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Raise UserError where the run was begun with other problems, prompts or first weights."""
+        assert isinstance(self._cfg, RLConfig), "offline training has no problems"
+        self._require_same("source", made_from(self._cfg, tokenizer, problems))
+
+    def _require_same(self, name: str, digests: MadeFrom) -> None:
+        before = self.state.setdefault(name, digests)
+        changed = [what for what, digest in digests.items() if before.get(what) != digest]
+        if changed:
             raise UserError(
-                f"{self.folder} was begun with other rows; use a new output_dir for these."
+                f"{self.folder} was begun with other {' and '.join(changed)}; use a new output_dir "
+                "for these, or overwrite_output_dir: true."
             )
 
     def steps(self, total: int, max_tokens: int | None = None) -> Iterator[int]:
@@ -95,6 +110,10 @@ class Run:
     def is_due(self, step: int) -> bool:
         """Return whether `save_steps` demands a checkpoint after `step`."""
         return bool(self._cfg.save_steps) and (step + 1) % self._cfg.save_steps == 0
+
+    def is_saved(self, n_steps: int) -> bool:
+        """Whether `save_steps` demanded a checkpoint after `n_steps` steps."""
+        return n_steps > 0 and self.is_due(n_steps - 1)
 
     def is_last(self, step: int) -> bool:
         """Return whether `step` ends the run. It must have been logged before."""
@@ -111,6 +130,11 @@ class Run:
         """Mark the checkpoint after `n_steps` steps as `best` if its score is the highest."""
         self._checkpoints.rate(n_steps, score)
 
+    def rate_if_saved(self, n_steps: int, score: float) -> None:
+        """Rate the weights after `n_steps` steps where they are a checkpoint's."""
+        if self.is_saved(n_steps):
+            self.rate(n_steps, score)
+
     def save_if_due(self, step: int) -> None:
         """Write a checkpoint after `step` if one is due, at the end, and on SIGTERM. Collective.
 
@@ -123,6 +147,18 @@ class Run:
         if stopped:
             self._checkpoints.close()
             raise SystemExit(STOPPED)
+
+    def write_examples_if_due(
+        self, step: int, rollouts: list[Rollout], example: tuple[Tree, Problem] | None
+    ) -> None:
+        """Write one rollout of each of a few groups, and one tree, beside a due checkpoint."""
+        if not self._world.is_main or not self.is_due(step):
+            return
+        name = f"step_{step:06d}"
+        write_jsonl(self.folder / "samples" / f"{name}.jsonl", examples(rollouts, self._tokenizer))
+        if example:
+            record = tree_record(*example, self._tokenizer)
+            write_json(self.folder / "trees" / name / "0.json", record)
 
     def finish(self) -> None:
         """Export the policy as a Hugging Face folder. Collective."""

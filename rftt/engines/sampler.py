@@ -1,0 +1,178 @@
+"""A policy behind an engine: budgets, seeds, the ids that end a response, requests and priors.
+
+An engine takes and returns ids alone. The search over functional tokens (rollout.py) works on a
+`Task`: one problem for one policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from rftt.engines.base import Sampling
+from rftt.engines.chat import decode, encode_chat, eos_id
+from rftt.graders.math import extract
+from rftt.prompts import question_messages
+from rftt.tokens import ACTS, CLOSERS, OPENERS, FunctionIds, function_ids, successors
+from rftt.types import Completion, Problem, Step, UserError, seed_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rftt.engines.base import Engine
+    from rftt.run.config import EvalConfig, RLConfig
+
+
+def functional_ids(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> FunctionIds | None:
+    """Return the functional tokens' ids; None for a plain policy, where they are not `required`.
+
+    Raise UserError where a required one is not a single id.
+    """
+    if not required and not set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab()):
+        return None
+    return function_ids(tokenizer)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A policy behind an engine, and how it is sampled."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    ids: FunctionIds | None
+    """None for a policy without functional tokens (plain chain of thought)."""
+    temperature: float
+    max_tokens: int
+    """Budget of a whole response."""
+    max_depth: int
+    seed: int
+    stepwise: bool = False
+    answer_format: str = "boxed"
+    forbidden: tuple[str, ...] = ()
+    """Acts that neither the policy nor a tree may begin."""
+    children_per_act: int = 1
+
+    @property
+    def functions(self) -> FunctionIds:
+        """The ids, where a tree or a forbidden act requires them."""
+        assert self.ids is not None, "a tree over functional tokens needs them"
+        return self.ids
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Token ids that end a response."""
+        eos = eos_id(self.tokenizer)
+        return (self.ids.end, eos) if self.ids else (eos,)
+
+    @property
+    def stops_of_act(self) -> tuple[int, ...]:
+        """Token ids that end one act, well-formed or not."""
+        return (*self.functions.closers, *self.functions.openers, eos_id(self.tokenizer))
+
+    def acts_after(self, act: str | None) -> tuple[str, ...]:
+        """Return the acts to try below a step by `act` (None: the root), repeated if allowed."""
+        allowed = tuple(a for a in successors(act, "learned") if a not in self.forbidden)
+        return allowed * self.children_per_act
+
+    def room(self, n_prompt: int, n_used: int) -> int:
+        """Return how many tokens the response may still take."""
+        return min(self.max_tokens, self.engine.max_model_len - n_prompt) - n_used
+
+    def sampling(self, max_tokens: int, *key: object) -> Sampling:
+        """Return the settings of one request. Equal keys draw equal tokens."""
+        return Sampling(
+            max_tokens,
+            self.temperature,
+            seed=seed_for(self.seed, *key),
+            stop_ids=self.stops,
+            banned_ids=tuple(self.functions.open[act] for act in self.forbidden),
+            watch_ids=self.ids.openers if self.ids else (),  # their log-probs are the priors
+            watch_after=self.ids.closers if self.ids else (),  # an act may begin behind these
+        )
+
+
+def sampler_of(
+    cfg: RLConfig | EvalConfig,
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: FunctionIds | None,
+    *,
+    stepwise: bool = False,
+    answer_format: str = "boxed",
+) -> Sampler:
+    """Return how a run samples its policy."""
+    return Sampler(
+        engine=engine,
+        tokenizer=tokenizer,
+        ids=ids,
+        temperature=cfg.temperature,
+        max_tokens=cfg.max_completion_length,
+        max_depth=cfg.search_depth,
+        seed=cfg.seed,
+        stepwise=stepwise,
+        answer_format=answer_format,
+        forbidden=tuple(cfg.forbidden_acts),
+        children_per_act=cfg.children_per_act,
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem for one policy: what every search of rollout.py works on."""
+
+    sampler: Sampler
+    problem: Problem
+    prompt: Sequence[int]
+    """Token ids of the chat up to the response. (P,)"""
+    group: int = 0
+
+    def room(self, n_used: int) -> int:
+        """Return how many tokens the response may take behind its first `n_used`."""
+        return self.sampler.room(len(self.prompt), n_used)
+
+    async def ask(
+        self, before: Sequence[int], max_tokens: int, *key: object, one_act: bool = False
+    ) -> Completion:
+        """Let the policy continue the response `before`, to its end or (`one_act`) an act's."""
+        sampling = self.sampler.sampling(max_tokens, self.problem.id, *key)
+        if one_act:
+            sampling = replace(sampling, stop_ids=self.sampler.stops_of_act)
+        return await self.sampler.engine.generate([*self.prompt, *before], sampling)
+
+    async def act_logprobs(self, before: Sequence[int], *key: object) -> dict[str, float]:
+        """Return log π(act | the response `before`): the priors of the acts that may follow."""
+        completion = await self.ask(before, 1, *key)  # the one sampled token is not used
+        return dict(zip(ACTS, completion.watched[0], strict=True))
+
+    def answer(self, response: Sequence[int]) -> str | None:
+        """Return the answer of a finished response; a truncated one has none."""
+        if response[-1] not in self.sampler.stops:
+            return None
+        return extract(decode(self.sampler.tokenizer, response), self.sampler.answer_format)
+
+    def text(self, steps: Sequence[Step]) -> str:
+        """Return the decoded text of consecutive steps."""
+        return decode(self.sampler.tokenizer, tokens_of(steps))
+
+
+def tokens_of(steps: Sequence[Step]) -> list[int]:
+    """Return the token ids of consecutive steps."""
+    return [token for step in steps for token in step.token_ids]
+
+
+def pose(
+    sampler: Sampler, problem: Problem, system_prompt: str | None = None, *, group: int = 0
+) -> Task:
+    """Return the task to answer a problem: its question, after a system prompt if there is one.
+
+    Raise UserError where the question leaves no room for a response.
+    """
+    prompt = encode_chat(sampler.tokenizer, question_messages(problem.question, system_prompt))
+    task = Task(sampler, problem, prompt, group)
+    if task.room(1) <= 0:
+        raise UserError(
+            f"problem {problem.id}: a prompt of {len(prompt)} tokens leaves no room for a response "
+            f"in max_model_len={sampler.engine.max_model_len}; raise it or leave the problem out."
+        )
+    return task

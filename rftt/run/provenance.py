@@ -1,0 +1,133 @@
+"""What results were made from: digests of problems, prompts and weights.
+
+A path says where a model lies, not which one it is. A journal that was begun with other weights at
+the same path, or with other gold answers in the same file, must not be continued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from rftt.engines.chat import encode_chat
+from rftt.prompts import Messages, question_messages
+from rftt.types import Problem, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rftt.run.config import EvalConfig, RLConfig, SearchConfig
+
+MadeFrom = dict[str, str]
+"""What a result depends on -> its digest."""
+
+WHOLE = 64 << 20
+"""Files of weights up to this size, in bytes, are hashed as a whole: 0.1 s."""
+SAMPLE = 4096
+"""Bytes read at the start, in the middle and at the end of each tensor of a larger file."""
+MAX_HEADER = 100 << 20
+"""Largest header of a safetensors file, in bytes (the format's own limit)."""
+
+
+def made_from(
+    cfg: SearchConfig | RLConfig | EvalConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    instructions: Sequence[Messages] = (),
+) -> MadeFrom:
+    """Return the digests of a result over `problems`, whose model also got `instructions`.
+
+    The model of an API is named by api_url and api_model, which the config compares.
+    """
+    questions = [question_messages(problem.question, cfg.system_prompt) for problem in problems]
+    models = [] if cfg.engine == "api" else [cfg.model_name_or_path]
+    if cfg.use_prm and cfg.prm_model_name_or_path:
+        models.append(cfg.prm_model_name_or_path)
+    return {
+        "problems": digest(map(repr, problems)),
+        "prompts": prompt_digest(tokenizer, [*questions, *instructions]),
+        "weights": digest(map(weights_digest, models)),
+    }
+
+
+def digest(texts: Iterable[str]) -> str:
+    """Return the SHA-256 of a list of texts; it also depends on where one ends."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return found.hexdigest()
+
+
+def prompt_digest(tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Messages]) -> str:
+    """Return the digest of the ids that a model is asked with, so of template and tokenizer."""
+    return digest(repr(encode_chat(tokenizer, messages)) for messages in conversations)
+
+
+def weights_digest(model: str) -> str:
+    """Return the digest of a model's configuration and weights.
+
+    Weights files of up to 64 MB are read as a whole. Of larger ones the header and, from each
+    tensor, 12 kB are: a training changes nearly all numbers of a tensor, and 15 GB would take a
+    minute. A change of single numbers elsewhere is not seen. A model of the hub is its commit.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from transformers import PretrainedConfig
+
+        try:
+            config, _ = PretrainedConfig.get_config_dict(model)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the configuration of {model} cannot be read ({reason}).") from error
+        return digest([model, str(config.get("_commit_hash"))])
+    found = hashlib.sha256()
+    for path in weights_files(folder):
+        try:
+            with path.open("rb") as file:
+                found.update(f"{path.name} {path.stat().st_size}".encode())
+                if path.stat().st_size <= WHOLE:
+                    found.update(file.read())
+                elif path.suffix == ".safetensors":
+                    _sample_tensors(file, found)
+                else:
+                    _sample(file, 0, path.stat().st_size, found, parts=64)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error}).") from error
+    return found.hexdigest()
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return the files that make up a model, in order; other files of the folder are foreign."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    settings = [folder / name for name in ("config.json", "generation_config.json")]
+    return [path for path in (*settings, *weights) if path.is_file()]
+
+
+def _sample_tensors(file: BinaryIO, found: hashlib._Hash) -> None:
+    """Hash the header of a safetensors file and a sample of each tensor's bytes.
+
+    A damaged header is hashed as far as it goes: opening the model names the damage.
+    """
+    head = file.read(8)
+    size = int.from_bytes(head, "little")
+    header = file.read(min(size, MAX_HEADER))
+    found.update(head + header)
+    try:
+        tensors = json.loads(header)
+    except ValueError:
+        return
+    for name, tensor in tensors.items():
+        if name != "__metadata__":
+            begin, end = tensor["data_offsets"]
+            _sample(file, 8 + size + begin, 8 + size + end, found, parts=3)
+
+
+def _sample(file: BinaryIO, begin: int, end: int, found: hashlib._Hash, *, parts: int) -> None:
+    """Hash `parts` samples of the bytes from `begin` to `end`, the first and the last included."""
+    last = max(begin, end - SAMPLE)
+    for i in range(parts):
+        file.seek(begin + (last - begin) * i // (parts - 1))
+        found.update(file.read(min(SAMPLE, end - begin)))

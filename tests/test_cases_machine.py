@@ -1,0 +1,192 @@
+"""Other people's machines: file systems, environments, command lines, odd numbers."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from rftt.engines.http import proxy_of
+from rftt.learner import fsdp
+from rftt.learner.fsdp import joined
+from rftt.run import log as log_module
+from rftt.run.config import EvalConfig, RLConfig, SFTConfig, load_config
+from rftt.run.data import read_rows
+from rftt.run.files import file_name, write_jsonl
+from rftt.run.log import RunLog
+from rftt.types import UserError
+from tests.test_tokens import FAMILIES
+
+pytestmark = pytest.mark.cases
+EVALUATE = ["model_name_or_path=m", "eval_file=e", "output_dir=o"]
+TRAIN = ["model_name_or_path=m", "train_file=t", "output_dir=o", "learning_rate=0.001"]
+
+
+# ---- File names ----
+
+
+@pytest.mark.parametrize(
+    "identity",
+    ["q" * 260, "问题" * 15, "a/b", "..", "", "\0", "x" * 121, "\N{SLIGHTLY SMILING FACE}" * 99],
+)
+def test_any_id_is_a_file_name(tmp_path, identity) -> None:
+    path = tmp_path / f"{file_name(identity)}.json"
+    path.write_text("x", encoding="utf-8")
+    assert path.parent == tmp_path
+    assert len(path.name.encode()) <= 143
+    assert file_name(identity + "1") != file_name(identity)
+
+
+def test_a_short_id_keeps_its_name() -> None:
+    assert file_name("train-1") == "train-1"
+
+
+# ---- Run directories ----
+
+
+def test_an_output_dir_that_is_or_is_below_a_file_is_one_line(tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"output_dir .*file.* is or is below a file"):
+            RunLog(path, {}, enabled=True)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_an_output_dir_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, code) -> None:
+    def refuse(self: Path, **_: object) -> None:
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="cannot be written to"):
+        RunLog(tmp_path / "out", {}, enabled=True)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, capsys, code) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr(log_module.fcntl, "flock", refuse)
+    RunLog(tmp_path, {}, enabled=True).step(0, {"loss": 1.0}, ("loss",))
+    assert "has no locks" in capsys.readouterr().out
+    assert "loss" in (tmp_path / "metrics.jsonl").read_text()
+
+
+# ---- Environments ----
+
+
+def refused_group(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
+    monkeypatch.setattr(fsdp, "FORMING", timedelta(seconds=1))
+    for name in (*fsdp.GROUP_KEYS, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as error, joined("cpu"):
+        pass
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_group_of_another_job_ends_with_one_line(monkeypatch, rank) -> None:
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    message = refused_group(monkeypatch, **group, RANK=rank)
+    assert f"MASTER_ADDR=127.0.0.1, MASTER_PORT={group['MASTER_PORT']}, RANK={rank}" in message
+    assert "does not form" in message
+    assert "unset these variables" in message
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "WORLD_SIZE", "RANK"])
+def test_half_a_group_in_the_environment_is_one_line(monkeypatch, name) -> None:
+    message = refused_group(monkeypatch, **{name: "1"})
+    assert f"the environment has {name}=1 but lacks" in message
+
+
+@pytest.mark.parametrize("group", [{"MASTER_PORT": "x"}, {"RANK": "x"}, {"WORLD_SIZE": "x"}])
+def test_a_group_with_words_for_numbers_is_one_line(monkeypatch, group) -> None:
+    whole = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "1", "RANK": "0"}
+    assert "does not form" in refused_group(monkeypatch, **(whole | group))
+
+
+def test_a_proxy_does_not_stand_before_loopback(monkeypatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for url in ("http://127.0.0.1:8008", "http://localhost:8008", "http://[::1]:8008"):
+        assert proxy_of(url) is None
+    assert proxy_of("http://example.com") == "http://127.0.0.1:1"
+
+
+# ---- Command lines (cases/command_line.txt) and numbers (cases/numbers.txt) ----
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("system_prompt", "Solve it. # Rules: be brief"),
+        ("system_prompt", "Line one.\nLine two."),
+        ("system_prompt", "Answer in this form: a number"),
+        ("system_prompt", "[a] {b} 'c' \"d\""),
+        ("prm_good_token", " +"),
+        ("prm_bad_token", "-"),
+        ("prm_step_tag", "\n\n"),
+        ("output_dir", "2026-11-25"),
+        ("prompt_key", "{Body} {Question}"),
+        ("answer_key", "1e3"),
+        ("system_prompt", "null and void"),
+    ],
+)
+def test_text_on_the_command_line_stays_text(key, text) -> None:
+    assert getattr(load_config(EvalConfig, [*EVALUATE, f"{key}={text}"]), key) == text
+
+
+@pytest.mark.parametrize("key", ["output_dir", "model_name_or_path", "eval_file", "chat_template"])
+def test_a_path_expands_the_home_folder(monkeypatch, key) -> None:
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert getattr(load_config(EvalConfig, [*EVALUATE, f"{key}=~/runs"]), key) == "/elsewhere/runs"
+
+
+@pytest.mark.parametrize(
+    ("schema", "argument"),
+    [
+        (SFTConfig, "max_grad_norm=0"),
+        (SFTConfig, "max_grad_norm=-1"),
+        (SFTConfig, "eval_ratio=20"),
+        (SFTConfig, "num_train_epochs=-1"),
+        (SFTConfig, "num_train_epochs=1e9"),
+        (SFTConfig, "warmup_ratio=100"),
+        (SFTConfig, "learning_rate=10"),
+        (SFTConfig, "weight_decay=5"),
+        (RLConfig, "kl_coef=-0.01"),
+        (RLConfig, "kl_coef=1e9"),
+        (RLConfig, "gamma=99"),
+        (RLConfig, "temperature=nan"),
+        (RLConfig, "temperature=-1"),
+        (RLConfig, "gpu_memory_utilization=90"),
+        (RLConfig, "epsilon=-1"),
+        (RLConfig, "epsilon=1"),
+        (RLConfig, "critic_learning_rate=2"),
+        (RLConfig, "num_generations=1000000000"),
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_one_line(schema, argument) -> None:
+    key, _, value = argument.partition("=")
+    with pytest.raises(UserError, match=f"`{key}` must be .*, got {value}") as error:
+        load_config(schema, [*TRAIN, argument])
+    assert "\n" not in str(error.value)
+
+
+def test_epochs_that_train_on_no_row_are_one_line(tmp_path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "response": "a"}] * 4)
+    keys = [f"train_file={tmp_path / 'rows.jsonl'}", "functional_tokens=false", "eval_ratio=0"]
+    cfg = load_config(SFTConfig, [*TRAIN, *keys, "num_train_epochs=0.1"])
+    with pytest.raises(UserError, match=r"num_train_epochs=0.1 trains on none of 4 rows"):
+        read_rows(cfg, FAMILIES["qwen2"]())
