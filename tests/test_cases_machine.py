@@ -188,5 +188,5 @@ def test_epochs_that_train_on_no_row_are_one_line(tmp_path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "response": "a"}] * 4)
     keys = [f"train_file={tmp_path / 'rows.jsonl'}", "functional_tokens=false", "eval_ratio=0"]
     cfg = load_config(SFTConfig, [*TRAIN, *keys, "num_train_epochs=0.1"])
-    with pytest.raises(UserError, match=r"num_train_epochs=0.1 trains on none of 4 rows"):
+    with pytest.raises(UserError, match=r"num_train_epochs=0.1 must cover at least one of 4 rows"):
         read_rows(cfg, FAMILIES["qwen2"]())

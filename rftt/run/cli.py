@@ -140,7 +140,7 @@ def _config_before(config_file: Path) -> dict[str, Any]:
 
 
 def check_same_run(config_file: Path, config: dict[str, Any]) -> None:
-    """Refuse to continue a run directory with settings that would mix two experiments in it."""
+    """Raise UserError if a run directory belongs to an experiment with other settings."""
     before = _config_before(config_file)
     for key, value in config.items():
         if key not in RUNTIME_KEYS and key in before and before[key] != value:
