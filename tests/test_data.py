@@ -193,8 +193,8 @@ def test_rows_with_an_unknown_act_are_named(tmp_path):
     arguments = {"system_prompt": None, "mask_wrong": True, "functional": True, "max_length": 99}
     for steps in (["a"], [{"act": "output"}]):
         path = write(tmp_path, {"question": "q", "steps": steps})
-        with pytest.raises(UserError, match="rows.jsonl:1: a step must have 'act' and 'text'"):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: a step must have 'act' and 'text'"):
             load_rows(path, Letters(), **arguments)
     path = write(tmp_path, {"question": "q", "steps": [{"act": "ponder", "text": "a"}]})
-    with pytest.raises(UserError, match="rows.jsonl:1: an act must be .*, got 'ponder'"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: an act must be .*, got 'ponder'"):
         load_rows(path, Letters(), **arguments)
