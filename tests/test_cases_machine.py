@@ -50,7 +50,7 @@ def test_a_short_id_keeps_its_name() -> None:
 def test_an_output_dir_that_is_or_is_below_a_file_is_one_line(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"output_dir .*file.* is or is below a file"):
+        with pytest.raises(UserError, match=r"output_dir .*file.* must be a folder"):
             RunLog(path, {}, enabled=True)
 
 
@@ -71,7 +71,7 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(log_module.fcntl, "flock", refuse)
     RunLog(tmp_path, {}, enabled=True).step(0, {"loss": 1.0}, ("loss",))
-    assert "has no locks" in capsys.readouterr().out
+    assert "does not support locks" in capsys.readouterr().out
     assert "loss" in (tmp_path / "metrics.jsonl").read_text()
 
 

@@ -50,9 +50,9 @@ def open_log(cfg: SearchConfig, world: World) -> RunLog:
 def search_source(
     cfg: SearchConfig, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> MadeFrom:
-    """Return the digests of what data/raw.jsonl is made from.
+    """Return the digests of the inputs of data/raw.jsonl.
 
-    The instructions of all acts count, around a question of our own.
+    They include the instructions of all acts, with a fixed example question.
     """
     asked = [ask(act, "1+1?", "") for act in FUNCTIONS]
     asked += [ask_verify("1+1?", "", "3", "2"), ask_refine("1+1?", "", "no")]
