@@ -101,7 +101,7 @@ def test_a_group_of_another_job_ends_with_one_line(monkeypatch, rank) -> None:
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     message = refused_group(monkeypatch, **group, RANK=rank)
     assert f"MASTER_ADDR=127.0.0.1, MASTER_PORT={group['MASTER_PORT']}, RANK={rank}" in message
-    assert "does not form" in message
+    assert "cannot be formed" in message
     assert "unset these variables" in message
 
 
@@ -114,7 +114,7 @@ def test_half_a_group_in_the_environment_is_one_line(monkeypatch, name) -> None:
 @pytest.mark.parametrize("group", [{"MASTER_PORT": "x"}, {"RANK": "x"}, {"WORLD_SIZE": "x"}])
 def test_a_group_with_words_for_numbers_is_one_line(monkeypatch, group) -> None:
     whole = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "1", "RANK": "0"}
-    assert "does not form" in refused_group(monkeypatch, **(whole | group))
+    assert "cannot be formed" in refused_group(monkeypatch, **(whole | group))
 
 
 def test_a_proxy_does_not_stand_before_loopback(monkeypatch) -> None:
