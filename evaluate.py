@@ -55,7 +55,7 @@ from rftt.types import Problem, Rollout, Step
 
 
 def main(cfg: EvalConfig) -> None:
-    """Evaluate in a process group, which a single process has as well."""
+    """Evaluate a model or, with `audit`, only the gold answers."""
     if cfg.audit:
         audit_gold(cfg)
         return

@@ -50,7 +50,7 @@ def test_a_short_id_keeps_its_name() -> None:
 def test_an_output_dir_that_is_or_is_below_a_file_is_one_line(tmp_path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"output_dir .*file.* is or is below a file"):
+        with pytest.raises(UserError, match=r"output_dir .*file.* must be a folder"):
             RunLog(path, {}, enabled=True)
 
 
@@ -71,7 +71,7 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(log_module.fcntl, "flock", refuse)
     RunLog(tmp_path, {}, enabled=True).step(0, {"loss": 1.0}, ("loss",))
-    assert "has no locks" in capsys.readouterr().out
+    assert "does not support locks" in capsys.readouterr().out
     assert "loss" in (tmp_path / "metrics.jsonl").read_text()
 
 
@@ -101,7 +101,7 @@ def test_a_group_of_another_job_ends_with_one_line(monkeypatch, rank) -> None:
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     message = refused_group(monkeypatch, **group, RANK=rank)
     assert f"MASTER_ADDR=127.0.0.1, MASTER_PORT={group['MASTER_PORT']}, RANK={rank}" in message
-    assert "does not form" in message
+    assert "cannot be formed" in message
     assert "unset these variables" in message
 
 
@@ -114,7 +114,7 @@ def test_half_a_group_in_the_environment_is_one_line(monkeypatch, name) -> None:
 @pytest.mark.parametrize("group", [{"MASTER_PORT": "x"}, {"RANK": "x"}, {"WORLD_SIZE": "x"}])
 def test_a_group_with_words_for_numbers_is_one_line(monkeypatch, group) -> None:
     whole = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "1", "RANK": "0"}
-    assert "does not form" in refused_group(monkeypatch, **(whole | group))
+    assert "cannot be formed" in refused_group(monkeypatch, **(whole | group))
 
 
 def test_a_proxy_does_not_stand_before_loopback(monkeypatch) -> None:
@@ -188,5 +188,5 @@ def test_epochs_that_train_on_no_row_are_one_line(tmp_path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"question": "q", "response": "a"}] * 4)
     keys = [f"train_file={tmp_path / 'rows.jsonl'}", "functional_tokens=false", "eval_ratio=0"]
     cfg = load_config(SFTConfig, [*TRAIN, *keys, "num_train_epochs=0.1"])
-    with pytest.raises(UserError, match=r"num_train_epochs=0.1 trains on none of 4 rows"):
+    with pytest.raises(UserError, match=r"num_train_epochs=0.1 must cover at least one of 4 rows"):
         read_rows(cfg, FAMILIES["qwen2"]())

@@ -103,7 +103,7 @@ def test_settings_that_a_server_never_sees_are_refused() -> None:
     api = ["engine=api", "api_url=http://a/v1", "api_model=m", "api_max_tokens=9"]
     arguments = ["model_name_or_path=m", "output_dir=o", "train_file=t", *api]
     load_config(SearchConfig, arguments)
-    with pytest.raises(UserError, match="do not reach the server"):
+    with pytest.raises(UserError, match="have no effect with engine=api"):
         load_config(SearchConfig, [*arguments, "chat_template_kwargs={enable_thinking: false}"])
 
 
@@ -120,9 +120,9 @@ def test_a_template_file_replaces_the_models_own(opened, tmp_path) -> None:
 
 def test_named_templates_need_a_default_one(opened, tmp_path) -> None:
     assert asked(opened({"default": THINKING, "rag": "no"})) == "1+1? yes"
-    with pytest.raises(UserError, match=r"the chat templates rag, tool and none named default"):
+    with pytest.raises(UserError, match=r"a chat template named default, got rag, tool"):
         opened({"rag": "a", "tool": "b"})
-    with pytest.raises(UserError, match="none named default"):
+    with pytest.raises(UserError, match="must have a chat template named default"):
         load_tokenizer(str(tmp_path / "model"))
     with pytest.raises(UserError, match="has no chat template"):
         opened(None)
@@ -132,8 +132,8 @@ def test_named_templates_need_a_default_one(opened, tmp_path) -> None:
     ("template", "message"),
     [
         ("{{ raise_exception('System role not supported') }}", "set system_prompt: null"),
-        ("{{ messages[0].content.items() }}", "refuses the roles system, user"),
-        ("{% if %}", "refuses the roles system, user"),
+        ("{{ messages[0].content.items() }}", "must accept the roles system, user"),
+        ("{% if %}", "must accept the roles system, user"),
     ],
 )
 def test_a_template_that_refuses_the_messages_is_one_line(opened, template, message) -> None:
@@ -162,13 +162,13 @@ def test_a_date_in_the_template_is_frozen_with_the_run(opened, tmp_path, monkeyp
     assert settle_date(load_config(EvalConfig, keys)).template_date == "2026-11-25"
     with pytest.raises(UserError, match="was begun with template_date='2026-11-25'"):
         check_same_run(tmp_path / "run" / "config.yaml", {"template_date": "2026-11-26"})
-    with pytest.raises(UserError, match="template_date must be YYYY-MM-DD, got 'today'"):
+    with pytest.raises(UserError, match="`template_date` must be YYYY-MM-DD, got 'today'"):
         load_config(EvalConfig, [*keys, "template_date=today"])
 
 
 def test_a_date_that_cannot_be_frozen_is_refused() -> None:
     assert with_date("{{ strftime_now( '%Y' ) }}", date(2026, 1, 2)) == "{{ '2026' }}"
-    with pytest.raises(UserError, match="cannot be frozen"):
+    with pytest.raises(UserError, match="must be a constant"):
         with_date("{{ strftime_now(form) }}", date(2026, 1, 2))
 
 

@@ -22,7 +22,7 @@ def test_help_names_every_field_with_little_work():
     ("argument", "line"),
     [
         ("learning_rat=1", "Did you mean 'learning_rate'?"),
-        ("train_file=nowhere.jsonl", "nowhere.jsonl does not exist."),
+        ("train_file=nowhere.jsonl", "nowhere.jsonl does not exist; check the path."),
     ],
 )
 def test_a_script_prints_one_line_and_exits_with_2(tmp_path, argument, line):

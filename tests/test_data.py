@@ -51,7 +51,7 @@ GOOD = {"problem": "1+1?", "answer": "2"}
             r"1 of 2 rows have no gold .* first .*rows.jsonl:2 \(answer",
         ),
         ((GOOD, "{broken\n"), r"rows.jsonl:2 is not JSON"),
-        ((GOOD, "[1]\n"), r"rows.jsonl:2 holds a list"),
+        ((GOOD, "[1]\n"), r"rows.jsonl:2 must be a JSON object, got list"),
     ],
     ids=["empty", "no problem", "no gold", "broken", "not an object"],
 )
@@ -193,8 +193,8 @@ def test_rows_with_an_unknown_act_are_named(tmp_path):
     arguments = {"system_prompt": None, "mask_wrong": True, "functional": True, "max_length": 99}
     for steps in (["a"], [{"act": "output"}]):
         path = write(tmp_path, {"question": "q", "steps": steps})
-        with pytest.raises(UserError, match=r"rows.jsonl:1 has a step without act and text: "):
+        with pytest.raises(UserError, match=r"rows.jsonl:1: a step must have 'act' and 'text'"):
             load_rows(path, Letters(), **arguments)
     path = write(tmp_path, {"question": "q", "steps": [{"act": "ponder", "text": "a"}]})
-    with pytest.raises(UserError, match=r"rows.jsonl:1 has the unknown act 'ponder'"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: an act must be .*, got 'ponder'"):
         load_rows(path, Letters(), **arguments)

@@ -359,5 +359,5 @@ def test_distilling_goes_from_a_url_to_rows_that_train(tmp_path, teacher, prm):
         load_tokenizer(str(tmp_path / "student")), system_prompt=None, mask_wrong=True,
         functional=False, max_length=999,
     )  # fmt: skip
-    assert (len(examples), too_long) == (scored["rows"], 0)
+    assert (len(examples), too_long) == (scored["rows"], {})
     assert len(rows(tmp_path / "out/data/dpo.jsonl")) == scored["pairs"] > 0

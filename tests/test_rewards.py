@@ -113,7 +113,7 @@ def no_number(problem, response):
 @pytest.mark.parametrize("name", ["nothing", "words", "no_number"])
 def test_a_users_function_must_return_a_number(name):
     own = config(reward_function=f"tests.test_rewards:{name}")
-    with pytest.raises(UserError, match=r"reward_function returned .* for problem p"):
+    with pytest.raises(UserError, match=r"reward_function must return .* for problem p"):
         score_rollout(own, rollout("4"), text("4"))
 
 
@@ -203,8 +203,8 @@ def test_refused_paths_are_left_out_and_counted(spoken):
     said = []
     (kept,) = accepted(found, said.append)
     assert len(kept.step_scores) == 1
-    assert said == ["the PRM refuses 2 paths: they are left out"]
-    with pytest.raises(UserError, match=r"refuses all of 2 paths; the first: path of 9 tokens"):
+    assert said == ["the PRM cannot score 2 paths, which are omitted"]
+    with pytest.raises(UserError, match=r"all 2 have no score; the first: path of 9 tokens"):
         accepted([found[0], found[2]], said.append)
 
 

@@ -105,7 +105,7 @@ def gold_answers(cfg: Config) -> Finding:
     odd = [p for p in problems[:500] if not grade(rf"\boxed{{{p.answer}}}", str(p.answer)).correct]
     if odd:
         told = f"{len(odd)} of the first 500 gold answers are not accepted as their own answer"
-        return Finding(f"{told}, first {odd[0].id}: {odd[0].answer!r}; mend them", "warn")
+        return Finding(f"{told}, first {odd[0].id}: {odd[0].answer!r}; correct them", "warn")
     hashes = "####" in str(read_table(file)[0].row)
     if hashes and isinstance(cfg, EvalConfig) and cfg.answer_format == "boxed":
         return Finding("gold answers use GSM8K's '####'; set answer_format: auto", "warn")
@@ -113,6 +113,7 @@ def gold_answers(cfg: Config) -> Finding:
 
 
 def delimiters(cfg: Config) -> Finding:
+    """Check that there is one EOS token and that each functional token is a single id."""
     tokenizer = open_tokenizer(cfg)
     eos_id(tokenizer)
     explores = isinstance(cfg, RLConfig) and cfg.sampling_method == "mcts"

@@ -90,8 +90,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
         cure = "set system_prompt: null" if "system" in roles else "set chat_template to another"
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} refuses the roles {roles} ({reason}); "
-            f"{cure}."
+            f"the chat template of {tokenizer.name_or_path} must accept the roles {roles} "
+            f"({reason}); {cure}."
         ) from error
     bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:

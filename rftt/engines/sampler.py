@@ -1,7 +1,7 @@
-"""A policy behind an engine: budgets, seeds, the ids that end a response, requests and priors.
+"""Sample a policy through an engine: budgets, seeds, stop ids, requests and priors.
 
-An engine takes and returns ids alone. The search over functional tokens (rollout.py) works on a
-`Task`: one problem for one policy.
+Input and output of an engine are ids only. The search over functional tokens (rollout.py) uses a
+`Task`, which is one problem for one policy.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def functional_ids(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> FunctionIds | None:
-    """Return the functional tokens' ids; None for a plain policy, where they are not `required`.
+    """Return the ids of the functional tokens, or None for a policy without them.
 
-    Raise UserError where a required one is not a single id.
+    Raises UserError if they are `required` and one of them is not a single id.
     """
     if not required and not set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab()):
         return None
@@ -36,7 +36,7 @@ def functional_ids(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> Fun
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy behind an engine, and how it is sampled."""
+    """A policy behind an engine, with its sampling settings."""
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
@@ -44,8 +44,9 @@ class Sampler:
     """None for a policy without functional tokens (plain chain of thought)."""
     temperature: float
     max_tokens: int
-    """Budget of a whole response."""
+    """Maximum tokens of a whole response."""
     max_depth: int
+    """Depth at which a tree still chooses."""
     seed: int
     stepwise: bool = False
     answer_format: str = "boxed"
@@ -55,7 +56,7 @@ class Sampler:
 
     @property
     def functions(self) -> FunctionIds:
-        """The ids, where a tree or a forbidden act requires them."""
+        """Ids of the functional tokens, which the policy must have."""
         assert self.ids is not None, "a tree over functional tokens needs them"
         return self.ids
 
@@ -67,16 +68,16 @@ class Sampler:
 
     @property
     def stops_of_act(self) -> tuple[int, ...]:
-        """Token ids that end one act, well-formed or not."""
+        """Token ids that end one act, even a malformed one."""
         return (*self.functions.closers, *self.functions.openers, eos_id(self.tokenizer))
 
     def acts_after(self, act: str | None) -> tuple[str, ...]:
-        """Return the acts to try below a step by `act` (None: the root), repeated if allowed."""
+        """Return the acts to try after `act` (None: at the root), `children_per_act` times each."""
         allowed = tuple(a for a in successors(act, "learned") if a not in self.forbidden)
         return allowed * self.children_per_act
 
     def room(self, n_prompt: int, n_used: int) -> int:
-        """Return how many tokens the response may still take."""
+        """Return the number of tokens left for the response."""
         return min(self.max_tokens, self.engine.max_model_len - n_prompt) - n_used
 
     def sampling(self, max_tokens: int, *key: object) -> Sampling:
@@ -88,7 +89,7 @@ class Sampler:
             stop_ids=self.stops,
             banned_ids=tuple(self.functions.open[act] for act in self.forbidden),
             watch_ids=self.ids.openers if self.ids else (),  # their log-probs are the priors
-            watch_after=self.ids.closers if self.ids else (),  # an act may begin behind these
+            watch_after=self.ids.closers if self.ids else (),  # an act may start after these
         )
 
 
@@ -101,7 +102,7 @@ def sampler_of(
     stepwise: bool = False,
     answer_format: str = "boxed",
 ) -> Sampler:
-    """Return how a run samples its policy."""
+    """Return the sampler of a run's policy."""
     return Sampler(
         engine=engine,
         tokenizer=tokenizer,
@@ -119,7 +120,7 @@ def sampler_of(
 
 @dataclass(frozen=True)
 class Task:
-    """One problem for one policy: what every search of rollout.py works on."""
+    """One problem for one policy, the input of every search in rollout.py."""
 
     sampler: Sampler
     problem: Problem
@@ -128,13 +129,13 @@ class Task:
     group: int = 0
 
     def room(self, n_used: int) -> int:
-        """Return how many tokens the response may take behind its first `n_used`."""
+        """Return the number of tokens left after the first `n_used` of the response."""
         return self.sampler.room(len(self.prompt), n_used)
 
     async def ask(
         self, before: Sequence[int], max_tokens: int, *key: object, one_act: bool = False
     ) -> Completion:
-        """Let the policy continue the response `before`, to its end or (`one_act`) an act's."""
+        """Continue the response `before` to its end or, with `one_act`, to the end of an act."""
         sampling = self.sampler.sampling(max_tokens, self.problem.id, *key)
         if one_act:
             sampling = replace(sampling, stop_ids=self.sampler.stops_of_act)
@@ -146,7 +147,7 @@ class Task:
         return dict(zip(ACTS, completion.watched[0], strict=True))
 
     def answer(self, response: Sequence[int]) -> str | None:
-        """Return the answer of a finished response; a truncated one has none."""
+        """Return the answer of a finished response. A truncated one has no answer."""
         if response[-1] not in self.sampler.stops:
             return None
         return extract(decode(self.sampler.tokenizer, response), self.sampler.answer_format)
@@ -164,9 +165,9 @@ def tokens_of(steps: Sequence[Step]) -> list[int]:
 def pose(
     sampler: Sampler, problem: Problem, system_prompt: str | None = None, *, group: int = 0
 ) -> Task:
-    """Return the task to answer a problem: its question, after a system prompt if there is one.
+    """Return the task for a problem, with its question after an optional system prompt.
 
-    Raise UserError where the question leaves no room for a response.
+    Raises UserError if the question leaves no room for a response.
     """
     prompt = encode_chat(sampler.tokenizer, question_messages(problem.question, system_prompt))
     task = Task(sampler, problem, prompt, group)

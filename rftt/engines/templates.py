@@ -1,7 +1,7 @@
-"""Chat templates: settings and dates that stay with a model, and text that must stay text.
+"""Adapt chat templates: fixed settings and dates, and control tokens in users' texts.
 
-Settings and the date are written into the template itself. The model that a run exports therefore
-asks in the same way, whoever loads it.
+Settings and the date are written into the template itself. An exported model therefore uses the
+same prompts in every program.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CUT = "\ufdd0"
-"""A noncharacter of Unicode: stands in rendered prompts where a control text is cut in two."""
+"""A noncharacter of Unicode that marks where a control text is cut in a rendered prompt."""
 SETTINGS = re.compile(r"\{# rftt settings #\}.*?\{\{ '' \}\}", re.DOTALL)
-"""What `with_settings` writes. At its end an expression keeps a line break that Jinja drops."""
+"""Output of `with_settings`. The expression at its end keeps a line break that Jinja drops."""
 DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"'\\]*)(?P=quote)\s*\)""")
 OWN_NAMES = ("messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token")
 """Variables of a template that are not settings."""
 
 
 def single_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str:
-    """Return the chat template in `file`, else the tokenizer's own. Raise UserError without one."""
+    """Return the chat template in `file`, or the tokenizer's. Raises UserError without one."""
     if file:
         return decode_text(read_bytes(file), file)
     own: Any = tokenizer.chat_template
@@ -39,8 +39,8 @@ def single_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str
         if "default" not in own:
             names = ", ".join(sorted(own))
             raise UserError(
-                f"{name} has the chat templates {names} and none named default; save one of them "
-                "as a file and set chat_template to it."
+                f"{name} must have a chat template named default, got {names}; save one of them as "
+                "a file and set chat_template to it."
             )
         own = own["default"]
     if own is None:
@@ -49,33 +49,35 @@ def single_template(tokenizer: PreTrainedTokenizerBase, file: str | None) -> str
 
 
 def with_settings(template: str, settings: Mapping[str, Any]) -> str:
-    """Return `template` with variables such as enable_thinking set, instead of those it had.
+    """Return `template` with variables such as enable_thinking set. Earlier settings are replaced.
 
-    Raise UserError on a name that a template cannot set.
+    Raises UserError for a name that is not a setting.
     """
     if not settings:
         return template
     statements = []
     for name, value in settings.items():
         if not name.isidentifier() or name in OWN_NAMES:
-            raise UserError(f"chat_template_kwargs: {name!r} is not a setting of a chat template.")
+            raise UserError(
+                f"chat_template_kwargs: {name!r} is not a setting of a chat template; remove it."
+            )
         statements.append(f"{{% set {name} = {_literal(value)} %}}")
     return f"{{# rftt settings #}}{''.join(statements)}{{{{ '' }}}}{SETTINGS.sub('', template, 1)}"
 
 
 def _literal(value: Any) -> str:
-    """Return a JSON value as Jinja writes it."""
+    """Return a JSON value as a Jinja literal."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
-    return repr(value)  # True, None and quoted text are Jinja's as well
+    return repr(value)  # True, None and quoted text are literals in Jinja as well
 
 
 def with_date(template: str, today: date) -> str:
-    """Return `template` with the date written out: a run resumed tomorrow asks as it did today.
+    """Return `template` with a fixed date, so that a resumed run uses the same prompts.
 
-    Raise UserError where the template computes the format of its date.
+    Raises UserError if the template computes the format of its date.
     """
 
     def written(found: re.Match[str]) -> str:
@@ -84,23 +86,23 @@ def with_date(template: str, today: date) -> str:
     dated = DATE_CALL.sub(written, template)
     if "strftime_now(" in dated:
         raise UserError(
-            "the chat template asks for the date in a form that cannot be frozen; set "
-            "chat_template to a file with the date written out."
+            "the format of the date in the chat template must be a constant, but it is computed; "
+            "set chat_template to a file with a fixed date."
         )
     return dated
 
 
-# ---- Text that stays text ----
+# ---- Control tokens in users' texts ----
 
 
 @lru_cache(maxsize=8)
 def _control_pattern(
     tokenizer: PreTrainedTokenizerBase, _size: int, in_responses: bool
 ) -> re.Pattern[str] | None:
-    """Return what matches each control token of a tokenizer of `_size` ids, the longest first.
+    """Return a pattern that matches the control tokens of a tokenizer with `_size` ids.
 
-    Control tokens are special and functional ones and, outside of responses, all added ones in
-    brackets, such as <think>.
+    Control tokens are special and functional tokens. Outside of responses, all added tokens in
+    brackets, such as <think>, count as well. Longer tokens are tried first.
     """
     texts = set()
     for token in tokenizer.added_tokens_decoder.values():
@@ -113,19 +115,19 @@ def _control_pattern(
 
 
 def holds_control_text(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Return whether `text` has special or functional tokens, which no step may contain.
+    """Return whether `text` contains special or functional tokens, which no step may contain.
 
-    Other added tokens, such as <think>, are a model's own words in its responses.
+    Other added tokens, such as <think>, are allowed, because models use them in responses.
     """
     pattern = _control_pattern(tokenizer, len(tokenizer), True)
     return bool(pattern and pattern.search(text))
 
 
 def apart(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages | None:
-    """Return messages whose users' control texts are cut after the first character.
+    """Return messages in which control texts of users are cut after the first character.
 
-    Return None where there is nothing to cut, which is nearly always. The system prompt is the
-    run's own text and may use control tokens.
+    Returns None if there is nothing to cut, which is the usual case. The system prompt belongs to
+    the run and may contain control tokens.
     """
     pattern = _control_pattern(tokenizer, len(tokenizer), False)
     users = [message["content"] for message in messages if message["role"] == "user"]
@@ -143,7 +145,7 @@ def apart(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages | 
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[int]:
-    """Return the ids of a rendered text, none of whose tokens reaches over the end of a piece."""
+    """Return the ids of a rendered text, in which no token crosses the end of a piece."""
     ids: list[int] = []
     for piece in pieces:
         ids += tokenizer.encode(piece, add_special_tokens=False)

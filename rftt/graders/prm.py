@@ -119,16 +119,19 @@ async def score_steps(prm: ProcessModel, tree: Tree, problem: Problem) -> int:
 
 
 def accepted(found: Sequence[Rollout | Unscored], log: Callable[[str], None]) -> list[Rollout]:
-    """Return the scored rollouts by group, and log how many the PRM refused.
+    """Return the scored rollouts by group, and log how many the PRM could not score.
 
-    Raise UserError where it refused all of them.
+    Raises UserError if it could score none of them.
     """
     rollouts = [rollout for rollout in found if isinstance(rollout, Rollout)]
     refused = [reason for reason in found if isinstance(reason, Unscored)]
     if refused and not rollouts:
-        raise UserError(f"the PRM refuses all of {len(refused)} paths; the first: {refused[0]}.")
+        raise UserError(
+            f"the PRM must score at least one path, but all {len(refused)} have no score; the "
+            f"first: {refused[0]}."
+        )
     if refused:
-        log(f"the PRM refuses {len(refused)} paths: they are left out")
+        log(f"the PRM cannot score {len(refused)} paths, which are omitted")
     return sorted(rollouts, key=lambda rollout: rollout.group)
 
 

@@ -39,10 +39,10 @@ from rftt.learner.prefix_tree import tree_microbatches
 from rftt.types import UserError
 
 TIMEOUT = timedelta(hours=4)
-"""Search lengths are skewed: a rank may wait long for the others. NCCL's default is 10 minutes."""
+"""Search lengths are skewed, so a rank may wait for long. NCCL's default is 10 minutes."""
 FORMING = timedelta(seconds=25)
-"""Time in which all ranks must be there, where torchrun has not started them. A wait for the first
-rank and one for the others take less than a minute together."""
+"""Time within which all ranks must start if they are not started by torchrun. Waiting for the first
+rank and then for the others takes less than a minute."""
 GROUP_KEYS = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 """Environment variables that describe a process group."""
 Number = TypeVar("Number", float, Tensor)
@@ -134,11 +134,11 @@ def open_world(device: str = "auto") -> World:
 
 
 def _meet_others() -> tuple[Any, int, int]:
-    """Wait until every rank that the environment promises is there: (store, rank, world size).
+    """Wait for all ranks that the environment defines. Return (store, rank, world size).
 
-    Raise UserError after FORMING: variables of another job, left in the environment, would make a
-    single process wait for hours. The wait is in Python or in a thread, because a handler of
-    SIGTERM cannot run while the main thread is in C++.
+    Raises UserError after FORMING, because a single process with the environment of another job
+    would wait for hours. The wait is in Python or in a thread: a SIGTERM handler cannot run while
+    the main thread is in C++.
     """
     missing = [name for name in GROUP_KEYS if name not in os.environ]
     found = ", ".join(f"{name}={os.environ[name]}" for name in GROUP_KEYS if name in os.environ)
@@ -156,7 +156,7 @@ def _meet_others() -> tuple[Any, int, int]:
             store.wait([f"rftt/{other}" for other in range(size)], FORMING)
             store.set_timeout(TIMEOUT)
             met.append((store, rank, size))
-        except (RuntimeError, ValueError) as error:  # DistStoreError, a port that is no number
+        except (RuntimeError, ValueError) as error:  # DistStoreError, or an invalid port
             reason = " ".join(str(error).split())[:120]
 
     if os.environ["RANK"] == "0" or _answers(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
@@ -164,14 +164,14 @@ def _meet_others() -> tuple[Any, int, int]:
         thread.start()
         thread.join(2 * FORMING.total_seconds())
     if not met:
-        raise UserError(f"the process group of {found} does not form ({reason}); {cure}.")
+        raise UserError(f"the process group of {found} cannot be formed ({reason}); {cure}.")
     return met[0]
 
 
 def _answers(host: str, port: str) -> bool:
-    """Return whether rank 0 listens before FORMING has passed.
+    """Return whether rank 0 starts to listen within FORMING.
 
-    torch's own client cannot be interrupted, and ends the interpreter where it is still waiting.
+    torch's client cannot be interrupted, and it ends the interpreter if it is still waiting.
     """
     waiting, tries = Event(), FORMING.seconds
     for _ in range(tries):

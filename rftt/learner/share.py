@@ -1,6 +1,6 @@
-"""This rank's share of a step's rollouts or rows, as one packed batch.
+"""Pack this rank's share of a step's rollouts or rows into one batch.
 
-Long and short documents are dealt out evenly. What is learned does not depend on the ranks.
+Long and short documents are distributed evenly. The update does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def share_rollouts(
 ) -> tuple[Batch, list[int], list[int]]:
     """Pack this rank's share of the rollouts, minibatch by minibatch.
 
-    Return the batch, the indices of its rollouts, and their number in each minibatch.
+    Returns the batch, the indices of its rollouts, and their number in each minibatch.
     """
     n_minibatches = max(1, round(len(rollouts) / cfg.train_batch_size))
     lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
     groups = None
-    if cfg.packing == "tree":  # rollouts of a problem share a prefix: they stay on one rank
+    if cfg.packing == "tree":  # rollouts of a problem share a prefix, so they stay on one rank
         groups = [rollout.group for rollout in rollouts]
     seed = seed_for(cfg.seed, "deal", step)
     minibatches = deal(lengths, n_minibatches, seed, world, groups)

@@ -1,4 +1,4 @@
-"""How far the rewards of a data set can be trusted: the grader's audit of its gold answers."""
+"""Audit the gold answers of a data set: can the grader be trusted with them?"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def audit_gold(cfg: EvalConfig) -> None:
-    """Print and save counts of the gold answers of `eval_file`. No model is opened.
+    """Print and save counts of the gold answers of `eval_file`, without opening a model.
 
-    Raise UserError on rows without a question, as load_problems does.
+    Raises UserError for rows without a question, as load_problems does.
     """
     problems = load_problems(
         cfg.eval_file,

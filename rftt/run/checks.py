@@ -45,7 +45,7 @@ def check_prompts(
 
 
 def check_warm(cfg: RLConfig, sampler: Sampler, problems: Sequence[Problem]) -> None:
-    """Raise UserError where a tree's policy does not begin its responses with functional tokens.
+    """Raise UserError if a tree's policy does not begin its responses with functional tokens.
 
     `allow_cold_start` skips the check.
     """

@@ -106,18 +106,18 @@ def load_function(key: str, name: str) -> Callable[..., object]:
 
 
 def own_reward(function: str, problem: Problem, text: str) -> float:
-    """Call the user's reward function. Raise UserError where it does not return a finite number."""
+    """Return the user's reward. Raises UserError if it is not a finite number."""
     value = load_function("reward_function", function)(problem, text)
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(
-            f"reward_function returned {value!r} for problem {problem.id}; it must return a finite "
-            "number."
+            f"reward_function must return a finite number, got {value!r} for problem {problem.id}; "
+            "correct the function."
         )
     return float(value)
 
 
 def settle_date(config: Any) -> Any:
-    """Return `config` with the date that a chat template sees: of the run's first day, or today."""
+    """Return `config` with the date for chat templates: the run's first day, or today."""
     before = _config_before(Path(config.output_dir) / "config.yaml")
     if "template_date" in before:  # None where a program began the run, without this function
         return replace(config, template_date=before["template_date"])
@@ -125,7 +125,7 @@ def settle_date(config: Any) -> Any:
 
 
 def _config_before(config_file: Path) -> dict[str, Any]:
-    """Return the config that a run directory was begun with, empty where there is none."""
+    """Return the recorded config of a run directory, or {} for a new one."""
     import yaml
 
     if not config_file.exists():
@@ -140,7 +140,7 @@ def _config_before(config_file: Path) -> dict[str, Any]:
 
 
 def check_same_run(config_file: Path, config: dict[str, Any]) -> None:
-    """Refuse to continue a run directory with settings that would mix two experiments in it."""
+    """Raise UserError if a run directory belongs to an experiment with other settings."""
     before = _config_before(config_file)
     for key, value in config.items():
         if key not in RUNTIME_KEYS and key in before and before[key] != value:

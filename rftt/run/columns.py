@@ -1,8 +1,8 @@
-"""What a row of somebody's data set means: its question, gold answer and responses, as text.
+"""Find the question, gold answer and responses in a row of a foreign data set, as text.
 
-A key names a column, a value inside one (`reward_model.ground_truth`, `prompt.1.content`), or is a
-template of such names (`{Body} {Question}`). Without keys the usual names are tried. Where they
-disagree nothing is guessed: the error names the keys that would do.
+A key is a column, a path to a value inside one (`reward_model.ground_truth`, `prompt.1.content`),
+or a template of such names (`{Body} {Question}`). Without keys the usual names are tried. If they
+contradict each other, nothing is guessed: the error lists the possible keys.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ QUESTIONS: tuple[tuple[str, ...], ...] = (
     ("sQuestion",),  # MultiArith, AddSub, SingleEq
     ("{instruction}\n\n{input}", "instruction"),  # Alpaca
 )
-"""Keys under which public data sets keep a question; of a group the first that a row has counts."""
+"""Keys of questions in public data sets. Of each group the first key that a row has is used."""
 CONVERSATIONS = ("messages", "conversations")
-"""Columns that hold a whole exchange: a question only where a row has none of QUESTIONS."""
+"""Columns with a whole conversation, which are used only if a row has none of QUESTIONS."""
 ANSWERS = (
     *("answer", "final_answer", "gold", "Answer", "ground_truth", "expected_answer"),
     "lSolutions",  # MultiArith, AddSub, SingleEq
     "reward_model.ground_truth",  # verl, DAPO
 )
 SOLUTIONS = ("solution", "Solution")
-"""A worked solution: the gold answer is taken from it where no column of ANSWERS is filled."""
+"""Columns with a worked solution, from which the answer is read if all of ANSWERS are empty."""
 RESPONSES = ("response", "completion", "output")
 LABELS = {
     "level": ("level", "difficulty"),
@@ -44,17 +44,17 @@ LABELS = {
 }
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 ROLES = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's names of roles; the others have their own."""
+"""ShareGPT's names of roles -> the usual ones."""
 ASKING = ("question", "problem", "query", "prompt", "input", "instruction", "text", "body")
 ANSWERING = ("answer", "solution", "gold", "truth", "target", "label", "result", "output")
-"""Parts of column names that a proposed key should have, the best first."""
+"""Parts of column names by which an error proposes a key, the best first."""
 
 
 # ---- Values ----
 
 
 def value_at(row: Row, key: str) -> Any:
-    """Return the value of a column or, with dots, one inside it; None where there is none."""
+    """Return the value of a column or, with dots, a value inside it. None if it is missing."""
     if key in row:
         return row[key]
     value: Any = row
@@ -69,9 +69,10 @@ def value_at(row: Row, key: str) -> Any:
 
 
 def as_text(value: Any, name: str, place: str, *, lists: bool = False) -> str | None:
-    """Return text or a number as text, None for what is missing. Raise UserError on the rest.
+    """Return text or a number as text, None for a missing value.
 
-    `lists`: so does a list of text and numbers, joined by commas (OlympiadBench's answers).
+    With `lists`, a list of texts and numbers is joined by commas (OlympiadBench's answers). Raises
+    UserError for any other value.
     """
     if value is None or value == "" or value == []:
         return None
@@ -90,13 +91,14 @@ def as_text(value: Any, name: str, place: str, *, lists: bool = False) -> str | 
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is a number, which true and false are not."""
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
 
 
 def filled(row: Row, key: str, place: str, *, lists: bool = False) -> str | None:
-    """Return what the column `key` holds, or a template of columns; None where it is missing.
+    """Return the text of the column or template `key`. None if it is missing.
 
-    Raise UserError on a template with a name that the row does not have.
+    Raises UserError if the row lacks a name of the template.
     """
     if key in row or not PLACEHOLDER.search(key):
         return as_text(value_at(row, key), key, place, lists=lists)
@@ -105,7 +107,8 @@ def filled(row: Row, key: str, place: str, *, lists: bool = False) -> str | None
         name = found[1]
         if value_at(row, name) is None and name not in row:
             raise UserError(
-                f"{place} has no '{name}', a name in the template {key!r} (found: {names_of(row)})."
+                f"{place} has no '{name}', a name in the template {key!r} (found: "
+                f"{names_of(row)}); correct the template."
             )
         return as_text(value_at(row, name), name, place, lists=lists) or ""
 
@@ -113,7 +116,7 @@ def filled(row: Row, key: str, place: str, *, lists: bool = False) -> str | None
 
 
 def label_of(row: Row, label: str) -> str | None:
-    """Return an id, a level or a subject; what is not text or a number is no label."""
+    """Return an id, a level or a subject. Values other than text and numbers are ignored."""
     for key in LABELS[label]:
         value = value_at(row, key)
         if isinstance(value, str) or (is_number(value) and math.isfinite(value)):
@@ -127,9 +130,9 @@ def label_of(row: Row, label: str) -> str | None:
 
 
 def messages_in(value: Any, place: str) -> list[dict[str, str]] | None:
-    """Return chat messages as {"role", "content"}; None where `value` is something else.
+    """Return chat messages as {"role", "content"}. None if `value` is not a conversation.
 
-    ShareGPT's from and value are read as well, and content that is a list of parts of text.
+    ShareGPT's from and value are supported, and content that is a list of text parts.
     """
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return None
@@ -142,10 +145,16 @@ def messages_in(value: Any, place: str) -> list[dict[str, str]] | None:
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):
             others = [part for part in content if not isinstance(part.get("text"), str)]
             if others:
-                raise UserError(f"{place} has a message with a part that is not text: {others[0]}.")
+                raise UserError(
+                    f"{place}: all parts of a message must be text, got {others[0]!r:.80}; remove "
+                    "the row."
+                )
             content = "".join(part["text"] for part in content)
         if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"{place} has a message without text: {message!r:.80}.")
+            raise UserError(
+                f"{place}: role and content of a message must be text, got {message!r:.80}; "
+                "correct the row."
+            )
         messages.append({"role": ROLES.get(role, role), "content": content})
     return messages
 
@@ -153,10 +162,10 @@ def messages_in(value: Any, place: str) -> list[dict[str, str]] | None:
 def single_turn(
     messages: Sequence[dict[str, str]], key: str, place: str, system_prompt: str | None
 ) -> tuple[str, str | None]:
-    """Return the question of a conversation, and the reply to it if there is one.
+    """Return the question of a conversation, and the reply or None.
 
-    Raise UserError on several turns, and on a system message other than `system_prompt`: training
-    and evaluation would not ask with the same ids.
+    Raises UserError for several turns. A system message other than `system_prompt` is an error as
+    well, because training and evaluation would use different prompts.
     """
     roles = [message["role"] for message in messages]
     if roles[:1] == ["system"]:
@@ -165,13 +174,13 @@ def single_turn(
             shown = "set to another text" if system_prompt else "not set"
             raise UserError(
                 f"{place}: '{key}' has the system message {system!r:.80}, but system_prompt is "
-                f"{shown}. Set it to this text, or prompt_key: {key}.1.content to leave it out."
+                f"{shown}. Set it to this text, or set prompt_key: {key}.1.content to ignore it."
             )
         messages, roles = messages[1:], roles[1:]
     if roles not in (["user"], ["user", "assistant"]):
         raise UserError(
-            f"{place}: '{key}' must be one question, and at most one reply, got the turns "
-            f"{', '.join(roles) or 'none'}."
+            f"{place}: '{key}' must have one question and at most one reply, got the turns "
+            f"{', '.join(roles) or 'none'}; split the row into single turns."
         )
     return messages[0]["content"], messages[1]["content"] if len(messages) == 2 else None
 
@@ -182,7 +191,7 @@ def single_turn(
 def question_of(row: Row, key: str | None, place: str, system_prompt: str | None = None) -> str:
     """Return the question of a row.
 
-    Raise UserError where it is missing, blank or not text, or where usual columns differ.
+    Raises UserError if it is missing, blank or not text, or if two usual columns differ.
     """
     found: dict[str, str] = {}
     groups = ((key,),) if key else (*QUESTIONS, CONVERSATIONS)
@@ -211,12 +220,12 @@ def question_of(row: Row, key: str | None, place: str, system_prompt: str | None
                 f"{names[0]} or {name}."
             )
     if not found[names[0]].strip():
-        raise UserError(f"{place}: the question in '{names[0]}' is blank; leave the row out.")
+        raise UserError(f"{place}: the question in '{names[0]}' is blank; remove the row.")
     return found[names[0]]
 
 
 def gold_texts(row: Row, key: str | None, place: str) -> dict[str, str]:
-    """Return column -> text that states the gold answer, the best first."""
+    """Return column -> text with the gold answer, the best column first."""
     found: dict[str, str] = {}
     for name in (key,) if key else ANSWERS:
         text = filled(row, name, place, lists=True)
@@ -231,12 +240,13 @@ def gold_texts(row: Row, key: str | None, place: str) -> dict[str, str]:
 
 
 def solution_of(row: Row) -> str | None:
+    """Return the worked solution of a row, or None."""
     found = [row[name] for name in SOLUTIONS if isinstance(row.get(name), str)]
     return found[0] if found else None
 
 
 def response_in(row: Row, key: str | None, place: str) -> str | list[Row]:
-    """Return the response of a row to learn from: steps, or text. Raise UserError without one."""
+    """Return the training response of a row: steps or text. Raises UserError if it is missing."""
     if not key and row.get("steps"):
         return steps_in(row["steps"], place)
     found: dict[str, str] = {}
@@ -268,10 +278,10 @@ def response_in(row: Row, key: str | None, place: str) -> str | list[Row]:
 def pair_in(
     row: Row, key: str | None, place: str, system_prompt: str | None
 ) -> tuple[str, list[str | list[Row]]]:
-    """Return the question, the chosen and the rejected response of a row (DPO).
+    """Return the question and the chosen and the rejected response of a row (DPO).
 
-    The two may be steps, text, a reply as a message, or whole conversations (TRL); then the
-    question may stand in these alone.
+    A response is steps, text, a message with the reply, or a whole conversation (TRL). In the last
+    case the row need not have a question of its own.
     """
     questions: list[str] = []
     responses: list[str | list[Row]] = []
@@ -292,28 +302,41 @@ def pair_in(
         else:
             question, reply = single_turn(messages, name, place, system_prompt)
             if reply is None:
-                raise UserError(f"{place}: '{name}' has no reply to learn from.")
+                raise UserError(
+                    f"{place}: '{name}' must end with a reply, got only a question; remove the row."
+                )
             questions.append(question)
             responses.append(reply)
     has_own = key is not None or any(_has(row, name) for group in QUESTIONS for name in group)
     if has_own or not questions:
         questions.append(question_of(row, key, place, system_prompt))
     if any(question != questions[-1] for question in questions):
-        raise UserError(f"{place}: 'chosen' and 'rejected' must answer the same question.")
+        raise UserError(
+            f"{place}: 'chosen' and 'rejected' must answer the same question, got different ones; "
+            "remove the row."
+        )
     return questions[-1], responses
 
 
 def steps_in(steps: Any, place: str) -> list[Row]:
-    """Return `steps` after a check of their shape. Raise UserError on what is not a step."""
+    """Check the shape of `steps` and return them. Raises UserError for anything else."""
     if not isinstance(steps, list):
-        raise UserError(f"{place}: 'steps' must be a list, got {steps!r:.80}.")
+        raise UserError(f"{place}: 'steps' must be a list, got {steps!r:.80}; correct the row.")
     for step in steps:
         if not isinstance(step, dict) or not {"act", "text"} <= step.keys():
-            raise UserError(f"{place} has a step without act and text: {step!r:.80}.")
+            raise UserError(
+                f"{place}: a step must have 'act' and 'text', got {step!r:.80}; correct the row."
+            )
         if not isinstance(step["act"], str) or not isinstance(step["text"], str):
-            raise UserError(f"{place} has a step whose act or text is not text: {step!r:.80}.")
+            raise UserError(
+                f"{place}: 'act' and 'text' of a step must be text, got {step!r:.80}; correct the "
+                "row."
+            )
         if not isinstance(step.get("wrong", False), bool):
-            raise UserError(f"{place} has a step whose 'wrong' is not true or false: {step!r:.80}.")
+            raise UserError(
+                f"{place}: 'wrong' of a step must be true or false, got {step!r:.80}; correct the "
+                "row."
+            )
     return steps
 
 
@@ -325,22 +348,23 @@ def _reply_at(row: Row, key: str, place: str) -> str | None:
     return messages[-1]["content"] if messages[-1]["role"] == "assistant" else None
 
 
-# ---- What a row has, for messages ----
+# ---- Contents of a row, for error messages ----
 
 
 def _has(row: Row, key: str) -> bool:
-    """Return whether a row has the column `key`, filled, or all columns of a template."""
+    """Return whether a row has a value for the column `key`, or all columns of a template."""
     if key not in row and PLACEHOLDER.search(key):
         return all(name in row for name in PLACEHOLDER.findall(key))
     return value_at(row, key) not in (None, "", [])
 
 
 def names_of(row: Row) -> str:
+    """Return the column names of a row, for an error message."""
     return ", ".join(map(str, row)) or "nothing"
 
 
 def _texts(row: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the key and the text of each value that a key could name."""
+    """Yield (key, text) of each value in a row, up to three levels deep."""
     pairs: Any = ()
     if isinstance(row, dict | list):
         pairs = row.items() if isinstance(row, dict) else enumerate(row)
@@ -352,7 +376,7 @@ def _texts(row: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def proposed_answer(row: Row) -> str | None:
-    """Return a key that may hold the gold answer; a worked solution shows by its last line."""
+    """Return a key that may name the gold answer, preferably one with `####` or a box."""
     texts = dict(_texts(row))
     marked = [key for key, text in texts.items() if "####" in text or "\\boxed" in text]
     return marked[0] if marked else _best(texts, ANSWERING)

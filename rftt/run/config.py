@@ -82,7 +82,7 @@ def config_class(cls: type[C]) -> type[C]:
 
 
 def _typed(value: Any) -> Any:
-    """Return a mapping whose text reads as JSON does: a file's `false` is not text."""
+    """Return a mapping with its texts converted as JSON, so that `false` in a file is a bool."""
     if isinstance(value, dict):
         return {key: _typed(inside) for key, inside in value.items()}
     if isinstance(value, list):
@@ -103,8 +103,8 @@ class Common:
     output_dir: Runtime[LocalPath]
     """Run directory; everything the script writes is below it."""
     overwrite_output_dir: Runtime[bool] = False
-    """Forget the checkpoints and journals in output_dir and start over, each time the script is
-    started. Without it a journal made from other problems, prompts or weights is an error."""
+    """Delete the checkpoints and journals in output_dir at every start of the script. Otherwise a
+    journal made from other problems, prompts or weights is an error."""
     model_name_or_path: LocalPath
     """Hugging Face folder or hub name of the model to start from."""
     seed: Seed = 0
@@ -125,13 +125,13 @@ class Common:
     """Settings of the chat template, such as {enable_thinking: false}. They are written into the
     template of the exported model."""
     template_date: str | None = None
-    """What a chat template takes for today, as YYYY-MM-DD; None is the day on which output_dir was
-    begun. An exported model keeps it."""
+    """Date in the chat template, as YYYY-MM-DD. None uses the day on which output_dir was created.
+    An exported model keeps this date."""
     trust_remote_code: bool = False
     """Permission to run Python code that comes with a model folder."""
     prompt_key: str | None = None
-    """Column of the data that holds the question, where it has none of the usual names. With dots
-    a value inside a column (prompt.0.content), with braces a template ({Body} {Question})."""
+    """Column of the question if it has none of the usual names. Dots name a value inside a column
+    (prompt.0.content), and braces make a template ({Body} {Question})."""
 
     @model_validator(mode="after")
     def _date_is_one(self) -> Self:
@@ -139,7 +139,7 @@ class Common:
             date.fromisoformat(self.template_date or "2026-01-01")
         except ValueError as error:
             raise UserError(
-                f"template_date must be YYYY-MM-DD, got {self.template_date!r}."
+                f"`template_date` must be YYYY-MM-DD, got {self.template_date!r}."
             ) from error
         return self
 
@@ -149,8 +149,8 @@ class Graded:
     """Settings of scripts that grade answers."""
 
     answer_key: str | None = None
-    """Column of the data that holds the gold answer, where it has none of the usual names; dots and
-    braces as in prompt_key (reward_model.ground_truth)."""
+    """Column of the gold answer if it has none of the usual names. Dots and braces work as in
+    prompt_key (reward_model.ground_truth)."""
 
 
 @config_class
@@ -169,6 +169,8 @@ class EngineKeys:
 
 @config_class
 class Training:
+    """Settings of scripts that train a model."""
+
     learning_rate: Rate
     """Peak learning rate."""
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
@@ -436,8 +438,8 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
             return self
         if self.chat_template or self.chat_template_kwargs:
             raise UserError(
-                "chat_template and chat_template_kwargs do not reach the server of engine=api; set "
-                "them there."
+                "chat_template and chat_template_kwargs have no effect with engine=api; remove "
+                "them and configure the server."
             )
         if not (self.api_url and self.api_model):
             raise UserError("engine=api needs api_url and api_model; set both.")
@@ -455,10 +457,10 @@ class SFTConfig(Common, Training):
     """train_sft.py: offline training on curated rows (warm-up) or on pairs of them (DPO)."""
 
     train_file: LocalPath
-    """Rows, in any of the formats of data: question with steps or response (sft), or with chosen
-    and rejected (dpo)."""
+    """Rows in any supported format: question with steps or response (sft), or with chosen and
+    rejected (dpo)."""
     response_key: str | None = None
-    """sft: column of the response, where it has none of the usual names; as in prompt_key."""
+    """sft: column of the response if it has none of the usual names, written as in prompt_key."""
     loss: Literal["sft", "dpo"] = "sft"
     """sft: cross-entropy; dpo: the chosen response against the rejected one (Rafailov 2023)."""
     dpo_beta: Positive = 0.3
@@ -658,8 +660,8 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
     audit: bool = False
-    """Only count the gold answers that parse and equal themselves, respelled ones that the grader
-    rejects, and near misses that it accepts; no model is opened."""
+    """Only audit the gold answers, without opening a model: how many parse, which respelled
+    answers the grader rejects, and which near misses it accepts."""
 
     @model_validator(mode="after")
     def _engine_returns_ids(self) -> Self:

@@ -1,4 +1,4 @@
-"""Rows of a data set -> problems, prompts, training rows; errors name file and line."""
+"""Convert rows of data sets to problems and training rows. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ def load_problems(
     keys: tuple[str | None, str | None] = (None, None),
     system_prompt: str | None = None,
 ) -> list[Problem]:
-    """Read any of the usual data sets as it is (GSM8K, MATH-500, AIME, SVAMP, DAPO, …).
+    """Read a public data set in its own format (GSM8K, MATH-500, AIME, SVAMP, DAPO, …).
 
-    `path` is what tables.py reads. `keys` are those of question and answer, where the columns have
-    none of the usual names (columns.py). Where ids repeat, rows are numbered instead. Raise
-    UserError on a row without a question, on a system message other than `system_prompt` and, where
-    `graded`, on gold answers that are missing or contradict each other.
+    `path` is a source that tables.py reads. `keys` name the columns of question and answer if they
+    are not among the usual names (columns.py). If ids repeat, rows are numbered instead.
+
+    Raises UserError for a row without a question and for a system message other than
+    `system_prompt`. If `graded`, missing or contradictory gold answers are errors as well.
     """
     prompt_key, answer_key = keys
     problems: list[Problem] = []
@@ -80,7 +81,7 @@ def load_problems(
 
 
 def _gold(row: Row, key: str | None, place: str) -> str | None:
-    """Return the gold answer of a row. Raise UserError where two columns give different ones."""
+    """Return the gold answer of a row. Raises UserError if two columns have different ones."""
     parsed = {name: parse_gold(text) for name, text in gold_texts(row, key, place).items()}
     found = {name: answer for name, answer in parsed.items() if answer is not None}
     if not found:
@@ -96,7 +97,7 @@ def _gold(row: Row, key: str | None, place: str) -> str | None:
 
 
 def _no_gold(unread: list[Record], n_rows: int, key: str | None) -> str:
-    """Return what to say of the rows without a gold answer, and where the answers may be."""
+    """Return the error for rows without a gold answer, with a key that may name the answers."""
     row, place = unread[0].row, unread[0].place
     texts = gold_texts(row, key, place)
     found = proposed_answer(row)
@@ -109,7 +110,10 @@ def _no_gold(unread: list[Record], n_rows: int, key: str | None) -> str:
 
 
 def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
-    """Return problems to explore and to evaluate on. A missing reward_function fails here."""
+    """Return the problems to explore and those to evaluate on.
+
+    The reward_function is imported here, so that a mistake in its name appears at startup.
+    """
     keys, system_prompt = (cfg.prompt_key, cfg.answer_key), cfg.system_prompt
     problems = load_problems(cfg.train_file, keys=keys, system_prompt=system_prompt)
     eval_problems = load_problems(
@@ -126,9 +130,9 @@ def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
 # ---- Training rows ----
 
 Document = tuple[list[int], list[int], list[bool]]
-"""prompt ids, response ids, which response tokens count in the loss"""
+"""(prompt ids, response ids, whether each response token counts in the loss)"""
 Example = tuple[Document, ...]
-"""What a row trains on: one response, or the chosen and the rejected one of a pair (DPO)."""
+"""The documents of a row: one response, or the chosen and the rejected one of a pair (DPO)."""
 
 
 def load_rows(
@@ -143,17 +147,18 @@ def load_rows(
     prompt_key: str | None = None,
     response_key: str | None = None,
 ) -> tuple[list[Example], Counter[str]]:
-    """Read SFT or DPO rows; return examples, and reason -> number of rows that are left out.
+    """Read SFT or DPO rows. Return the examples, and reason -> number of omitted rows.
 
-    Left out are rows that exceed `max_length`, and responses with text that would become a special
-    or a functional token where no step begins or ends.
+    A row is omitted if it exceeds `max_length` tokens. It is also omitted if a response contains
+    text that would become a special or functional token inside a step.
 
-    A row is {"question", "steps": [{"act", "text"}, …]} or, for a plain chain of thought,
-    {"question", "response"}; with `pairs` {"question", "chosen", "rejected"}, each of them steps or
-    text. columns.py reads the rows of others. `mask_wrong` leaves the steps marked `"wrong": true`
-    out of the loss: the model learns to mend a mistake without learning to make it. Without
-    `functional` tokens the same steps are written as plain lines: the control that shows what the
-    tokens are worth.
+    An SFT row is {"question", "steps": [{"act", "text"}, …]} or, for a plain chain of thought,
+    {"question", "response"}. With `pairs` a row is {"question", "chosen", "rejected"}, and both
+    responses are steps or text. columns.py reads other formats.
+
+    `mask_wrong` leaves the steps marked `"wrong": true` out of the loss: the model learns to
+    correct a mistake and not to make it. Without `functional` tokens the same steps are written as
+    plain lines, as a control that measures the value of the tokens.
     """
     examples: list[Example] = []
     left_out: Counter[str] = Counter()
@@ -188,8 +193,8 @@ def load_rows(
             examples.append(example)
     if not examples:
         raise UserError(
-            f"{path}: no row is left ({counted(left_out)}); raise max_length {max_length} or take "
-            "control tokens out of the responses."
+            f"{path}: no row is left ({counted(left_out)}); raise max_length={max_length} or "
+            "remove control tokens from the responses."
         )
     return examples, left_out
 
@@ -211,7 +216,10 @@ def _encode_steps(
     for i, step in enumerate(steps):
         act = ALIASES.get(step["act"], step["act"])
         if act not in FUNCTIONS:
-            raise UserError(f"{where} has the unknown act {step['act']!r}.")
+            raise UserError(
+                f"{where}: an act must be one of {', '.join(FUNCTIONS)}, got {step['act']!r}; "
+                "correct the row."
+            )
         if ids is None:
             line = step["text"] if i == 0 else "\n" + step["text"]
             segment = tokenizer.encode(line, add_special_tokens=False)
@@ -241,7 +249,7 @@ def endless(problems: Sequence[Problem], seed: int, *, skip: int) -> Iterator[Pr
 
 
 def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], str]:
-    """Training rows, rows for the evaluation loss, and how many training rows were left out."""
+    """Return training rows, rows for the evaluation loss, and counts of the omitted rows."""
 
     def read(path: str) -> tuple[list[Example], Counter[str]]:
         return load_rows(
@@ -272,6 +280,7 @@ def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], 
         left_out += more_left_out
     if round(len(rows) * cfg.num_train_epochs) < 1:
         raise UserError(
-            f"num_train_epochs={cfg.num_train_epochs} trains on none of {len(rows)} rows; raise it."
+            f"num_train_epochs={cfg.num_train_epochs} must cover at least one of {len(rows)} rows; "
+            "raise it."
         )
     return rows, held_out, counted(left_out)

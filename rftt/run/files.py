@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
-"""Byte order marks; the one of little-endian UTF-32 begins like that of UTF-16."""
+"""Byte order marks. That of little-endian UTF-32 starts with that of UTF-16."""
 
 
 MAX_NAME = 120
@@ -33,29 +33,29 @@ MAX_NAME = 120
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Return the content of a file. Raise UserError where it cannot be read."""
+    """Return the content of a file. Raises UserError if it cannot be read."""
     if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; name a file in it.")
+        raise UserError(f"{path} must be a file, got a folder; name a file in it.")
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist.") from error
+        raise UserError(f"{path} does not exist; check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"{path} cannot be read ({error}).") from error
+        raise UserError(f"{path} cannot be read ({error}); check the file.") from error
 
 
 def decode_text(data: bytes, path: str | Path) -> str:
-    """Return UTF-8 as text, without its byte order mark. Raise UserError on other encodings."""
+    """Return UTF-8 as text without its byte order mark. Raises UserError for other encodings."""
     one_nul = data[:2].count(0) == 1  # ASCII text in UTF-16 or UTF-32, without a mark
     if data.startswith(UTF_16_OR_32) or one_nul:
-        raise UserError(f"{path} must be UTF-8, it looks like UTF-16 or UTF-32; save it as UTF-8.")
+        raise UserError(f"{path} must be UTF-8, got UTF-16 or UTF-32; save it as UTF-8.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{path}:{line} must be UTF-8, its byte {data[error.start]:#04x} is not; save the file "
-            "as UTF-8."
+            f"{path}:{line} must be UTF-8, got the byte {data[error.start]:#04x}; save the file as "
+            "UTF-8."
         ) from error
 
 
@@ -65,9 +65,9 @@ def valid_unicode(text: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text, without lone surrogates. Raise ValueError, with the reason.
+    """Return the value of a JSON text without lone surrogates. Raises ValueError with the reason.
 
-    Only an escape such as `\\ud83d` can make a surrogate, because the text itself was decoded.
+    Only an escape such as `\\ud83d` can result in a surrogate, because `text` itself was decoded.
     """
     try:
         value = json.loads(text)
@@ -81,17 +81,17 @@ def parse_json(text: str) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[tuple[int, Row]]:
-    """(line number, row) for each line. Raises UserError on a missing, empty or broken file."""
+    """Return (line number, row) of each line. Raises UserError for a missing or damaged file."""
     rows = parse_lines(decode_text(read_bytes(path), path), path)
     if not rows:
-        raise UserError(f"{path} has 0 rows; look at what should have written it.")
+        raise UserError(f"{path} must have at least one row, but has 0 rows; check its source.")
     return rows
 
 
 def parse_lines(text: str, path: str | Path) -> list[tuple[int, Row]]:
-    """Return (line number, row) for each line of a JSONL text.
+    """Return (line number, row) of each line of a JSONL text.
 
-    Lines of NULs are skipped: a power cut leaves them where data was not yet on the disk.
+    Lines of NULs are skipped. A power cut leaves them where data was not yet on the disk.
     """
     rows: list[tuple[int, Row]] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -100,15 +100,20 @@ def parse_lines(text: str, path: str | Path) -> list[tuple[int, Row]]:
         try:
             row = parse_json(line.strip("\0"))
         except ValueError as error:
-            raise UserError(f"{path}:{number} is not JSON ({error}).") from error
+            raise UserError(
+                f"{path}:{number} is not JSON ({error}); write one JSON object per line."
+            ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} holds a {type(row).__name__}, not an object.")
+            raise UserError(
+                f"{path}:{number} must be a JSON object, got {type(row).__name__}; write one "
+                "object per line."
+            )
         rows.append((number, row))
     return rows
 
 
 def file_name(identity: str) -> str:
-    """Return a file name for any id, at most 120 bytes long; different ids have different names."""
+    """Return a file name of at most 120 bytes for an id. Different ids have different names."""
     name = quote(identity, safe="")
     if len(name) <= MAX_NAME:
         return name
@@ -155,10 +160,11 @@ class Journal:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
 
     def append(self, row: Row) -> None:
+        """Write one row and flush it, so that it survives a kill of this process."""
         line = valid_unicode(json.dumps(row, ensure_ascii=False))
         self._file.write(line + "\n")
         self._file.flush()
-        self.rows.append(parse_json(line))  # what a resumed job reads, to the letter
+        self.rows.append(parse_json(line))  # exactly the row that a resumed job reads
 
     def close(self) -> None:
         """Force all rows to the disk, so that they survive a crash of the machine, and close."""
@@ -174,7 +180,7 @@ def part_of(path: Path, rank: int) -> Path:
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The journals of the other ranks that are there."""
+    """Return the existing journals of ranks other than 0."""
     return sorted(path.parent.glob(f"{escape(path.stem)}.rank*{path.suffix}"))
 
 
@@ -206,11 +212,11 @@ def gather_parts(path: Path) -> Journal:
 def open_part(
     path: Path, world: World, made_from: Mapping[str, str] | None = None, *, anew: bool = False
 ) -> tuple[Journal, set[str]]:
-    """This rank's part of a journal, and the ids that any rank has done before. Collective.
+    """Return this rank's part of a journal and the ids that any rank has finished. Collective.
 
-    `made_from` are digests of what the work depends on; they are kept beside the journal. Raise
-    UserError where it was begun with others, unless it shall be begun `anew`. Rows that carry a
-    digest of their own need none.
+    `made_from` contains digests of the inputs, which are stored beside the journal. Raises
+    UserError if they differ from the stored ones, unless `anew` deletes the journal first. Rows
+    with their own digest do not need `made_from`.
     """
     record = path.with_suffix(".made_from.json")
     if world.is_main:
@@ -221,7 +227,7 @@ def open_part(
     done = {row["id"] for row in Journal(path).rows}
     if done and made_from is not None:
         _require_same_source(path, record, made_from)
-    world.barrier()  # every rank has compared the record before it is written again
+    world.barrier()  # all ranks compare the record before rank 0 writes a new one
     if world.is_main and made_from is not None:
         write_json(record, dict(made_from))
     return Journal(part_of(path, world.rank)), done
@@ -233,5 +239,5 @@ def _require_same_source(path: Path, record: Path, made_from: Mapping[str, str])
     if changed:
         raise UserError(
             f"{path} was made from other {' and '.join(changed)} than this run; use a new "
-            "output_dir, or overwrite_output_dir: true to begin anew."
+            "output_dir, or set overwrite_output_dir: true to start over."
         )

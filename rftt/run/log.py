@@ -115,8 +115,8 @@ class RunLog:
             self._lock = _locked(self._run_dir)
             if self._lock is None:
                 self.info(
-                    f"warning: the file system of {run_dir} has no locks; start no second process "
-                    "in this folder"
+                    f"warning: the file system of {run_dir} does not support locks; do not start a "
+                    "second process in this folder"
                 )
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             write_lines(self._run_dir / "config.yaml", [text.rstrip("\n")])
@@ -181,19 +181,24 @@ class RunLog:
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Create a run directory. Raise UserError where it is a file or cannot be written to."""
+    """Create a run directory. Raises UserError if it is a file or cannot be written to."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with open(run_dir / ".lock", "a", encoding="utf-8"):
             pass
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"output_dir {run_dir} is or is below a file; use another.") from error
+        raise UserError(
+            f"output_dir {run_dir} must be a folder, but it or a folder above it is a file; use "
+            "another output_dir."
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"output_dir {run_dir} cannot be written to ({error}).") from error
+        raise UserError(
+            f"output_dir {run_dir} cannot be written to ({error}); use another output_dir."
+        ) from error
 
 
 def _locked(run_dir: Path) -> TextIO | None:
-    """Return a locked file, or None where the file system has no locks.
+    """Return a locked file, or None if the file system does not support locks.
 
     The system releases the lock however this process ends.
     """

@@ -1,7 +1,7 @@
-"""What results were made from: digests of problems, prompts and weights.
+"""Compute digests of the inputs of a result: problems, prompts and weights.
 
-A path says where a model lies, not which one it is. A journal that was begun with other weights at
-the same path, or with other gold answers in the same file, must not be continued.
+A path identifies a folder and not its contents. A journal must not be continued with other weights
+at the same path, or with other gold answers in the same file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from rftt.run.config import EvalConfig, RLConfig, SearchConfig
 
 MadeFrom = dict[str, str]
-"""What a result depends on -> its digest."""
+"""Input of a result -> its digest."""
 
 WHOLE = 64 << 20
-"""Files of weights up to this size, in bytes, are hashed as a whole: 0.1 s."""
+"""Size in bytes up to which a file of weights is hashed completely, which takes 0.1 s."""
 SAMPLE = 4096
-"""Bytes read at the start, in the middle and at the end of each tensor of a larger file."""
+"""Bytes that are read at the start, middle and end of each tensor of a larger file."""
 MAX_HEADER = 100 << 20
 """Largest header of a safetensors file, in bytes (the format's own limit)."""
 
@@ -38,9 +38,10 @@ def made_from(
     problems: Sequence[Problem],
     instructions: Sequence[Messages] = (),
 ) -> MadeFrom:
-    """Return the digests of a result over `problems`, whose model also got `instructions`.
+    """Return the digests of a result over `problems`, with further prompts `instructions`.
 
-    The model of an API is named by api_url and api_model, which the config compares.
+    The model of an API has no digest. It is identified by api_url and api_model, which
+    check_same_run compares.
     """
     questions = [question_messages(problem.question, cfg.system_prompt) for problem in problems]
     models = [] if cfg.engine == "api" else [cfg.model_name_or_path]
@@ -54,7 +55,7 @@ def made_from(
 
 
 def digest(texts: Iterable[str]) -> str:
-    """Return the SHA-256 of a list of texts; it also depends on where one ends."""
+    """Return the SHA-256 of a list of texts. It also depends on the boundaries between them."""
     found = hashlib.sha256()
     for text in texts:
         found.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
@@ -62,16 +63,17 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def prompt_digest(tokenizer: PreTrainedTokenizerBase, conversations: Iterable[Messages]) -> str:
-    """Return the digest of the ids that a model is asked with, so of template and tokenizer."""
+    """Return the digest of prompts as token ids, which covers the template and the tokenizer."""
     return digest(repr(encode_chat(tokenizer, messages)) for messages in conversations)
 
 
 def weights_digest(model: str) -> str:
     """Return the digest of a model's configuration and weights.
 
-    Weights files of up to 64 MB are read as a whole. Of larger ones the header and, from each
-    tensor, 12 kB are: a training changes nearly all numbers of a tensor, and 15 GB would take a
-    minute. A change of single numbers elsewhere is not seen. A model of the hub is its commit.
+    Weight files of up to 64 MB are read completely. Of a larger file the header and 12 kB of each
+    tensor are read, because 15 GB would take a minute. Training changes nearly all numbers of a
+    tensor, but a change of a few other numbers is not detected. For a model on the hub its commit
+    is used.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -81,7 +83,9 @@ def weights_digest(model: str) -> str:
             config, _ = PretrainedConfig.get_config_dict(model)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the configuration of {model} cannot be read ({reason}).") from error
+            raise UserError(
+                f"the configuration of {model} cannot be read ({reason}); check the name."
+            ) from error
         return digest([model, str(config.get("_commit_hash"))])
     found = hashlib.sha256()
     for path in weights_files(folder):
@@ -95,12 +99,12 @@ def weights_digest(model: str) -> str:
                 else:
                     _sample(file, 0, path.stat().st_size, found, parts=64)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}).") from error
+            raise UserError(f"{path} cannot be read ({error}); check the file.") from error
     return found.hexdigest()
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """Return the files that make up a model, in order; other files of the folder are foreign."""
+    """Return the configuration and weight files of a model, in order. Others are ignored."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     settings = [folder / name for name in ("config.json", "generation_config.json")]
     return [path for path in (*settings, *weights) if path.is_file()]
@@ -109,7 +113,7 @@ def weights_files(folder: Path) -> list[Path]:
 def _sample_tensors(file: BinaryIO, found: hashlib._Hash) -> None:
     """Hash the header of a safetensors file and a sample of each tensor's bytes.
 
-    A damaged header is hashed as far as it goes: opening the model names the damage.
+    A damaged header is hashed like any text. Opening the model reports the damage.
     """
     head = file.read(8)
     size = int.from_bytes(head, "little")
@@ -126,7 +130,7 @@ def _sample_tensors(file: BinaryIO, found: hashlib._Hash) -> None:
 
 
 def _sample(file: BinaryIO, begin: int, end: int, found: hashlib._Hash, *, parts: int) -> None:
-    """Hash `parts` samples of the bytes from `begin` to `end`, the first and the last included."""
+    """Hash `parts` samples of the bytes from `begin` to `end`, including the first and the last."""
     last = max(begin, end - SAMPLE)
     for i in range(parts):
         file.seek(begin + (last - begin) * i // (parts - 1))

@@ -127,8 +127,8 @@ async def score_responses(
         row["id"] for row in raw if by_id[row["id"]].get("source") != sources[row["id"]]
     ]:
         raise UserError(
-            f"{file} holds scores of other responses or another PRM, first of {changed[0]}; use a "
-            "new output_dir, or overwrite_output_dir: true to begin anew."
+            f"{file} has scores of other responses or of another PRM, first of {changed[0]}; use a "
+            "new output_dir, or set overwrite_output_dir: true to start over."
         )
     return [by_id[row["id"]] for row in raw]
 

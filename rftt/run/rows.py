@@ -50,7 +50,7 @@ def open_log(cfg: SearchConfig, world: World) -> RunLog:
 def search_source(
     cfg: SearchConfig, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> MadeFrom:
-    """Return the digests of what data/raw.jsonl is made from.
+    """Return the digests of the inputs of data/raw.jsonl.
 
     All texts of phase 1 count: those that the model is shown, and those that refuse its replies.
     """

@@ -1,7 +1,7 @@
-"""Data sets as people have them -> rows: JSON, JSONL, CSV, Parquet, gzip, Hugging Face hub.
+"""Read the rows of data sets: JSON, JSONL, CSV, Parquet, gzip, Hugging Face hub.
 
-The content decides, not the name: an array in a file called .jsonl is read as an array. What a row
-means is the matter of columns.py.
+The content and not the name determines the format: an array in a file named .jsonl is read as an
+array. columns.py interprets the rows.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ INSTALL = "pip install -r requirements-data.txt"
 
 @dataclass(frozen=True)
 class Record:
-    """A row and where it stands."""
+    """A row and its place in the source."""
 
     number: int
-    """Line in a JSONL file; elsewhere the position from 1."""
+    """Line in a JSONL file. In other formats the position, counted from 1."""
     place: str
-    """For messages: `train.jsonl:3` is a line, `train.parquet row 3` a position."""
+    """Place for error messages: the line `train.jsonl:3`, or the position `train.parquet row 3`."""
     row: Row
 
 
 def read_table(source: str) -> list[Record]:
     """Return the rows of a file or of a data set on the hub.
 
-    Raise UserError where it is missing, empty, broken or not UTF-8, or needs a missing package.
+    Raises UserError if it is missing, empty, damaged or not UTF-8, or needs a missing package.
     """
     if source.startswith(HUB):
         records = _read_hub(source)
@@ -57,7 +57,7 @@ def read_table(source: str) -> list[Record]:
         else:
             records = _read_json(decode_text(data, source), source)
     if not records:
-        raise UserError(f"{source} has 0 rows; look at what should have written it.")
+        raise UserError(f"{source} must have at least one row, but has 0 rows; check its source.")
     return records
 
 
@@ -76,7 +76,7 @@ def _decompress(data: bytes, path: str) -> bytes:
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}); copy it again.") from error
+        raise UserError(f"{path} must be a complete gzip file ({error}); copy it again.") from error
 
 
 # ---- JSON ----
@@ -89,7 +89,7 @@ def _read_json(text: str, path: str) -> list[Record]:
     if start == "{" and Path(_without_gz(path)).suffix.lower() == ".json":
         try:
             whole = parse_json(text)
-        except ValueError:  # one object per line, under this name
+        except ValueError:  # a .json file with one object per line
             whole = None
         if isinstance(whole, dict):
             return _read_object(whole, path)
@@ -97,7 +97,7 @@ def _read_json(text: str, path: str) -> list[Record]:
 
 
 def _read_array(text: str, path: str) -> Iterator[Record]:
-    """Yield the objects of a JSON array, each with the line on which it begins."""
+    """Yield the objects of a JSON array, each with the line on which it starts."""
     decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
 
     def next_sign(position: int) -> int:
@@ -117,22 +117,26 @@ def _read_array(text: str, path: str) -> Iterator[Record]:
             value = parse_json(text[position:end])
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-            raise UserError(f"{place} is not JSON ({reason}).") from error
+            raise UserError(f"{place} is not JSON ({reason}); correct the file.") from error
         if not isinstance(value, dict):
-            raise UserError(f"{place} holds a {type(value).__name__}, not an object.")
+            raise UserError(
+                f"{place} must be a JSON object, got {type(value).__name__}; correct the array."
+            )
         yield Record(number, place, value)
         position = next_sign(end)
         if text[position : position + 1] == "]":
             break
         if text[position : position + 1] != ",":
-            raise UserError(f"{place} is not JSON (after this item a comma or ] is missing).")
+            raise UserError(
+                f"{place} is not JSON (a comma or ] is missing after this item); correct the file."
+            )
         position = next_sign(position + 1)
     if text[position + 1 :].strip():
-        raise UserError(f"{path} is not JSON (there is text after its array).")
+        raise UserError(f"{path} is not JSON (text follows the array); remove the text.")
 
 
 def _read_object(whole: Row, path: str) -> list[Record]:
-    """Return the rows of `{"data": [row, …]}`, or `whole` itself where it holds no list of rows."""
+    """Return the rows of `{"data": [row, …]}`, or `whole` itself if it has no list of rows."""
     lists = [
         key
         for key, value in whole.items()
@@ -141,7 +145,9 @@ def _read_object(whole: Row, path: str) -> list[Record]:
     if not lists or any(isinstance(value, str) for value in whole.values()):
         return [Record(1, f"{path}:1", whole)]
     if len(lists) > 1:
-        raise UserError(f"{path} holds several lists ({', '.join(lists)}); save one of them.")
+        raise UserError(
+            f"{path} must contain one list of rows, got {', '.join(lists)}; save one of them."
+        )
     key = lists[0]
     return [Record(i, f"{path} {key}[{i - 1}]", row) for i, row in enumerate(whole[key], 1)]
 
@@ -157,7 +163,9 @@ def _read_csv(text: str, path: str, delimiter: str) -> Iterator[Record]:
         try:
             cells = next(lines, None)
         except csv.Error as error:
-            raise UserError(f"{path}:{before + 1} is not CSV ({error}).") from error
+            raise UserError(
+                f"{path}:{before + 1} is not CSV ({error}); check the quotes."
+            ) from error
         if cells is None:
             return
         place, before = f"{path}:{before + 1}", lines.line_num
@@ -166,12 +174,14 @@ def _read_csv(text: str, path: str, delimiter: str) -> Iterator[Record]:
         if not header:
             header = cells
             if len(set(header)) < len(header):
-                raise UserError(f"{place} names a column twice ({', '.join(header)}).")
+                raise UserError(
+                    f"{place} must not name a column twice ({', '.join(header)}); rename one."
+                )
             continue
         if len(cells) != len(header):
             raise UserError(
-                f"{place} has {len(cells)} fields, the header {len(header)}; quote fields that "
-                f"contain {delimiter!r} or line breaks."
+                f"{place} must have {len(header)} fields like the header, got {len(cells)}; quote "
+                f"fields that contain {delimiter!r} or line breaks."
             )
         number += 1
         yield Record(number, place, dict(zip(header, cells, strict=True)))
@@ -191,18 +201,21 @@ def _read_parquet(data: bytes, path: str) -> list[Record]:
         rows = parquet.read_table(io.BytesIO(data)).to_pylist()
     except (ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read as Parquet ({reason}).") from error
+        raise UserError(f"{path} cannot be read as Parquet ({reason}); copy it again.") from error
     return [Record(i, f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
 
 
 def _read_hub(source: str) -> list[Record]:
     """Return the rows of a data set on the hub, or of one that `datasets` has cached.
 
-    A data set with several splits needs the name of one: a run must not train on its test split.
+    If there are several splits, the source must name one, so that no run trains on a test split.
     """
     found = HUB_NAME.fullmatch(source)
     if not found:
-        raise UserError(f"{source} must have the form hf:owner/name[:config][@split].")
+        raise UserError(
+            f"a data set on the hub must be hf:owner/name[:config][@split], got {source}; correct "
+            "it."
+        )
     try:
         from datasets import Dataset, load_dataset  # type: ignore[import-not-found]
     except ImportError as error:
@@ -211,7 +224,9 @@ def _read_hub(source: str) -> list[Record]:
         loaded = load_dataset(found["name"], found["config"], split=found["split"])
     except (OSError, ValueError, RuntimeError) as error:  # no network, no such config or split
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source} cannot be loaded ({reason}).") from error
+        raise UserError(
+            f"{source} cannot be loaded ({reason}); check its name, or use a file."
+        ) from error
     if not isinstance(loaded, Dataset):
         if len(loaded) != 1:
             raise UserError(

@@ -85,7 +85,7 @@ class Run:
     def require_same_source(
         self, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Raise UserError where the run was begun with other problems, prompts or first weights."""
+        """Raise UserError if the run started with other problems, prompts or initial weights."""
         assert isinstance(self._cfg, RLConfig), "offline training has no problems"
         self._require_same("source", made_from(self._cfg, tokenizer, problems))
 
@@ -112,7 +112,7 @@ class Run:
         return bool(self._cfg.save_steps) and (step + 1) % self._cfg.save_steps == 0
 
     def is_saved(self, n_steps: int) -> bool:
-        """Whether `save_steps` demanded a checkpoint after `n_steps` steps."""
+        """Return whether `save_steps` demanded a checkpoint after `n_steps` steps."""
         return n_steps > 0 and self.is_due(n_steps - 1)
 
     def is_last(self, step: int) -> bool:
@@ -131,7 +131,7 @@ class Run:
         self._checkpoints.rate(n_steps, score)
 
     def rate_if_saved(self, n_steps: int, score: float) -> None:
-        """Rate the weights after `n_steps` steps where they are a checkpoint's."""
+        """Rate the weights after `n_steps` steps if they belong to a checkpoint."""
         if self.is_saved(n_steps):
             self.rate(n_steps, score)
 
