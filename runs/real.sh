@@ -33,7 +33,6 @@ evaluate() {  # evaluate NAME MODEL [key=value …]
 evaluate base "$MODEL" "system_prompt=$ASK"
 run search.py "$C/search.yaml" model_name_or_path="$MODEL" train_file="$TRAIN" \
   output_dir="$OUT/search" "${ENGINE[@]}" "${OTHERS[@]}" "${SEARCH[@]}"
-run tools/audit_rows.py "$OUT/search/data/sft.jsonl"
 run train_sft.py "$C/sft.yaml" model_name_or_path="$MODEL" train_file="$OUT/search/data/sft.jsonl" \
   output_dir="$OUT/sft" "${OTHERS[@]}" "${SFT[@]}"
 evaluate sft "$OUT/sft/hf"

@@ -211,7 +211,7 @@ def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
 PAIRS = {"act": 68, "plain": 2, "verify": 12, "refine": 4, "output": 3, "guard": 7}
 """Shares of the kinds of training examples."""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
-PROMPTS = load_prompts(str(Path(__file__).parents[1] / "configs/tiny/prompts.yaml"))
+PROMPTS = load_prompts(str(Path(__file__).parents[1] / "data/tiny/prompts.yaml"))
 SO_FAR = PROMPTS.templates["act"].split("{question}")[1].split("{so_far}")[0]
 """Heading of the solution so far."""
 IGNORED, BATCH = -100, 24  # label of tokens without loss, and pairs per optimizer step
