@@ -102,8 +102,10 @@ async def _ask_step(ctx: Prompted, problem: Problem, so_far: str, act: str, *key
     text, refused = "", None
     for number in range(ctx.contract_tries):
         said = await reply(ctx, messages, act, problem.id, *key, act, number)
-        text, shown = said.text, {"question": problem.question, "so_far": so_far}
-        refused = breach(ctx.prompts, act, text, **shown, whole=said.whole)
+        text = said.text
+        refused = breach(
+            ctx.prompts, act, text, question=problem.question, so_far=so_far, whole=said.whole
+        )
         if refused is None:
             break
         ctx.refusals[f"contract_{act}_{refused}"] += 1
@@ -119,7 +121,7 @@ async def draw(
     `parts` fill the act's template (prompts.yaml). What the model is shown of its own solution may
     be named; the `correct` steps may not. Each reply is cut where it breaks the contract.
     """
-    messages = ctx.prompts.ask(act, problem.question, so_far, **parts)
+    messages = ctx.prompts.ask(act, problem.question, so_far, parts)
     own = "\n".join([so_far, *(text for name, text in parts.items() if name != "correct")])
     known = f"{problem.question}\n{own}"
 

@@ -8,6 +8,7 @@ The texts are in prompts.yaml, of which a user's `prompts_file` replaces any par
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
@@ -57,7 +58,9 @@ class Prompts(Part):
     refuse: Reasons
     acts: dict[str, ActPrompt]
 
-    def ask(self, act: str, question: str, so_far: str, **parts: str) -> Messages:
+    def ask(
+        self, act: str, question: str, so_far: str, parts: Mapping[str, str] | None = None
+    ) -> Messages:
         """Return messages that ask for one act as the continuation of the solution `so_far`.
 
         `parts` are the other placeholders of the act's template: `wrong` and `correct` of verify,
@@ -67,14 +70,15 @@ class Prompts(Part):
         messages = [{"role": "system", "content": prompt.system}]
         for example in prompt.examples:
             shown = example.model_dump(exclude_none=True, exclude={"reply"})
-            messages.append({"role": "user", "content": self._fill(act, **shown)})
+            messages.append({"role": "user", "content": self._fill(act, shown)})
             messages.append({"role": "assistant", "content": example.reply})
-        asked = self._fill(act, question=question, so_far=so_far, **parts)
+        asked = self._fill(act, {"question": question, "so_far": so_far, **(parts or {})})
         return [*messages, {"role": "user", "content": asked}]
 
-    def _fill(self, act: str, so_far: str, **parts: str) -> str:
+    def _fill(self, act: str, parts: Mapping[str, str]) -> str:
         template = self.templates[act if act in self.templates else "act"]
-        values = parts | {"so_far": so_far or self.nothing_yet}
+        values = dict(parts)
+        values["so_far"] = parts["so_far"] or self.nothing_yet
         values["instruction"] = self.acts[act].instruction
         return re.sub(r"\{(\w+)\}", lambda hole: values[hole[1]], template)
 

@@ -24,6 +24,7 @@ def row(id: str, *samples: dict[str, Any]) -> dict[str, Any]:
         "id": id,
         "level": None,
         "greedy": samples[0],
+        "acts": [],
         "samples": list(samples),
         "search": searched,
     }

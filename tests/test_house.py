@@ -242,7 +242,7 @@ except SystemExit as stopped:
 # ---- The method is read in one sitting ----
 
 METHOD = (
-    *("types", "tokens", "prompts", "mcts", "prompted", "curate"),
+    *("types", "tokens", "prompts", "mcts", "contract", "prompted", "curate"),
     *("rollout", "rewards", "rl", "batch", "update", "beam"),
 )
 """The flat files of rftt/, in reading order."""
@@ -361,7 +361,7 @@ BANS: dict[str, tuple[Callable[[ast.Module], bool], str, tuple[str, ...]]] = {
     "blind except": (blind_except, "try:\n    f()\nexcept (KeyError, Exception):\n    x = 0.2", ()),
     "global": (has_node(ast.Global), "def f():\n    global n\n    n = 1", ()),
     "assert without a text": (silent_assert, "assert x > 0", ()),
-    "inheritance": (other_parent, "class A(B): pass", ("rftt/run/config.py",)),
+    "inheritance": (other_parent, "class A(B): pass", ("rftt/run/config.py", "rftt/prompts.py")),
     "**kwargs passed on": (passes_kwargs_on, "def f(**kw):\n    return g(**kw)", ()),
     "no module docstring": (no_module_docstring, "x = 1", ()),
 }

@@ -14,7 +14,7 @@ PARTS = {"wrong": "wrong way", "correct": "right way", "check": "the check"}
 
 @pytest.mark.parametrize("act", ACTS)
 def test_messages_are_the_role_the_examples_and_the_problem(act: str) -> None:
-    first, *turns, last = PROMPTS.ask(act, "Q {so_far}?", "so far", **PARTS)
+    first, *turns, last = PROMPTS.ask(act, "Q {so_far}?", "so far", PARTS)
     assert first == {"role": "system", "content": PROMPTS.acts[act].system}
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
     assert len(turns) == 2 * len(PROMPTS.acts[act].examples) > 0

@@ -154,10 +154,10 @@ def test_digits_stay_apart_and_phrases_whole(tokenizer):
     question = TALES[0].question
     assert len(tokenizer.encode(question)) < 30
     for act in ACTS:
-        prompt = tiny.PROMPTS.ask(act, question, "", wrong="", correct="", check="")
+        prompt = tiny.PROMPTS.ask(act, question, "", {"wrong": "", "correct": "", "check": ""})
         # A role token and one id for each message shown, an end for each reply shown.
         shown = 2 + 5 * len(tiny.PROMPTS.acts[act].examples)
-        assert len(encode_chat(tokenizer, prompt)) <= shown + len(tokenizer.encode(question)) + 7
+        assert len(encode_chat(tokenizer, prompt)) <= shown + len(tokenizer.encode(question)) + 9
 
 
 def test_functional_tokens_become_single_ids_that_decode(tokenizer):
@@ -279,9 +279,13 @@ def test_base_opens_like_any_other_model(worlds):
 
 def test_held_out_questions_are_not_trained_on():
     seen = {
-        tiny.make_pair(Random(seed), set()).messages[0]["content"].split("\n")[0]
+        tiny.make_pair(Random(seed), set())
+        .messages[-1]["content"]
+        .split("\n")[0]
+        .removeprefix("Problem: ")
         for seed in range(9)
     }
     for seed in range(9):
-        message = tiny.make_pair(Random(seed), seen).messages[0]["content"]
+        message = tiny.make_pair(Random(seed), seen).messages[-1]["content"]
+        message = message.removeprefix("Problem: ")
         assert message.split("\n")[0] not in seen or message.startswith("Which")

@@ -255,11 +255,11 @@ def make_pair(rng: Random, seen: set[str]) -> Pair:
     check = write_check(tale, line.begin, slip)
     if kind == "refine":
         reply = f"Back to {line.begin[1]}, before {tale.changes[line.begin[0]].verb}."
-        messages = PROMPTS.ask("refine", question, text_of([*done, *wrong]), check=check)
+        messages = PROMPTS.ask("refine", question, text_of([*done, *wrong]), {"check": check})
         return Pair(messages, reply)
     right = write_path(tale, line.begin, act, rng, None)
     parts = {"wrong": text_of(wrong), "correct": text_of(right)}
-    return Pair(PROMPTS.ask("verify", question, text_of(done), **parts), check)
+    return Pair(PROMPTS.ask("verify", question, text_of(done), parts), check)
 
 
 # ---- Tokenizer ----
@@ -304,7 +304,7 @@ def _phrases() -> set[str]:
     """Return the fixed parts of prompts, replies and questions."""
     hole = "\0"
     others = {"wrong": hole, "correct": hole, "check": hole}
-    shown = [PROMPTS.ask(act, hole, hole, **others) for act in ACTS]
+    shown = [PROMPTS.ask(act, hole, hole, others) for act in ACTS]
     texts = [message["content"] for messages in shown for message in messages]
     phrases = {part for text in texts for part in text.split(hole)} | {PROMPTS.nothing_yet}
     phrases |= {description_of(f"<{act}>") for act in ACTS} | {"end: "}
