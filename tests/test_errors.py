@@ -78,7 +78,7 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
         ["n_best_to_keep: only method=sample and method=score", "got method=beam; remove"]),
     "no PRM to use": ("train_rl", ["use_prm=true"],
         ["use_prm: true needs prm_model_name_or_path or prm_url."]),
-    "NaN": ("train_sft", ["train_file={bad}/rows.jsonl", "learning_rate=1", "eval_ratio=0"],
+    "NaN": ("train_sft", ["train_file={bad}/rows.jsonl", "learning_rate=1", "adam_beta2=0", "num_train_epochs=60", "eval_ratio=0"],
         ["NaN or infinite at step", "sample id", "Batch dumped to", "lower learning_rate"]),
     "batch not divisible": ("train_rl", ["train_batch_size=3"],
         ["rollout_batch_size 2 x num_generations 2 = 4", "train_batch_size 3", "nearest: 2, 4."]),
