@@ -30,7 +30,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from rftt.beam import explorer
-from rftt.engines import build_engine
+from rftt.engines import build_engine, vocabulary_size
 from rftt.engines.base import for_each
 from rftt.engines.chat import decode, open_tokenizer
 from rftt.engines.sampler import Sampler, functional_ids, pose, sampler_of
@@ -82,7 +82,7 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     source = made_from(cfg, tokenizer, problems)
     journal, done = open_part(file, world, source, anew=cfg.overwrite_output_dir)
     todo = [problem for problem in problems if problem.id not in done][world.rank :: world.size]
-    engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
+    engine = build_engine(cfg, cfg.model_name_or_path, vocabulary_size(tokenizer))
     prm = asyncio.run(open_prm(cfg, log.info))
     policy = sampler_of(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
 

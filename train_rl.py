@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rftt import rl
 from rftt.batch import Batch
-from rftt.engines import build_engine
+from rftt.engines import build_engine, vocabulary_size
 from rftt.engines.chat import open_tokenizer
 from rftt.engines.sampler import functional_ids, sampler_of
 from rftt.graders import open_prm
@@ -64,11 +64,11 @@ def train(cfg: RLConfig, world: World) -> None:
     needs_acts = cfg.sampling_method == "mcts" or bool(cfg.forbidden_acts)
     ids = functional_ids(tokenizer, required=needs_acts)
     run = Run(cfg, world, tokenizer, LINE)
-    engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))  # before FSDP takes memory
+    engine = build_engine(cfg, cfg.model_name_or_path, vocabulary_size(tokenizer))  # before FSDP
     sampler = sampler_of(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
     explorer = Explorer(cfg, sampler)
     reward = Reward(cfg, tokenizer, ids, asyncio.run(open_prm(cfg, run.info)))
-    models = load_models(cfg, world, len(tokenizer))
+    models = load_models(cfg, world, engine.n_tokens)
     learner = Learner(cfg, models.trained(), cfg.max_steps, world, run.folder / "debug", run.info)
     if run.is_new:
         check_warm(cfg, sampler, problems[:8])

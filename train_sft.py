@@ -55,13 +55,13 @@ def train(cfg: SFTConfig, world: World) -> None:
     order = list(islice(shuffled_epochs(len(train_rows), cfg.seed), n_rows))
 
     run = Run(cfg, world, tokenizer, LINE)
-    model = load_trainee(cfg, world, tokenizer, new_tokens)
+    model, n_tokens = load_trainee(cfg, world, tokenizer, new_tokens)
     learner = Learner(cfg, {"policy": model}, total_steps, world, run.folder / "debug", run.info)
     if cfg.initial_state:  # weights and moments of another run; steps and schedule are this one's
         learner.load(Path(cfg.initial_state))
 
     def logprobs(batch: Batch) -> Tensor:
-        return token_logprobs(model, batch, 1.0, len(tokenizer))[0]  # (T,)
+        return token_logprobs(model, batch, 1.0, n_tokens)[0]  # (T,)
 
     def loss_of(micro: Batch) -> tuple[Tensor, Metrics]:
         return offline_loss(logprobs(micro), micro, cfg)  # a sum over tokens, or over pairs

@@ -123,7 +123,9 @@ def main(cfg: PRMTrainConfig) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModel
 
+    from rftt.engines import vocabulary_size
     from rftt.engines.chat import load_tokenizer
+    from rftt.engines.opened import HEADS, open_model
     from rftt.graders.prm_local import FORMATS, Writer
 
     torch.manual_seed(cfg.seed)
@@ -134,8 +136,8 @@ def main(cfg: PRMTrainConfig) -> None:
     tokenizer = load_tokenizer(cfg.model_name_or_path)
     form = FORMATS["qwen"]
     tokenizer.add_tokens([form.tag], special_tokens=True)
-    model = AutoModel.from_pretrained(cfg.model_name_or_path, dtype=torch.float32)
-    model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))
+    model = open_model(AutoModel, cfg.model_name_or_path, torch.float32, extra=HEADS)
+    model.resize_token_embeddings(max(vocabulary_size(tokenizer), model.config.vocab_size))
     size = model.config.hidden_size
     head = torch.nn.Sequential(
         torch.nn.Linear(size, size), torch.nn.ReLU(), torch.nn.Linear(size, 2)

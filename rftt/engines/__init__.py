@@ -7,24 +7,31 @@ from typing import TYPE_CHECKING
 from rftt.types import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rftt.engines.base import Engine, EngineConfig
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest id + 1: the bound of all ids. Holes keep it above the number of ids."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def build_engine(cfg: EngineConfig, model_path: str, n_tokens: int) -> Engine:
     """Open `model_path` for sampling with the engine that `cfg.engine` names.
 
-    `n_tokens` is len(tokenizer). Higher ids exist only in the model and are never sampled. Raises
+    `n_tokens` is vocabulary_size(tokenizer). Higher ids exist only in the model and are never
+    sampled. Raises
     UserError if the model cannot be read or does not fit the tokenizer.
     """
-    from transformers import AutoConfig
+    from rftt.engines.opened import check_context, check_files, open_config
 
-    try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=cfg.trust_remote_code)
-    except (OSError, ValueError) as error:  # the path is missing or not a model
-        raise UserError(
-            f"no model at {model_path!r}: {str(error).splitlines()[0]}; set model_name_or_path to "
-            "a Hugging Face folder or hub name."
-        ) from error
+    if not cfg.skip_model_check:  # vLLM reads quantised weights
+        trust, quantized = cfg.trust_remote_code, cfg.engine == "vllm"
+        check_files(model_path, trust_remote_code=trust, quantized=quantized)
+    config = open_config(model_path, trust_remote_code=cfg.trust_remote_code)
+    if not cfg.skip_model_check:
+        check_context(model_path, config, cfg.max_model_len)
     if (n_rows := config.get_text_config().vocab_size) < n_tokens:
         raise UserError(
             f"the embedding of {model_path} must have a row for each of its tokenizer's "

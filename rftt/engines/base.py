@@ -84,6 +84,8 @@ class Engine(Protocol):
 
     counters: Counters
     max_model_len: int
+    n_tokens: int
+    """Bound of the ids that are sampled."""
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """Sample one continuation. Cancelling the awaiting task frees its place in the batch.

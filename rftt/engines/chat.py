@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
-from rftt.engines import build_engine
+from rftt.engines import build_engine, vocabulary_size
 from rftt.engines.base import Reply, Sampling
 from rftt.engines.templates import (
     CUT,
@@ -22,7 +22,13 @@ from rftt.engines.templates import (
     with_date,
     with_settings,
 )
-from rftt.prompts import Messages
+from rftt.engines.vocabulary import (
+    QUESTION,
+    check_question,
+    check_text,
+    end_ids,
+)
+from rftt.prompts import Messages, question_messages
 from rftt.types import UserError
 
 if TYPE_CHECKING:
@@ -67,6 +73,9 @@ def open_tokenizer(cfg: Common) -> PreTrainedTokenizerBase:
     today = date.fromisoformat(cfg.template_date) if cfg.template_date else date.today()
     template = with_settings(with_date(template, today), cfg.chat_template_kwargs)
     tokenizer.chat_template = template
+    if not cfg.skip_model_check:
+        check_text(tokenizer)
+        check_question(tokenizer, question_messages(QUESTION, cfg.system_prompt))
     return tokenizer
 
 
@@ -119,6 +128,17 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
+def reply_ends(tokenizer: PreTrainedTokenizerBase, path: str) -> tuple[int, ...]:
+    """Return every id that ends a reply of the model at `path` (vocabulary.py:end_ids).
+
+    Raises UserError if the tokenizer does not have one EOS token.
+    """
+    from rftt.engines.opened import listed_ends
+
+    eos_id(tokenizer)
+    return end_ids(tokenizer, listed_ends(path))
+
+
 # ---- A chat with an instruct model ----
 
 
@@ -132,9 +152,10 @@ async def open_chat(
     counts of the local one.
     """
     if cfg.engine != "api":
-        engine = build_engine(cfg, cfg.model_name_or_path, len(tokenizer))
+        engine = build_engine(cfg, cfg.model_name_or_path, vocabulary_size(tokenizer))
         try:
-            yield partial(engine_chat, engine, tokenizer)
+            ends = reply_ends(tokenizer, cfg.model_name_or_path)
+            yield partial(engine_chat, engine, tokenizer, ends=ends)
         finally:
             engine.close()
         return
@@ -154,10 +175,18 @@ async def open_chat(
 
 
 async def engine_chat(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, messages: Messages, sampling: Sampling
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    sampling: Sampling,
+    *,
+    ends: tuple[int, ...] = (),
 ) -> Reply:
-    """Return the reply of a local model. With its first two arguments bound it is a `Chat`."""
-    prompt, stop = encode_chat(tokenizer, messages), (eos_id(tokenizer),)
+    """Return the reply of a local model. With its first two arguments bound it is a `Chat`.
+
+    Any of `ends` ends the reply; the tokenizer's EOS does where there are none.
+    """
+    prompt, stop = encode_chat(tokenizer, messages), ends or (eos_id(tokenizer),)
     room = engine.max_model_len - len(prompt)
     if room <= 0:
         return Reply("", whole=False)

@@ -51,6 +51,8 @@ class HFEngine:
         self.max_model_len = cfg.max_model_len
         self.counters = Counters()
         self._slots = Slots(self.model, n_tokens, cfg.max_num_seqs, cfg.max_model_len)
+        if not cfg.skip_model_check:
+            self._slots.check()
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []
         self._cancelled = False

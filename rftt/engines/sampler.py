@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rftt.engines.base import Sampling
-from rftt.engines.chat import decode, encode_chat, eos_id
+from rftt.engines.chat import decode, encode_chat, eos_id, reply_ends
+from rftt.engines.vocabulary import check_free
 from rftt.graders.math import extract
 from rftt.prompts import question_messages
 from rftt.tokens import ACTS, CLOSERS, OPENERS, FunctionIds, function_ids, successors
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
 def functional_ids(tokenizer: PreTrainedTokenizerBase, *, required: bool) -> FunctionIds | None:
     """Return the ids of the functional tokens, or None for a policy without them.
 
-    Raises UserError if they are `required` and one of them is not a single id.
+    Raises UserError if they are `required` and one of them is not a single id, or if one has the id
+    of another token.
     """
-    if not required and not set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab()):
+    present = set(OPENERS + CLOSERS) <= set(tokenizer.get_vocab())
+    if not required and not present:
         return None
+    if present:
+        check_free(tokenizer, OPENERS + CLOSERS)
     return function_ids(tokenizer)
 
 
@@ -53,6 +58,8 @@ class Sampler:
     forbidden: tuple[str, ...] = ()
     """Acts that neither the policy nor a tree may begin."""
     children_per_act: int = 1
+    ends: tuple[int, ...] = ()
+    """Ids that end a turn (vocabulary.py:end_ids); the tokenizer's EOS if there are none here."""
 
     @property
     def functions(self) -> FunctionIds:
@@ -63,13 +70,14 @@ class Sampler:
     @property
     def stops(self) -> tuple[int, ...]:
         """Token ids that end a response."""
-        eos = eos_id(self.tokenizer)
-        return (self.ids.end, eos) if self.ids else (eos,)
+        ends = self.ends or (eos_id(self.tokenizer),)
+        return (self.ids.end, *ends) if self.ids else ends
 
     @property
     def stops_of_act(self) -> tuple[int, ...]:
         """Token ids that end one act, even a malformed one."""
-        return (*self.functions.closers, *self.functions.openers, eos_id(self.tokenizer))
+        ends = self.ends or (eos_id(self.tokenizer),)
+        return (*self.functions.closers, *self.functions.openers, *ends)
 
     def acts_after(self, act: str | None) -> tuple[str, ...]:
         """Return the acts to try after `act` (None: at the root), `children_per_act` times each."""
@@ -115,6 +123,7 @@ def sampler_of(
         answer_format=answer_format,
         forbidden=tuple(cfg.forbidden_acts),
         children_per_act=cfg.children_per_act,
+        ends=reply_ends(tokenizer, cfg.model_name_or_path),
     )
 
 

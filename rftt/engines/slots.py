@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from rftt.engines.attend import attend
 from rftt.engines.base import Sampling
+from rftt.engines.opened import check_same, open_model, own_logits, probes
 from rftt.types import UserError
 
 if TYPE_CHECKING:
@@ -36,23 +38,25 @@ Watched = list[tuple[int, int, tuple[float, ...]]]
 
 def load_model(cfg: EngineConfig, path: str) -> PreTrainedModel:
     """Load a frozen causal LM that uses `grouped_attention`."""
-    AttentionInterface.register("grouped", grouped_attention)
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=getattr(torch, cfg.dtype),
-        attn_implementation="grouped",
-        trust_remote_code=cfg.trust_remote_code,
-    )
-    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-        raise UserError(
-            f"engine=hf does not support sliding-window attention, which {path} uses; set "
-            "engine=vllm."
-        )
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda is not available here; use auto or cpu.")
+    model = open_model(
+        AutoModelForCausalLM,
+        path,
+        getattr(torch, cfg.dtype),
+        trust_remote_code=cfg.trust_remote_code,
+        check=not cfg.skip_model_check,
+    )
     if cfg.device != "cpu" and torch.cuda.is_available():
         torch.nn.Module.cuda(model)
-    return model.eval().requires_grad_(False)
+    return grouped(model.requires_grad_(False))
+
+
+def grouped(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a causal LM use `grouped_attention`, in place."""
+    AttentionInterface.register("grouped", grouped_attention)
+    model.set_attn_implementation("grouped")
+    return model
 
 
 def grouped_attention(
@@ -61,13 +65,24 @@ def grouped_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor,
-    scaling: float,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Compute SDPA with the query heads of a group as further queries of its single key head.
 
     query (B, H, T, D), key and value (B, H_kv, W, D), mask (1 or B, 1, T, W) -> (B, T, H, D).
+    The mask is causal. `s_aux` (H,) are attention sinks.
     """
+    if sliding_window is not None and sliding_window < attention_mask.shape[-1]:
+        position = attention_mask.sum(-1, keepdim=True) - 1  # (1 or B, 1, T, 1)
+        columns = torch.arange(attention_mask.shape[-1], device=query.device)
+        attention_mask = attention_mask & (columns > position - sliding_window)
+    if softcap is not None or s_aux is not None:
+        mixed = attend(query, key, value, attention_mask, scaling, softcap, s_aux)
+        return mixed.transpose(1, 2), None
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
     mask = attention_mask if length == 1 else attention_mask.repeat(1, 1, groups, 1)
@@ -116,9 +131,39 @@ class Slots:
         """Free the keys and values (≤ S, layers, 2, H_kv, C, D). `_reserve` allocates new ones."""
         config = self.model.config
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (0, config.num_hidden_layers, 2, config.num_key_value_heads, 0, dim)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = (0, config.num_hidden_layers, 2, heads, 0, dim)
         self.kv = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         self.forget()
+
+    def check(self) -> None:
+        """Raise UserError if prefill, cache and decoding do not give the model's own log-probs.
+
+        Each sequence is prefilled but for six tokens, which are then decoded one by one. The second
+        one reuses the beginning that it shares with the first.
+        """
+        n_slots, max_len = self.tokens.shape
+        sequences = [ids[:max_len] for ids in probes(self.n_tokens)[:n_slots]]
+        n_decoded = min(6, min(map(len, sequences)) - 1)
+
+        @torch.inference_mode()
+        def compute() -> tuple[Tensor, Tensor]:
+            own = [own_logits(self.model, ids, self.n_tokens)[-n_decoded:] for ids in sequences]
+            for slot, ids in enumerate(sequences):
+                prefix = tuple(ids[:-n_decoded])
+                self._prefill(slot, [prefix])
+                self.tokens[slot, : len(prefix)] = torch.tensor(prefix)
+                self.length[slot] = len(prefix)
+                self.n = slot + 1
+            run, ours = slice(self.n), []
+            for place in range(-n_decoded, 0):
+                ids = torch.tensor([[ids[place]] for ids in sequences], device=self.model.device)
+                ours.append(self._forward(ids, run, self.length[run, None]).float())
+                self.length[run] += 1
+            return torch.stack(ours, 1).log_softmax(-1), torch.stack(own).log_softmax(-1)
+
+        check_same(self.model, "transformers engine (engine=hf)", compute)
+        self.drop()
 
     # ---- New rows ----
 

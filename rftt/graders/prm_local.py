@@ -35,13 +35,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from rftt.engines.chat import load_tokenizer
 from rftt.engines.loop import StepLoop
+from rftt.engines.opened import HEADS, check_same, logit_head, open_model, probes
+from rftt.engines.vocabulary import check_text
 from rftt.graders.prm import TAG, Unscored, checked
 from rftt.types import UserError
 
 if TYPE_CHECKING:
     import asyncio
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rftt.graders.prm import ProcessConfig
     from rftt.run.config import ServeConfig
@@ -150,15 +152,20 @@ class LocalPRM:
             )
         kind = AutoModelForCausalLM if family == "math_shepherd" else AutoModel
         dtype = getattr(torch, cfg.dtype)
-        model = kind.from_pretrained(path, dtype=dtype, trust_remote_code=trust).eval()
-        model.requires_grad_(False)
+        check, extra = not cfg.skip_model_check, HEADS if head else ()
+        model = open_model(
+            kind, path, dtype, trust_remote_code=trust, check=check, extra=extra
+        ).requires_grad_(False)
+        if check:
+            check_text(tokenizer)
+            check_padding(model)
         if cfg.device != "cpu" and torch.cuda.is_available():
             torch.nn.Module.cuda(model)
         self.device, self.max_length = model.device, model.config.max_position_embeddings
         if family == "math_shepherd":
             labels = label_ids(tokenizer, cfg.prm_good_token, cfg.prm_bad_token)
-            rows = model.get_output_embeddings().weight[labels].float()  # pyright: ignore[reportOptionalMemberAccess]
-            self._readout: Readout = lambda hidden: linear(hidden, rows).softmax(-1)[:, 0]
+            rows = logit_head(model).rows(labels)
+            self._readout: Readout = lambda hidden: rows.logits(hidden).softmax(-1)[:, 0]
             model = model.base_model
         else:
             self._readout = readout_of(_on(head, self.device), path)
@@ -205,6 +212,26 @@ class LocalPRM:
             scores = iter(self._readout(states.float()).tolist())
             for path in batch:
                 path.done.set_result([next(scores) for _ in path.marks])
+
+
+def check_padding(model: PreTrainedModel) -> None:
+    """Raise UserError if a path's hidden states depend on the padding behind it.
+
+    They are compared in units of their standard deviation.
+    """
+    _, path = probes(model.config.get_text_config().vocab_size)
+
+    @torch.inference_mode()
+    def compute() -> tuple[Tensor, Tensor]:
+        states = [
+            model.base_model(
+                input_ids=torch.tensor([ids], device=model.device), use_cache=False
+            ).last_hidden_state[0, : len(path)].float()
+            for ids in ([*path, *[0] * len(path)], path)
+        ]  # fmt: skip
+        return states[0] / states[1].std(), states[1] / states[1].std()
+
+    check_same(model, "process reward model", compute, "hidden states")
 
 
 def label_ids(tokenizer: Any, good: str, bad: str) -> list[int]:

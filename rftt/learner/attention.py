@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from rftt.engines.attend import attend
+
 ATTENTION = "rftt_packed"
 
 
@@ -119,7 +121,14 @@ class _Gather(torch.autograd.Function):
 
 
 def _padded_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Return attention (H, N, d) of q, k, v (H, N, d), in blocks of (documents, H, width, d)."""
     queries = _Gather.apply(q, layout.pad_queries, layout.unpad)
@@ -135,10 +144,22 @@ def _padded_attention(
         values.split(n_keys, 1), strict=True,
     ):  # fmt: skip
         mask = _mask(block, window, q.device)
-        out = scaled_dot_product_attention(
-            *(x.unflatten(1, (block.rows, -1)).transpose(0, 1) for x in qkv),
-            attn_mask=mask, scale=scale, is_causal=mask is None, enable_gqa=True,
-        )  # fmt: skip
+        query, key, value = (x.unflatten(1, (block.rows, -1)).transpose(0, 1) for x in qkv)
+        if softcap is None and sinks is None:
+            out = scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                scale=scale,
+                is_causal=mask is None,
+                enable_gqa=True,
+            )
+        else:
+            if mask is None:
+                size = (1, 1, block.n_queries, block.n_keys)
+                mask = torch.ones(size, dtype=torch.bool, device=q.device).tril()
+            out = attend(query, key, value, mask, scale, softcap, sinks)
         outs.append(out.transpose(0, 1).flatten(1, 2))
     return torch.cat(outs, 1).index_select(1, layout.unpad)
 
@@ -165,11 +186,20 @@ def _packed_attention(
     layout: Layout,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Implement transformers' attention function: (1, H, N, d) -> (1, N, H, d)."""
-    if not query.is_cuda or query.dtype == torch.float32:  # flash attention is for half precision
-        out = _padded_attention(query[0], key[0], value[0], layout, scaling, sliding_window)
+    """Implement transformers' attention function: (1, H, N, d) -> (1, N, H, d).
+
+    `s_aux` are attention sinks, one logit per head.
+    """
+    # Flash attention is for half precision. It has neither soft caps nor sinks.
+    plain = softcap is None and s_aux is None
+    if not query.is_cuda or query.dtype == torch.float32 or not plain:
+        out = _padded_attention(
+            query[0], key[0], value[0], layout, scaling, sliding_window, softcap, s_aux
+        )
         return out.transpose(0, 1)[None], None
     from torch.nn.attention.varlen import varlen_attn
 

@@ -21,6 +21,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -61,9 +62,17 @@ def export_hf(
     """Write a Hugging Face folder in `dtype`. Collective, but only rank 0 writes."""
     weights = _whole_weights(model, world, dtype)
     if world.is_main:
-        model.save_pretrained(path, state_dict=weights)
+        _save_model(model, weights, dtype, path)
         tokenizer.save_pretrained(path)
     world.barrier()
+
+
+def _save_model(model: PreTrainedModel, weights: dict[str, Tensor], dtype: str, path: Path) -> None:
+    """Write the weights and a config.json that names their type: the model's own is float32."""
+    model.save_pretrained(path, state_dict=weights)
+    config = deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(path)
 
 
 class Checkpoints:
@@ -107,7 +116,7 @@ class Checkpoints:
         state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         policy = cast(PreTrainedModel, modules["policy"])
         weights = _whole_weights(policy, self._world, self._dtype)
-        export = partial(policy.save_pretrained, state_dict=weights)
+        export = partial(_save_model, policy, weights, self._dtype)
         score = {"best_score": self._best} if math.isfinite(self._best) else {}
         extra = {"step": step, **score, **extra}
         self._pending.append(self._thread.submit(self._write, step, state, export, extra))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rftt.batch import Batch
+from rftt.engines.opened import capped, logit_head
 from rftt.learner.attention import Layout, layout_of
 from rftt.learner.prefix_tree import forest_of
 
@@ -29,7 +30,7 @@ KEPT_LOGITS = {"cpu": 2**24, "cuda": 2**28}
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(h Wᵀ / temperature) at the targets, and its entropy, `chunk` ids at a time.
+    """log softmax(cap(h Wᵀ + b) / temperature) at the targets, and its entropy, in chunks of ids.
 
     The forward pass is an online softmax over the chunks. The backward pass recomputes all logits
     except those of the first `n_kept` chunks: ∂logp = onehot − p and ∂H = −p (log p + H). A chunk
@@ -43,6 +44,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
+        cap: float | None,
         targets: Tensor,
         temperature: float,
         starts: range,
@@ -54,9 +57,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
         total, mean = torch.zeros_like(peak), torch.zeros_like(peak)
         kept: list[Tensor] = []
         for start in starts:
-            raw = hidden @ weight[start : min(start + starts.step, starts.stop)].T
+            raw = _raw(hidden, weight, bias, slice(start, min(start + starts.step, starts.stop)))
             kept += [raw] if len(kept) < n_kept else []
-            logits = _divided(raw.to(wide), temperature)
+            logits = _divided(capped(raw.to(wide), cap), temperature)
             column, inside = _place(targets, start, logits.shape[1])
             picked = torch.where(inside, logits.gather(-1, column)[:, 0], picked)
             before, peak = peak, torch.maximum(peak, logits.amax(-1))
@@ -66,36 +69,50 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 mean = mean * shrink + mass.mul_(logits).sum(-1)
         normalizer = peak + total.log()
         entropy = normalizer - mean / total
-        ctx.save_for_backward(hidden, weight, targets, normalizer, entropy, *kept)
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy, *kept)
         ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.starts = temperature, starts
+        ctx.cap, ctx.temperature, ctx.starts = cap, temperature, starts
         return picked - normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalizer, entropy, *kept = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizer, entropy, *kept = ctx.saved_tensors
         slopes, grad_entropy = grads  # None where the loss does not use it
         slopes = torch.zeros_like(normalizer) if slopes is None else slopes
         grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
         grad_weight = torch.empty_like(weight)
         grad_weight[ctx.starts.stop :] = 0  # rows of padding beyond the tokenizer
+        grad_bias = None if bias is None else torch.zeros_like(bias)
         for number, start in enumerate(ctx.starts):
             rows = slice(start, min(start + ctx.starts.step, ctx.starts.stop))
-            raw = kept[number] if number < len(kept) else hidden @ weight[rows].T
-            logp = _divided(raw.to(normalizer.dtype), ctx.temperature) - normalizer[:, None]
+            raw = kept[number] if number < len(kept) else _raw(hidden, weight, bias, rows)
+            logits = capped(raw.to(normalizer.dtype), ctx.cap)
+            logp = _divided(logits, ctx.temperature) - normalizer[:, None]
             factor = -slopes[:, None]
             if grad_entropy is not None:
                 factor = factor - grad_entropy[:, None] * (logp + entropy[:, None])
             grad = logp.exp_().mul_(factor)
             column, inside = _place(targets, start, grad.shape[1])
             grad.scatter_add_(-1, column, (slopes * inside)[:, None])
-            grad = _divided(grad, ctx.temperature).to(hidden.dtype)
+            grad = _divided(grad, ctx.temperature)
+            if ctx.cap is not None:  # the derivative of cap · tanh(x / cap)
+                grad = grad * (1 - (logits / ctx.cap).square())
+            grad = grad.to(hidden.dtype)
+            if grad_bias is not None:
+                grad_bias[rows] = grad.sum(0)
             torch.mm(grad.T, hidden, out=grad_weight[rows])
             if grad.dtype == grad_hidden.dtype:
                 grad_hidden.addmm_(grad, weight[rows])
             else:  # the sum over chunks stays in float32
                 grad_hidden += grad @ weight[rows]
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
+        grads_of_head = (grad_weight, grad_bias, None)
+        return grad_hidden.to(hidden.dtype), *grads_of_head, None, None, None, None, None
+
+
+def _raw(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+    """Return (A, width) logits of the ids `rows`, before any soft cap."""
+    logits = hidden @ weight[rows].T
+    return logits if bias is None else logits + bias[rows]
 
 
 def _divided(x: Tensor, temperature: float) -> Tensor:
@@ -119,9 +136,9 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Return (T,) log π of each action token and the policy's entropy there, 0 at other tokens.
 
-    `n_tokens` is len(tokenizer). Later rows of the vocabulary are padding, which engines never
-    sample, so the normalisation excludes them. `chunk` is the number of ids whose logits exist at
-    one time (default: CHUNK_LOGITS over the number of wanted tokens).
+    `n_tokens` is vocabulary_size(tokenizer). Later rows of the vocabulary are padding, which
+    engines never sample, so the normalisation excludes them. `chunk` is the number of ids whose
+    logits exist at one time (default: CHUNK_LOGITS over the number of wanted tokens).
     """
     view = _view(batch)
     picked, entropy = model.packed_forward(  # pyright: ignore[reportCallIssue]
@@ -150,16 +167,15 @@ def packed_logprobs(
 
     This is the `packed_forward` of a policy. FSDP gathers its weights around this call.
     """
+    head = logit_head(model)
     hidden = hidden_states(model.get_decoder(), inputs)[states]
-    weight, kind, n = (
-        weight_of(model.get_output_embeddings()),
-        hidden.device.type,
-        len(targets) or 1,
-    )
+    if head.scale != 1.0:  # on the hidden states: they are smaller than the logits
+        hidden = hidden * head.scale
+    kind, n = hidden.device.type, len(targets) or 1
     starts = range(0, n_tokens, chunk or max(CHUNK_LOGITS[kind] // n, 256))
     n_kept = KEPT_LOGITS[kind] // (starts.step * n)
     return _ChunkedLogprobs.apply(
-        hidden, weight, targets, temperature, starts, n_kept, with_entropy
+        hidden, head.weight, head.bias, head.cap, targets, temperature, starts, n_kept, with_entropy
     )
 
 
@@ -202,6 +218,11 @@ def _view(batch: Batch) -> _View:
     nodes, which = forest.node[actions].unique(return_inverse=True)
     wanted = forest.token[nodes]
     return _View(inputs, forest.node[wanted - 1], ids[wanted], n, actions, which)
+
+
+def packed_inputs(batch: Batch) -> dict[str, Any]:
+    """Return what a backbone takes for a batch."""
+    return _view(batch).inputs
 
 
 def _inputs(input_ids: Tensor, position_ids: Tensor, layout: Layout) -> dict[str, Any]:

@@ -19,7 +19,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rftt.engines import vocabulary_size
+from rftt.engines.opened import HEADS, open_model
 from rftt.learner.attention import ATTENTION
 from rftt.learner.logprobs import hidden_states, packed_logprobs, weight_of
 from rftt.rl import WorldSum, kl_estimate
@@ -39,30 +42,26 @@ def load_policy(
     *,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    check: bool = True,
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub id, on the CPU.
 
-    Raises UserError if there is no model, or if its attention is not supported.
+    Raises UserError if there is no model, or (with `check`) if its files are not those of one.
+    Whether its packed log-probs are right is for check.py:check_policy.
     """
-    model = _pretrained(AutoModelForCausalLM, path, dtype, trust_remote_code)
+    model = open_model(
+        AutoModelForCausalLM, path, dtype, trust_remote_code=trust_remote_code, check=check
+    )
     return prepare(model, gradient_checkpointing=gradient_checkpointing)
 
 
 def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """Make a causal language model accept packed batches, in place (see `token_logprobs`)."""
-    config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) or getattr(
-        config, "final_logit_softcapping", None
-    ):
-        raise UserError(
-            f"{config.model_type}: logit soft-capping (Gemma 2) is not supported; use a model "
-            "without it."
-        )
     model.set_attn_implementation(ATTENTION)
-    _spare_memory(model, gradient_checkpointing)
+    _spare_memory(model.eval(), gradient_checkpointing)
     # FSDP gathers the root's weights around `forward` or a method that fsdp.shard registers.
     model.packed_forward = MethodType(packed_logprobs, model)  # pyright: ignore[reportArgumentType]
-    return model.train()
+    return model
 
 
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
@@ -77,6 +76,9 @@ def _spare_memory(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
     """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # of the layer alone: it checkpoints only in this mode
         return
     kinds = {type(module) for module in model.modules()}
     gated = tuple(kind for kind in kinds if GATED in getsource(kind.forward))
@@ -119,12 +121,18 @@ def load_critic(
     *,
     gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
+    check: bool = True,
 ) -> Critic:
-    """Load a critic whose backbone starts from that of a causal language model."""
-    backbone = _pretrained(AutoModel, path, dtype, trust_remote_code)
+    """Load a critic whose backbone starts from that of a causal language model.
+
+    Raises UserError as load_policy does.
+    """
+    backbone = open_model(
+        AutoModel, path, dtype, trust_remote_code=trust_remote_code, check=check, extra=HEADS
+    )
     backbone.set_attn_implementation(ATTENTION)
     _spare_memory(backbone, gradient_checkpointing)
-    return Critic(backbone).train()
+    return Critic(backbone)
 
 
 def critic_metrics(
@@ -156,18 +164,6 @@ def score_metrics(batch: Batch, world: World) -> dict[str, float]:
     return metrics
 
 
-def _pretrained(
-    auto: type, path: str, dtype: torch.dtype, trust_remote_code: bool
-) -> PreTrainedModel:
-    try:
-        return auto.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:  # no such path, or not a model
-        raise UserError(
-            f"no model at {path!r}: {str(error).splitlines()[0]}; set model_name_or_path to a "
-            "Hugging Face folder or hub name."
-        ) from error
-
-
 # ---- New vocabulary rows ----
 
 
@@ -184,14 +180,16 @@ def add_function_rows(
     sharding. Raises UserError if the model lacks rows for other tokens.
     """
     n_rows = len(weight_of(model.get_input_embeddings()))
-    if n_rows < len(tokenizer) - len(new):
+    n_tokens = vocabulary_size(tokenizer)
+    n_earlier = 1 + max(i for token, i in tokenizer.get_vocab().items() if token not in set(new))
+    if n_rows < n_earlier:
         raise UserError(
             f"the model must have a vocabulary row for each of the tokenizer's "
-            f"{len(tokenizer) - len(new)} earlier ids, got {n_rows} rows: they do not belong "
+            f"{n_earlier} earlier ids, got {n_rows} rows: they do not belong "
             "together; use the tokenizer of this model."
         )
-    if n_rows < len(tokenizer):
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if n_rows < n_tokens:
+        model.resize_token_embeddings(n_tokens, mean_resizing=False)
     if not new:
         return
     embedding = weight_of(model.get_input_embeddings())

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rftt.engines import vocabulary_size
+from rftt.engines.opened import check_context, check_savable, open_config
+from rftt.engines.vocabulary import check_free
+from rftt.learner.check import check_backbone, check_policy
 from rftt.learner.fsdp import World, shard
 from rftt.learner.model import Critic, add_function_rows, load_critic, load_policy
 from rftt.run.config import RLConfig, SFTConfig
@@ -33,7 +37,12 @@ class Models:
 
 
 def load_models(cfg: RLConfig, world: World, vocabulary: int) -> Models:
-    """Load every model that the run needs, all of them from `model_name_or_path`."""
+    """Load every model that the run needs, all of them from `model_name_or_path`.
+
+    Raises UserError if a model is not what its folder says, or would be scored wrongly.
+    """
+    if not cfg.skip_model_check:
+        check_savable(cfg.model_name_or_path)
     compute = getattr(torch, cfg.dtype)
 
     def load(load_one: Any, *, frozen: bool = False) -> Any:
@@ -42,7 +51,13 @@ def load_models(cfg: RLConfig, world: World, vocabulary: int) -> Models:
             compute if frozen else torch.float32,  # the optimizer needs float32 weights
             gradient_checkpointing=cfg.gradient_checkpointing and not frozen,
             trust_remote_code=cfg.trust_remote_code,
+            check=not cfg.skip_model_check,
         ).requires_grad_(not frozen)
+        if not cfg.skip_model_check:
+            if isinstance(model, Critic):
+                check_backbone(model.backbone)
+            else:
+                check_policy(model, vocabulary, tree=cfg.packing == "tree")
         return shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
 
     return Models(
@@ -55,15 +70,27 @@ def load_models(cfg: RLConfig, world: World, vocabulary: int) -> Models:
 
 def load_trainee(
     cfg: SFTConfig, world: World, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]
-) -> PreTrainedModel:
-    """Load the model that the warm-up trains, with a vocabulary row for each new token."""
+) -> tuple[PreTrainedModel, int]:
+    """Load the model that the warm-up trains, with a vocabulary row for each new token.
+
+    Return it and the number of ids. Raises UserError as load_models does.
+    """
+    path, n_tokens = cfg.model_name_or_path, vocabulary_size(tokenizer)
+    if not cfg.skip_model_check:
+        check_savable(path)
+        check_free(tokenizer, new_tokens)
+        config = open_config(path, trust_remote_code=cfg.trust_remote_code)
+        check_context(path, config, cfg.max_length, "max_length")
     model = load_policy(
-        cfg.model_name_or_path,
+        path,
         torch.float32,  # the optimizer needs float32 weights
         gradient_checkpointing=cfg.gradient_checkpointing,
         trust_remote_code=cfg.trust_remote_code,
+        check=not cfg.skip_model_check,
     )
     add_function_rows(model, tokenizer, new_tokens)
+    if not cfg.skip_model_check:
+        check_policy(model, n_tokens)
     compute = getattr(torch, cfg.dtype)
     shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
-    return model
+    return model, n_tokens

@@ -129,6 +129,8 @@ class Common:
     An exported model keeps this date."""
     trust_remote_code: bool = False
     """Permission to run Python code that comes with a model folder."""
+    skip_model_check: Runtime[bool] = False
+    """Open models without the checks of docs/models.md: weights, tokenizer, log-probs."""
     prompt_key: str | None = None
     """Column of the question if it has none of the usual names. Dots name a value inside a column
     (prompt.0.content), and braces make a template ({Body} {Question})."""
@@ -244,6 +246,8 @@ class ServeConfig(StepModel):
     """qwen: system prompt instead of the chat template's default."""
     trust_remote_code: bool = False
     """Permission to run Python code that comes with a model folder."""
+    skip_model_check: Runtime[bool] = False
+    """Open models without the checks of docs/models.md: weights, tokenizer, log-probs."""
 
 
 @config_class

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rftt.engines.chat import encode_chat, eos_id
 from rftt.engines.templates import holds_control_text
+from rftt.engines.vocabulary import turn_end
 from rftt.graders.math import parse_gold, same_answer
 from rftt.prompts import question_messages
 from rftt.run.cli import load_function
@@ -163,6 +164,8 @@ def load_rows(
     examples: list[Example] = []
     left_out: Counter[str] = Counter()
     ids = function_ids(tokenizer) if functional else None
+    turn = turn_end(tokenizer)
+    end = eos_id(tokenizer) if turn is None else turn
     for record in read_table(path):
         row, where = record.row, record.place
         if pairs:
@@ -186,7 +189,7 @@ def load_rows(
                 mask = [True] * len(response)
             else:
                 response, mask = _encode_steps(value, tokenizer, ids, mask_wrong, where)
-            example += ((prompt, [*response, eos_id(tokenizer)], [*mask, True]),)
+            example += ((prompt, [*response, end], [*mask, True]),)
         if len(prompt) + max(len(response) for _, response, _ in example) > max_length:
             left_out["too long"] += 1
         else:
