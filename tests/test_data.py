@@ -143,8 +143,11 @@ class Letters:
             return [10 + (OPENERS + CLOSERS).index(text)]
         return [100 + ord(letter) for letter in text]
 
-    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
-        return self.encode("".join(message["content"] for message in messages))
+    all_special_ids = (2,)
+
+    def apply_chat_template(self, messages, tokenize=True, **_):
+        text = "".join(message["content"] for message in messages)
+        return self.encode(text) if tokenize else text
 
 
 STEPS = [

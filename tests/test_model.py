@@ -97,23 +97,31 @@ def test_chunks_change_nothing(chunk: int) -> None:
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("chunk", "n_kept"), [(3, 0), (3, 2), (20, 1), (7, 9)])
-def test_the_heads_backward_is_the_derivative_of_its_forward(chunk: int, n_kept: int) -> None:
+def test_the_heads_backward_is_the_derivative_of_its_forward(
+    chunk: int, n_kept: int, biased: bool, cap: float | None
+) -> None:
     """Float64 finite differences; ids beyond 13 are not the tokenizer's."""
     generator = torch.Generator().manual_seed(2)
     hidden, weight = (
         torch.randn(n, 4, dtype=torch.float64, generator=generator, requires_grad=True)
         for n in (6, 15)
     )
+    bias = torch.randn(15, dtype=torch.float64, generator=generator, requires_grad=True)
+    own = (hidden, weight, bias if biased else None)
     targets = torch.tensor([0, 3, 12, 5, 6, 12])
     starts = range(0, 13, chunk)
 
-    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return _ChunkedLogprobs.apply(hidden, weight, targets, 0.7, starts, n_kept, True)
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _ChunkedLogprobs.apply(hidden, weight, bias, cap, targets, 0.7, starts, n_kept, True)
 
-    assert torch.autograd.gradcheck(head, (hidden, weight))
-    logp = (hidden @ weight[:13].T / 0.7).log_softmax(-1)
-    logprobs, entropy = head(hidden, weight)
+    assert torch.autograd.gradcheck(head, own[: 2 + biased])
+    logits = hidden @ weight[:13].T + (bias[:13] if biased else 0.0)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    logp = (logits / 0.7).log_softmax(-1)
+    logprobs, entropy = head(*own)
     torch.testing.assert_close(logprobs, logp.gather(-1, targets[:, None])[:, 0])
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
 
@@ -328,5 +336,5 @@ def test_a_missing_model_is_one_clear_line(tmp_path: Path) -> None:
 def test_no_new_tokens_change_nothing() -> None:
     model = tiny_model()
     before = model.get_input_embeddings().weight.clone()
-    add_function_rows(model, range(VOCABULARY), [])  # pyright: ignore[reportArgumentType]
+    add_function_rows(model, word_tokenizer(VOCABULARY), [])
     assert torch.equal(model.get_input_embeddings().weight, before)

@@ -23,7 +23,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.engines.chat import encode_chat, eos_id, open_tokenizer
+from rftt.engines import build_engine, vocabulary_size
+from rftt.engines.chat import encode_chat, eos_id, open_tokenizer, reply_ends
+from rftt.engines.vocabulary import check_free
 from rftt.graders.math import grade
 from rftt.prompts import question_messages
 from rftt.run.cli import cli
@@ -41,7 +43,7 @@ from rftt.run.files import read_jsonl, write_json
 from rftt.run.log import say
 from rftt.run.precision import computes_in_bfloat16
 from rftt.run.tables import read_table
-from rftt.tokens import function_ids
+from rftt.tokens import add_function_tokens, function_ids
 from rftt.types import UserError
 from tools.memory import Config, complaint, details, estimate, gigabytes
 
@@ -92,6 +94,42 @@ def device(cfg: Config) -> Finding:
     if cfg.dtype == "bfloat16" and not computes_in_bfloat16("cuda" if n else "cpu"):
         return Finding(f"{name} emulate bfloat16, about 100 times slower; set dtype: auto", "warn")
     return Finding(f"{name}, {cfg.dtype}")
+
+
+def model(cfg: Config) -> Finding:
+    """Open the model as the script will, with every check of docs/models.md."""
+    import torch
+
+    from rftt.engines.opened import check_context, check_savable, open_config
+    from rftt.learner.check import check_backbone, check_policy
+    from rftt.learner.model import add_function_rows, load_critic, load_policy
+
+    path, trust = cfg.model_name_or_path, cfg.trust_remote_code
+    if cfg.skip_model_check:
+        return Finding("skip_model_check: true; nothing of the model is checked", "warn")
+    tokenizer = open_tokenizer(cfg)
+    if isinstance(cfg, SearchConfig) and cfg.engine == "api":
+        return Finding("the model is behind api_url; its tokenizer is as it should be")
+    trains = isinstance(cfg, SFTConfig | RLConfig)
+    if trains:
+        check_savable(path)
+    adds = isinstance(cfg, SFTConfig) and cfg.functional_tokens
+    new = add_function_tokens(tokenizer) if adds else []
+    check_free(tokenizer, new)
+    n_tokens = vocabulary_size(tokenizer)
+    if isinstance(cfg, SFTConfig):
+        config = open_config(path, trust_remote_code=trust)
+        check_context(path, config, cfg.max_length, "max_length")
+    if trains:
+        policy = load_policy(path, torch.float32, trust_remote_code=trust)
+        add_function_rows(policy, tokenizer, new)
+        check_policy(policy, n_tokens, tree=isinstance(cfg, RLConfig) and cfg.packing == "tree")
+    if isinstance(cfg, RLConfig) and cfg.advantage_estimator == "ppo":
+        check_backbone(load_critic(path, torch.float32, trust_remote_code=trust).backbone)
+    if not isinstance(cfg, SFTConfig):
+        build_engine(cfg, path, n_tokens).close()
+    ends = tokenizer.convert_ids_to_tokens(list(reply_ends(tokenizer, path)))
+    return Finding(f"weights, tokenizer and log-probs are the model's own; {ends} end a reply")
 
 
 def gold_answers(cfg: Config) -> Finding:
@@ -264,6 +302,7 @@ EVERY, GRADED = tuple(SCRIPTS), (SearchConfig, RLConfig, EvalConfig)
 CHECKS: dict[str, tuple[Callable[[Any], Finding], tuple[type, ...]]] = {
     "versions": (versions, EVERY),
     "device": (device, EVERY),
+    "model": (model, EVERY),
     "gold answers": (gold_answers, GRADED),
     "tokens": (delimiters, EVERY),
     "prompts": (prompts, EVERY),
@@ -277,7 +316,7 @@ CHECKS: dict[str, tuple[Callable[[Any], Finding], tuple[type, ...]]] = {
 
 def main(cfg: Config) -> None:
     """Run all checks of a config and print one line for each."""
-    failed = False
+    failed, failures = False, set[str]()
     for name, (check, kinds) in CHECKS.items():
         if not isinstance(cfg, kinds) or (failed and check is one_step):
             continue
@@ -286,6 +325,9 @@ def main(cfg: Config) -> None:
         except (UserError, OSError, ValueError) as error:  # transformers raises the last two
             found, level = " ".join(str(error).split()), "fail"
         failed |= level == "fail"
+        if level == "fail" and found in failures:
+            continue  # several checks open the tokenizer
+        failures.add(found)
         say(f"{level:5} {name:13} {found}")
     if failed:
         raise SystemExit(1)

@@ -103,10 +103,13 @@ def _activations(
 ) -> float:
     """Return the bytes of one microbatch: tensors that layers save, and the chunk of logits."""
     tokens, width = cfg.max_tokens_per_microbatch, model.hidden_size
-    heads = head_size(model) * (3 * model.num_attention_heads + 2 * model.num_key_value_heads)
+    n_key_value_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    heads = head_size(model) * (3 * model.num_attention_heads + 2 * n_key_value_heads)
     # Norms use float32, other tensors the compute type. A gated MLP keeps two of its four tensors,
     # or all of them while a checkpointed layer is computed again (learner/model.py).
-    mlp = (4 if cfg.gradient_checkpointing else 2) * model.intermediate_size
+    mlp = (4 if cfg.gradient_checkpointing else 2) * (
+        getattr(model, "intermediate_size", None) or 4 * width
+    )
     layer = compute * (mlp + heads + 4 * width) + 8 * width
     layers = model.num_hidden_layers * layer
     if cfg.gradient_checkpointing:

@@ -57,6 +57,13 @@ def load_tokenizer(
             f"model_name_or_path must be a folder with a tokenizer or a reachable hub name, got "
             f"{path!r} ({str(error).splitlines()[0]})."
         ) from error
+    except Exception as error:
+        if type(error) is Exception:  # tokenizers raises nothing narrower for a file it cannot read
+            raise UserError(
+                f"the tokenizer.json of {path} was written by another version of tokenizers "
+                f"({str(error)[:100]}); install that version, or save the tokenizer again."
+            ) from error
+        raise
     if chat:
         tokenizer.chat_template = single_template(tokenizer, None)
     return tokenizer

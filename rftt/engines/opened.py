@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
+from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from rftt.types import UserError
@@ -41,6 +42,7 @@ def check_files(path: str, *, trust_remote_code: bool = False, quantized: bool =
 
     Adapters beside weights are not applied. Quantised weights are refused unless `quantized`.
     """
+    config = open_config(path, trust_remote_code=trust_remote_code)
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if _file(path, name):
             raise UserError(
@@ -50,7 +52,6 @@ def check_files(path: str, *, trust_remote_code: bool = False, quantized: bool =
     for file in sorted(Path(path).glob("*")) if Path(path).is_dir() else ():
         if file.suffix in (".safetensors", ".bin"):
             _check_weight_file(file)
-    config = open_config(path, trust_remote_code=trust_remote_code)
     method = getattr(config, "quantization_config", None)
     if method and not quantized:
         kind = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
@@ -110,7 +111,8 @@ def check_savable(path: str) -> None:
     if not _file(path, "generation_config.json"):
         return
     try:
-        GenerationConfig.from_pretrained(path).validate(strict=True)
+        with quiet():
+            GenerationConfig.from_pretrained(path).validate(strict=True)
     except ValueError as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.startswith("-")]
         raise UserError(
@@ -124,7 +126,8 @@ def listed_ends(path: str) -> tuple[int, ...]:
     """Return the ids that the model's generation_config.json lists as ends of a reply."""
     if not _file(path, "generation_config.json"):
         return ()
-    listed = GenerationConfig.from_pretrained(path).eos_token_id
+    with quiet():
+        listed = GenerationConfig.from_pretrained(path).eos_token_id
     return tuple(listed) if isinstance(listed, list) else () if listed is None else (listed,)
 
 
@@ -172,13 +175,14 @@ def open_model(
     if check:
         check_files(path, trust_remote_code=trust_remote_code)
     try:
-        model, info = auto.from_pretrained(
-            path,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=check,  # _check_weights names them
-        )
+        with quiet():  # _check_weights names what transformers would warn of
+            model, info = auto.from_pretrained(
+                path,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=check,
+            )
     except BROKEN as error:
         raise UserError(f"no model at {path!r}: {first_line(error)}") from error
     if check:
@@ -324,7 +328,7 @@ def check_same(
     name, limit = model.name_or_path, LIMITS.get(model.dtype, HALF_LIMIT)
     cure = "use a model of docs/models.md that is right there"
     try:
-        with narrow_windows(model):
+        with quiet(), narrow_windows(model):
             ours, own = compute()
     except BROKEN as error:
         raise UserError(
@@ -337,6 +341,17 @@ def check_same(
             f"{name} ({model.config.model_type}) is not supported by the {place}: its {what} are "
             f"{difference:.2g} off transformers' own (at most {limit:g}); {cure}."
         )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers log errors alone for a while: what it warns of is checked here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from rftt.engines.attend import attend
 from rftt.engines.base import Sampling
-from rftt.engines.opened import check_same, open_model, own_logits, probes
+from rftt.engines.opened import check_same, open_model, own_logits, probes, quiet
 from rftt.types import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def load_model(cfg: EngineConfig, path: str) -> PreTrainedModel:
 def grouped(model: PreTrainedModel) -> PreTrainedModel:
     """Let a causal LM use `grouped_attention`, in place."""
     AttentionInterface.register("grouped", grouped_attention)
-    model.set_attn_implementation("grouped")
+    with quiet():  # `Slots.check` finds a model that takes no other attention
+        model.set_attn_implementation("grouped")
     return model
 
 

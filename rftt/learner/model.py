@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rftt.engines import vocabulary_size
-from rftt.engines.opened import HEADS, open_model
+from rftt.engines.opened import HEADS, open_model, quiet
 from rftt.learner.attention import ATTENTION
 from rftt.learner.logprobs import hidden_states, packed_logprobs, weight_of
 from rftt.rl import WorldSum, kl_estimate
@@ -57,7 +57,8 @@ def load_policy(
 
 def prepare(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
     """Make a causal language model accept packed batches, in place (see `token_logprobs`)."""
-    model.set_attn_implementation(ATTENTION)
+    with quiet():  # check.py finds a model that takes no other attention
+        model.set_attn_implementation(ATTENTION)
     _spare_memory(model.eval(), gradient_checkpointing)
     # FSDP gathers the root's weights around `forward` or a method that fsdp.shard registers.
     model.packed_forward = MethodType(packed_logprobs, model)  # pyright: ignore[reportArgumentType]
@@ -130,7 +131,8 @@ def load_critic(
     backbone = open_model(
         AutoModel, path, dtype, trust_remote_code=trust_remote_code, check=check, extra=HEADS
     )
-    backbone.set_attn_implementation(ATTENTION)
+    with quiet():
+        backbone.set_attn_implementation(ATTENTION)
     _spare_memory(backbone, gradient_checkpointing)
     return Critic(backbone)
 
