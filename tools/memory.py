@@ -107,9 +107,8 @@ def _activations(
     heads = head_size(model) * (3 * model.num_attention_heads + 2 * n_key_value_heads)
     # Norms use float32, other tensors the compute type. A gated MLP keeps two of its four tensors,
     # or all of them while a checkpointed layer is computed again (learner/model.py).
-    mlp = (4 if cfg.gradient_checkpointing else 2) * (
-        getattr(model, "intermediate_size", None) or 4 * width
-    )
+    mlp_width = getattr(model, "intermediate_size", None) or 4 * width  # GPT-2 and Bloom: 4
+    mlp = (4 if cfg.gradient_checkpointing else 2) * mlp_width
     layer = compute * (mlp + heads + 4 * width) + 8 * width
     layers = model.num_hidden_layers * layer
     if cfg.gradient_checkpointing:

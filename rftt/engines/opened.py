@@ -319,14 +319,15 @@ def check_same(
     place: str,
     compute: Callable[[], tuple[Tensor, Tensor]],
     what: str = "log-probs",
+    cure: str = "use a model of docs/models.md that is right there",
 ) -> None:
     """Raise UserError if the two tensors that `compute` returns differ.
 
     `place` is where the first one comes from; the second one is the model's own. `what` they hold
-    are log-probs in nats, or something else in units in which LIMITS make sense.
+    are log-probs in nats, or something else in units in which LIMITS make sense. `cure` ends the
+    message.
     """
     name, limit = model.name_or_path, LIMITS.get(model.dtype, HALF_LIMIT)
-    cure = "use a model of docs/models.md that is right there"
     try:
         with quiet(), narrow_windows(model):
             ours, own = compute()

@@ -163,7 +163,8 @@ class Slots:
                 self.length[run] += 1
             return torch.stack(ours, 1).log_softmax(-1), torch.stack(own).log_softmax(-1)
 
-        check_same(self.model, "transformers engine (engine=hf)", compute)
+        cure = "set engine: vllm, or use a model of docs/models.md that is right there"
+        check_same(self.model, "transformers engine (engine=hf)", compute, cure=cure)
         self.drop()
 
     # ---- New rows ----

@@ -35,7 +35,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from rftt.engines.chat import load_tokenizer
 from rftt.engines.loop import StepLoop
-from rftt.engines.opened import HEADS, check_same, logit_head, open_model, probes
+from rftt.engines.opened import HEADS, check_files, check_same, logit_head, open_model, probes
 from rftt.engines.vocabulary import check_text
 from rftt.graders.prm import TAG, Unscored, checked
 from rftt.types import UserError
@@ -134,6 +134,8 @@ class LocalPRM:
 
     def __init__(self, cfg: ProcessConfig | ServeConfig) -> None:
         path, trust = str(cfg.prm_model_name_or_path), cfg.trust_remote_code
+        if not cfg.skip_model_check:
+            check_files(path, trust_remote_code=trust)
         tokenizer = load_tokenizer(path, trust_remote_code=trust, chat=False)
         if not tokenizer.is_fast:
             raise UserError(

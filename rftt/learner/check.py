@@ -16,8 +16,9 @@ from rftt.engines.opened import attending, check_same, own_logits, probes
 from rftt.learner.logprobs import hidden_states, packed_inputs, token_logprobs
 from rftt.learner.offline import collate_rows
 
-PLACES = {False: "trainer", True: "trainer's tree packing"}
-"""tree_packing -> what a message calls it."""
+FLAT = ("trainer", "use a model of docs/models.md that is right there")
+TREE = ("trainer's tree packing", "set packing: flat, or use a model that docs/models.md lists")
+"""What a message calls a kind of packing, and the cure."""
 
 
 def check_policy(model: PreTrainedModel, n_tokens: int, *, tree: bool = False) -> None:
@@ -36,7 +37,8 @@ def check_policy(model: PreTrainedModel, n_tokens: int, *, tree: bool = False) -
         ours, _ = token_logprobs(model, batch, 1.0, n_tokens)
         return ours[batch.action_mask], torch.cat(own)
 
-    check_same(model, PLACES[tree], compute)
+    place, cure = TREE if tree else FLAT
+    check_same(model, place, compute, cure=cure)
 
 
 def check_backbone(backbone: PreTrainedModel) -> None:

@@ -1,0 +1,211 @@
+"""Which model families are right here? Print docs/models.md.
+
+    python tools/model_matrix.py > docs/models.md
+
+Every family is built from a tiny random configuration and goes through the same comparison as a
+model that a script opens: packed log-probs of the trainer, tree packing, prefill and decoding of
+the transformers engine, each against the model's own forward. The windows of the configurations are
+so short that the compared sequences reach past them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from rftt.engines.opened import quiet
+from rftt.engines.slots import Slots, grouped
+from rftt.learner.check import check_policy
+from rftt.learner.model import prepare
+from rftt.run.log import say
+from rftt.types import UserError
+
+VOCABULARY = 67
+LENGTH = 64
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LENGTH,
+    "initializer_range": 0.3,  # so wide that context matters
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+WIDE = GATED | {"head_dim": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+WINDOW = {"sliding_window": 9}
+ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
+CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}
+NEXT = {
+    "shared_expert_intermediate_size": 24,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+MAMBA = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny configuration that has everything which makes the family differ from others."""
+
+    kind: str
+    """transformers' model_type."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+FAMILIES = {
+    "Qwen2": Family("qwen2", GATED),
+    "Qwen2.5": Family("qwen2", GATED | {"tie_word_embeddings": True}, "tied head"),
+    "Qwen2, use_sliding_window": Family(
+        "qwen2", GATED | ALTERNATING | {"use_sliding_window": True}, "sliding window"
+    ),
+    "Qwen3": Family("qwen3", WIDE),
+    "Qwen3-MoE": Family("qwen3_moe", WIDE | EXPERTS | {"num_experts": 4}, "experts"),
+    "Llama 2": Family("llama", GATED | {"num_key_value_heads": 4}),
+    "Llama 3": Family("llama", GATED),
+    "Mistral": Family("mistral", WIDE | WINDOW, "sliding window without layer_types"),
+    "Mixtral": Family(
+        "mixtral", GATED | {"num_local_experts": 4, "num_experts_per_tok": 2}, "experts"
+    ),
+    "Gemma 2": Family("gemma2", WIDE | ALTERNATING | CAPS, "soft caps, sliding window"),
+    "Gemma 3": Family("gemma3_text", WIDE | ALTERNATING, "sliding window"),
+    "Phi": Family("phi", GATED, "bias of the head"),
+    "Phi-3": Family("phi3", GATED | WINDOW, "sliding window without layer_types"),
+    "OLMo 2": Family("olmo2", GATED),
+    "SmolLM3": Family("smollm3", GATED, "layers without positions"),
+    "GLM": Family("glm", WIDE),
+    "GLM-4": Family("glm4", WIDE),
+    "Granite": Family("granite", GATED | {"logits_scaling": 4.0}, "logit scale"),
+    "Cohere": Family("cohere", GATED | {"logit_scale": 0.25}, "logit scale"),
+    "Cohere 2": Family(
+        "cohere2", WIDE | ALTERNATING | {"logit_scale": 0.25}, "logit scale, sliding window"
+    ),
+    "gpt-oss": Family(
+        "gpt_oss",
+        WIDE | ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "attention sinks, sliding window, experts",
+    ),
+    "Seed-OSS": Family("seed_oss", WIDE),
+    "GPT-NeoX": Family("gpt_neox", {"intermediate_size": 48}),
+    "GPT-2": Family("gpt2", {}, "learnt positions"),
+    "Qwen3-Next": Family(
+        "qwen3_next", WIDE | EXPERTS | NEXT | {"num_experts": 4}, "linear attention"
+    ),
+    "Falcon-H1": Family("falcon_h1", WIDE | MAMBA, "state space layers"),
+    "LFM2": Family("lfm2", GATED | {"layer_types": ["conv", "full_attention"]}, "convolutions"),
+    "Bloom": Family("bloom", {}, "attention of its own, ALiBi"),
+    "OPT": Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, "learnt positions"),
+    "GPT-J": Family("gptj", {"rotary_dim": 4}, "attention of its own"),
+}
+
+
+def build(family: Family) -> PreTrainedModel:
+    """Build the tiny random model of a family, its biases and sinks far from zero."""
+    torch.manual_seed(0)
+    with quiet():
+        config = AutoConfig.for_model(family.kind, **SIZES | family.changes)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith((".bias", "sinks")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def trainer(model: PreTrainedModel) -> None:
+    """Compare flat packing."""
+    check_policy(prepare(model), VOCABULARY)
+
+
+def tree_packing(model: PreTrainedModel) -> None:
+    """Compare tree packing."""
+    check_policy(prepare(model), VOCABULARY, tree=True)
+
+
+def engine_hf(model: PreTrainedModel) -> None:
+    """Compare prefill and decoding."""
+    Slots(grouped(model.requires_grad_(False)), VOCABULARY, 2, LENGTH).check()
+
+
+PLACES: dict[str, Callable[[PreTrainedModel], None]] = {
+    "trainer": trainer,
+    "tree packing": tree_packing,
+    "engine hf": engine_hf,
+}
+
+
+def refusal(family: Family, place: str) -> str | None:
+    """Return why a family is refused at a place, None if it is right there."""
+    try:
+        PLACES[place](build(family))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def cell(reason: str | None) -> str:
+    """Return `right`, or `refused` with the first words of the reason."""
+    if reason is None:
+        return "right"
+    if " off transformers' own" in reason:
+        return "refused: other log-probs"
+    return "refused: its cache or layers have another interface"
+
+
+def row(name: str) -> str:
+    """Return a family's line of the table."""
+    family = FAMILIES[name]
+    found = [cell(refusal(family, place)) for place in PLACES]
+    return f"| {' | '.join([name, f'`{family.kind}`', *found, family.note])} |"
+
+
+HEAD = """\
+# Model families
+
+Made by `python tools/model_matrix.py` from tiny random models, transformers {version}.
+`tests/test_cases_models.py` fails if a line is out of date.
+
+**right**: log-probs of packed, cached or decoded sequences are the model's own to 1e-3, also past a
+sliding window. **refused**: the script ends with one line before its first step, because the same
+comparison is made with every model that it opens (float32 1e-3, bfloat16 0.1). Models that are not
+listed are compared as well. `skip_model_check: true` turns all checks off.
+
+With engine vllm nothing is compared at the start. vLLM has its own model code, which refuses
+missing and unexpected weights. Files, quantisation, positions, tokenizer and prompts are checked as
+with the other engine. Its log-probs are compared with the trainer's in every step of RL: the metric
+`mismatch_kl`.
+
+| Family | `model_type` | trainer | tree packing | engine hf | What is special |
+|---|---|---|---|---|---|
+"""
+
+
+def table(version: str) -> str:
+    """Return the text of docs/models.md."""
+    return HEAD.format(version=version) + "".join(f"{row(name)}\n" for name in FAMILIES)
+
+
+if __name__ == "__main__":
+    from transformers import __version__
+
+    say(table(__version__).rstrip("\n"))
