@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rftt.engines.opened import quiet
-from rftt.engines.slots import Slots, grouped
+from rftt.engines.slots import check_engine, grouped
 from rftt.learner.check import check_policy
 from rftt.learner.model import prepare
 from rftt.run.log import say
@@ -144,7 +144,7 @@ def tree_packing(model: PreTrainedModel) -> None:
 
 def engine_hf(model: PreTrainedModel) -> None:
     """Compare prefill and decoding."""
-    Slots(grouped(model.requires_grad_(False)), VOCABULARY, 2, LENGTH).check()
+    check_engine(grouped(model.requires_grad_(False)), VOCABULARY)
 
 
 PLACES: dict[str, Callable[[PreTrainedModel], None]] = {
@@ -187,7 +187,7 @@ Made by `python tools/model_matrix.py` from tiny random models, transformers {ve
 
 **right**: log-probs of packed, cached or decoded sequences are the model's own to 1e-3, also past a
 sliding window. **refused**: the script ends with one line before its first step, because the same
-comparison is made with every model that it opens (float32 1e-3, bfloat16 0.1). Models that are not
+comparison is made with every model that it opens, in float32. Models that are not
 listed are compared as well. `skip_model_check: true` turns all checks off.
 
 With engine vllm nothing is compared at the start. vLLM has its own model code, which refuses

@@ -46,13 +46,11 @@ class HFEngine:
     """Implementation of base.Engine with one transformers causal LM."""
 
     def __init__(self, cfg: EngineConfig, model_path: str, n_tokens: int) -> None:
-        self.model = load_model(cfg, model_path)
+        self.model = load_model(cfg, model_path, n_tokens)
         self.n_tokens, self.max_num_seqs = n_tokens, cfg.max_num_seqs
         self.max_model_len = cfg.max_model_len
         self.counters = Counters()
         self._slots = Slots(self.model, n_tokens, cfg.max_num_seqs, cfg.max_model_len)
-        if not cfg.skip_model_check:
-            self._slots.check()
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []
         self._cancelled = False

@@ -36,8 +36,11 @@ Watched = list[tuple[int, int, tuple[float, ...]]]
 """(slot, position, log-probs of the watched ids)"""
 
 
-def load_model(cfg: EngineConfig, path: str) -> PreTrainedModel:
-    """Load a frozen causal LM that uses `grouped_attention`."""
+def load_model(cfg: EngineConfig, path: str, n_tokens: int) -> PreTrainedModel:
+    """Load a frozen causal LM that uses `grouped_attention`; ids are below `n_tokens`.
+
+    Raises UserError if it is not what its folder says, or would sample from other log-probs.
+    """
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda is not available here; use auto or cpu.")
     model = open_model(
@@ -47,17 +50,40 @@ def load_model(cfg: EngineConfig, path: str) -> PreTrainedModel:
         trust_remote_code=cfg.trust_remote_code,
         check=not cfg.skip_model_check,
     )
+    grouped(model.requires_grad_(False))
+    if not cfg.skip_model_check:
+        check_engine(model, n_tokens)
     if cfg.device != "cpu" and torch.cuda.is_available():
         torch.nn.Module.cuda(model)
-    return grouped(model.requires_grad_(False))
+    return model
 
 
 def grouped(model: PreTrainedModel) -> PreTrainedModel:
     """Let a causal LM use `grouped_attention`, in place."""
     AttentionInterface.register("grouped", grouped_attention)
-    with quiet():  # `Slots.check` finds a model that takes no other attention
+    with quiet():  # `check_engine` finds a model that takes no other attention
         model.set_attn_implementation("grouped")
     return model
+
+
+def check_engine(model: PreTrainedModel, n_tokens: int) -> None:
+    """Raise UserError if prefill, cache and decoding do not give the model's own log-probs.
+
+    Two sequences are prefilled but for six tokens, which are then decoded one by one. The second
+    one reuses the beginning that it shares with the first.
+    """
+    sequences, n_decoded = probes(n_tokens), 6
+
+    @torch.inference_mode()
+    def compute() -> tuple[Tensor, Tensor]:
+        own = [own_logits(model, ids, n_tokens)[-n_decoded:] for ids in sequences]
+        ours = Slots(model, n_tokens, len(sequences), max(map(len, sequences))).continued(
+            sequences, n_decoded
+        )
+        return ours.log_softmax(-1), torch.stack(own).log_softmax(-1)
+
+    cure = "set engine: vllm, or use a model of docs/models.md that is right there"
+    check_same(model, "transformers engine (engine=hf)", compute, cure=cure)
 
 
 def grouped_attention(
@@ -137,35 +163,23 @@ class Slots:
         self.kv = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         self.forget()
 
-    def check(self) -> None:
-        """Raise UserError if prefill, cache and decoding do not give the model's own log-probs.
+    def continued(self, sequences: Sequence[Sequence[int]], n_decoded: int) -> Tensor:
+        """Return logits (B, n_decoded, V) after each of the last tokens of B sequences.
 
-        Each sequence is prefilled but for six tokens, which are then decoded one by one. The second
-        one reuses the beginning that it shares with the first.
+        The other tokens are prefilled, one sequence after the other, the last ones decoded.
         """
-        n_slots, max_len = self.tokens.shape
-        sequences = [ids[:max_len] for ids in probes(self.n_tokens)[:n_slots]]
-        n_decoded = min(6, min(map(len, sequences)) - 1)
-
-        @torch.inference_mode()
-        def compute() -> tuple[Tensor, Tensor]:
-            own = [own_logits(self.model, ids, self.n_tokens)[-n_decoded:] for ids in sequences]
-            for slot, ids in enumerate(sequences):
-                prefix = tuple(ids[:-n_decoded])
-                self._prefill(slot, [prefix])
-                self.tokens[slot, : len(prefix)] = torch.tensor(prefix)
-                self.length[slot] = len(prefix)
-                self.n = slot + 1
-            run, ours = slice(self.n), []
-            for place in range(-n_decoded, 0):
-                ids = torch.tensor([[ids[place]] for ids in sequences], device=self.model.device)
-                ours.append(self._forward(ids, run, self.length[run, None]).float())
-                self.length[run] += 1
-            return torch.stack(ours, 1).log_softmax(-1), torch.stack(own).log_softmax(-1)
-
-        cure = "set engine: vllm, or use a model of docs/models.md that is right there"
-        check_same(self.model, "transformers engine (engine=hf)", compute, cure=cure)
-        self.drop()
+        for slot, ids in enumerate(sequences):
+            prefix = tuple(ids[:-n_decoded])
+            self._prefill(slot, [prefix])
+            self.tokens[slot, : len(prefix)] = torch.tensor(prefix)
+            self.length[slot] = len(prefix)
+            self.n = slot + 1
+        run, logits = slice(self.n), []
+        for place in range(-n_decoded, 0):
+            ids = torch.tensor([[ids[place]] for ids in sequences], device=self.model.device)
+            logits.append(self._forward(ids, run, self.length[run, None]).float())
+            self.length[run] += 1
+        return torch.stack(logits, 1)
 
     # ---- New rows ----
 
