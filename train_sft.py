@@ -55,7 +55,7 @@ def train(cfg: SFTConfig, world: World) -> None:
     order = list(islice(shuffled_epochs(len(train_rows), cfg.seed), n_rows))
 
     run = Run(cfg, world, tokenizer, LINE)
-    model, n_tokens = load_trainee(cfg, world, tokenizer, new_tokens)
+    model, n_tokens = load_trainee(cfg, world, tokenizer, new_tokens, rows)
     learner = Learner(cfg, {"policy": model}, total_steps, world, run.folder / "debug", run.info)
     if cfg.initial_state:  # weights and moments of another run; steps and schedule are this one's
         learner.load(Path(cfg.initial_state))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -185,7 +186,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     ),
     "short context": (
         lambda f: edit(f / "config.json", max_position_embeddings=32),
-        "max_length=512 is beyond the 32 positions .*; set max_length: 32 or less",
+        r"longest row has \d+ tokens, .* only 32 positions .*; set max_length: 32",
     ),
     "attention of its own": (bloom, r"\(bloom\) is not supported by the trainer: its log-probs"),
 }
@@ -202,9 +203,8 @@ def test_the_doctor_finds_a_faulty_model_first(
     with pytest.raises(SystemExit):
         doctor.main(config)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail")]
-    assert said[0].split()[1] == "model"
-    with pytest.raises(UserError, match=found):
-        doctor.model(config)
+    assert said[0].split()[1] == ("rows" if name == "short context" else "model")
+    assert re.search(found, said[0])
     assert str(folder) in said[0]
 
 

@@ -80,12 +80,13 @@ FAULTS: dict[str, tuple[str, list[str], str, str]] = {
     "template": ("train_rl", ["model_name_or_path={bad}/sft/hf"], "fail", "same prompts"),
     "system prompt": ("train_rl", ["model_name_or_path={bad}/same/hf", "system_prompt=Think."],
         "fail", "use system_prompt None"),
-    "memory": ("train_sft", ["max_tokens_per_microbatch=1000000000"], "fail",
+    "memory": ("train_sft", ["max_tokens_per_microbatch=1000000000",
+        "train_file={bad}/rows.jsonl"], "fail",
         "on cpu in phase learn"),
     "disk": ("train_rl", ["save_total_limit=1000000000"], "fail", "another disk"),
 }  # fmt: skip
 CHECK_OF = {
-    "no model": "tokens",
+    "no model": "model",
     "gold": "gold answers",
     "odd gold": "gold answers",
     "gsm8k": "gold answers",
@@ -101,6 +102,7 @@ def bad(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, answer in golds.items():
         rows = [good | {"answer": answer}, good]
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "rows.jsonl").write_text('{"question": "1+1?", "response": "2"}\n' * 9)
     damage(world / "speaks", path / "doubled", "doubled")
     for name, fault, trained in (("sft", "other", world / "base"), ("same", "", world / "base"),
                                  ("hub", "", "Qwen/Qwen2.5-7B-Instruct")):  # fmt: skip
@@ -124,7 +126,7 @@ def test_a_planted_fault_is_found(
     else:
         doctor.main(cfg)
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("ok ")]
-    assert len(lines) == (4 if fault == "no model" else 1), lines  # + prompts, memory, disk
+    assert len(lines) == (3 if fault == "no model" else 1), lines  # + memory, disk
     assert lines[0].startswith(f"{level:5} {CHECK_OF.get(fault, fault)}")
     assert words in lines[0]
 

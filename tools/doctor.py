@@ -38,7 +38,7 @@ from rftt.run.config import (
     required_keys,
     specs,
 )
-from rftt.run.data import load_problems
+from rftt.run.data import lengths_of, load_problems, read_rows
 from rftt.run.files import read_jsonl, write_json
 from rftt.run.log import say
 from rftt.run.precision import computes_in_bfloat16
@@ -100,7 +100,7 @@ def model(cfg: Config) -> Finding:
     """Open the model as the script will, with every check of docs/models.md."""
     import torch
 
-    from rftt.engines.opened import check_context, check_savable, open_config
+    from rftt.engines.opened import check_savable
     from rftt.learner.check import check_backbone, check_policy
     from rftt.learner.model import add_function_rows, load_critic, load_policy
 
@@ -117,9 +117,6 @@ def model(cfg: Config) -> Finding:
     new = add_function_tokens(tokenizer) if adds else []
     check_free(tokenizer, new)
     n_tokens = vocabulary_size(tokenizer)
-    if isinstance(cfg, SFTConfig):
-        config = open_config(path, trust_remote_code=trust)
-        check_context(path, config, cfg.max_length, "max_length")
     if trains:
         policy = load_policy(path, torch.float32, trust_remote_code=trust)
         add_function_rows(policy, tokenizer, new)
@@ -148,6 +145,22 @@ def gold_answers(cfg: Config) -> Finding:
     if hashes and isinstance(cfg, EvalConfig) and cfg.answer_format == "boxed":
         return Finding("gold answers use GSM8K's '####'; set answer_format: auto", "warn")
     return Finding(f"{len(problems)} problems, 100 % of the gold answers parse")
+
+
+def training_rows(cfg: SFTConfig) -> Finding:
+    """Read the rows as train_sft.py does; none may be longer than the model's positions."""
+    from rftt.engines.opened import check_rows, open_config
+
+    tokenizer = open_tokenizer(cfg)
+    if cfg.functional_tokens:
+        add_function_tokens(tokenizer)
+    rows, held_out, left_out = read_rows(cfg, tokenizer)
+    lengths = lengths_of(rows + held_out)
+    if not cfg.skip_model_check:
+        path = cfg.model_name_or_path
+        check_rows(path, open_config(path, trust_remote_code=cfg.trust_remote_code), lengths)
+    told = f"{len(rows)} rows, {len(held_out)} held out, {left_out}"
+    return Finding(f"{told}; at most {max(lengths)} tokens")
 
 
 def delimiters(cfg: Config) -> Finding:
@@ -304,6 +317,7 @@ CHECKS: dict[str, tuple[Callable[[Any], Finding], tuple[type, ...]]] = {
     "device": (device, EVERY),
     "model": (model, EVERY),
     "gold answers": (gold_answers, GRADED),
+    "rows": (training_rows, (SFTConfig,)),
     "tokens": (delimiters, EVERY),
     "prompts": (prompts, EVERY),
     "PRM": (process_rewards, GRADED),

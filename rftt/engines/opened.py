@@ -9,7 +9,7 @@ was found and what to do. `skip_model_check: true` turns all of them off.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,17 +131,34 @@ def listed_ends(path: str) -> tuple[int, ...]:
     return tuple(listed) if isinstance(listed, list) else () if listed is None else (listed,)
 
 
-def check_context(path: str, config: Any, max_model_len: int, key: str = "max_model_len") -> None:
-    """Raise UserError if sequences may be longer than the positions that the model has."""
+def positions_of(config: Any) -> int | None:
+    """Return how many positions a model has, stretched ones included; None if that is no limit."""
     text = config.get_text_config()
     n_positions = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if n_positions and (before := rope.get("original_max_position_embeddings")):
         n_positions = max(n_positions, int(before * rope.get("factor", 1)))
+    return n_positions
+
+
+def check_context(path: str, config: Any, max_model_len: int) -> None:
+    """Raise UserError if sequences may be longer than the positions that the model has."""
+    n_positions = positions_of(config)
     if n_positions and max_model_len > n_positions:
         raise UserError(
-            f"{key}={max_model_len} is beyond the {n_positions} positions of {path} "
-            f"(max_position_embeddings); set {key}: {n_positions} or less."
+            f"max_model_len={max_model_len} is beyond the {n_positions} positions of {path} "
+            f"(max_position_embeddings); set max_model_len: {n_positions} or less."
+        )
+
+
+def check_rows(path: str, config: Any, lengths: Iterable[int]) -> None:
+    """Raise UserError if a row to train on has more tokens than the model has positions."""
+    n_positions, longest = positions_of(config), max(lengths, default=0)
+    if n_positions and longest > n_positions:
+        raise UserError(
+            f"the longest row has {longest} tokens, {path} only {n_positions} positions "
+            f"(max_position_embeddings); set max_length: {n_positions}, which leaves longer rows "
+            "out."
         )
 
 

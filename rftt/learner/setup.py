@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt.engines import vocabulary_size
-from rftt.engines.opened import check_context, check_savable, open_config
+from rftt.engines.opened import check_rows, check_savable, open_config
 from rftt.engines.vocabulary import check_free
 from rftt.learner.check import check_backbone, check_policy
 from rftt.learner.fsdp import World, shard
 from rftt.learner.model import Critic, add_function_rows, load_critic, load_policy
 from rftt.run.config import RLConfig, SFTConfig
+from rftt.run.data import Example, lengths_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,13 @@ def load_models(cfg: RLConfig, world: World, vocabulary: int) -> Models:
 
 
 def load_trainee(
-    cfg: SFTConfig, world: World, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]
+    cfg: SFTConfig,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: list[str],
+    rows: Sequence[Example],
 ) -> tuple[PreTrainedModel, int]:
-    """Load the model that the warm-up trains, with a vocabulary row for each new token.
+    """Load the model that the warm-up trains on `rows`, with an embedding for each new token.
 
     Return it and the number of ids. Raises UserError as load_models does.
     """
@@ -80,7 +86,7 @@ def load_trainee(
         check_savable(path)
         check_free(tokenizer, new_tokens)
         config = open_config(path, trust_remote_code=cfg.trust_remote_code)
-        check_context(path, config, cfg.max_length, "max_length")
+        check_rows(path, config, lengths_of(rows))
     model = load_policy(
         path,
         torch.float32,  # the optimizer needs float32 weights

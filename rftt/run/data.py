@@ -251,6 +251,11 @@ def endless(problems: Sequence[Problem], seed: int, *, skip: int) -> Iterator[Pr
         yield problems[i]
 
 
+def lengths_of(rows: Sequence[Example]) -> list[int]:
+    """Return the number of tokens of every prompt with its response."""
+    return [len(prompt) + len(response) for row in rows for prompt, response, _ in row]
+
+
 def read_rows(cfg: SFTConfig, tokenizer) -> tuple[list[Example], list[Example], str]:
     """Return training rows, rows for the evaluation loss, and counts of the omitted rows."""
 
