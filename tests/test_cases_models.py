@@ -185,8 +185,8 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         "refuses to save .*generation_config.json .*top_k",
     ),
     "short context": (
-        lambda f: edit(f / "config.json", max_position_embeddings=32),
-        r"longest row has \d+ tokens, .* only 32 positions .*; set max_length: 32",
+        lambda f: edit(f / "config.json", max_position_embeddings=10),
+        r"longest row has \d+ tokens, .* only 10 positions .*; set max_length: 10",
     ),
     "attention of its own": (bloom, r"\(bloom\) is not supported by the trainer: its log-probs"),
 }
