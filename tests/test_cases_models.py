@@ -208,6 +208,19 @@ def test_the_doctor_finds_a_faulty_model_first(
     assert str(folder) in said[0]
 
 
+@pytest.mark.parametrize("script", ["train_rl", "search", "evaluate"])
+def test_the_doctor_reads_families_without_key_value_heads(
+    script: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(world, tmp_path, bloom, "speaks")
+    more = [f"model_name_or_path={folder}"]
+    arguments = settings(script, world, tmp_path / "out", *more)
+    with pytest.raises(SystemExit):
+        doctor.main(load_config(doctor.schema_of(arguments), arguments))
+    levels = {line.split()[1]: line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert (levels["model"], levels["memory"]) == ("fail", "ok")
+
+
 @pytest.mark.parametrize("script", ["train_sft", "train_rl", "search", "evaluate"])
 def test_each_script_ends_in_one_line(script: str, world: Path, tmp_path: Path) -> None:
     folder = copied(world, tmp_path, FAULTS["torch.compile prefix"][0], "speaks")

@@ -51,7 +51,7 @@ def estimate(
         phases["learn"] = learn
     if not isinstance(cfg, SFTConfig) and cfg.engine != "api":
         held = compute * n_params
-        width = model.num_key_value_heads * head_size(model)
+        width = key_value_heads(model) * head_size(model)
         cache = compute * 2 * model.num_hidden_layers * width * _kv_tokens(cfg)
         if cfg.engine == "vllm" and gpu_bytes:  # vLLM sleeps during `learn` and frees its memory
             cache = cfg.gpu_memory_utilization * gpu_bytes - held
@@ -98,13 +98,17 @@ def head_size(model: Any) -> int:
     return getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
 
 
+def key_value_heads(model: Any) -> int:
+    """Return the number of key and value heads. Older families have one per attention head."""
+    return getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+
+
 def _activations(
     model: Any, cfg: SFTConfig | RLConfig, compute: int, logits: tuple[int, int]
 ) -> float:
     """Return the bytes of one microbatch: tensors that layers save, and the chunk of logits."""
     tokens, width = cfg.max_tokens_per_microbatch, model.hidden_size
-    n_key_value_heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    heads = head_size(model) * (3 * model.num_attention_heads + 2 * n_key_value_heads)
+    heads = head_size(model) * (3 * model.num_attention_heads + 2 * key_value_heads(model))
     # Norms use float32, other tensors the compute type. A gated MLP keeps two of its four tensors,
     # or all of them while a checkpointed layer is computed again (learner/model.py).
     mlp_width = getattr(model, "intermediate_size", None) or 4 * width  # GPT-2 and Bloom: 4
