@@ -21,14 +21,14 @@ from rftt.types import UserError
     ],
 )
 def test_schedules_match_their_oracle(kind: str, expected: list[float]) -> None:
-    cfg = Training(learning_rate=9, lr_scheduler_type=kind, warmup_ratio=0.25, min_lr_ratio=0.1)
+    cfg = Training(learning_rate=0.9, lr_scheduler_type=kind, warmup_ratio=0.25, min_lr_ratio=0.1)
     assert [lr_at(cfg, 1.0, s, 6) for s in range(6)] == pytest.approx(expected, abs=1e-6)
     assert lr_at(cfg, 1.0, 99, 6) == pytest.approx(1.0 if kind == "constant" else 0.1)
 
 
 def test_only_matrices_decay_and_the_rate_follows_set_lr() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
-    optimizer = build_optimizer(Training(learning_rate=9, weight_decay=0.5), model, 0.0)
+    optimizer = build_optimizer(Training(learning_rate=0.9, weight_decay=0.5), model, 0.0)
     set_lr(optimizer, 0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for parameter in model.parameters():
@@ -42,4 +42,4 @@ def test_only_matrices_decay_and_the_rate_follows_set_lr() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="installed")
 def test_a_missing_bitsandbytes_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="bitsandbytes"):
-        build_optimizer(Training(learning_rate=9, optim="adamw_8bit"), nn.Linear(2, 2), 1e-3)
+        build_optimizer(Training(learning_rate=0.9, optim="adamw_8bit"), nn.Linear(2, 2), 1e-3)
