@@ -59,7 +59,7 @@ def test_a_file_replaces_only_what_it_names(tmp_path) -> None:
     ("text", "words"),
     [
         ("acts: {think: {system: a, instruction: b}}", "`acts.think` is not an act"),
-        ("acts: {verify: {sytem: a}}", "`acts.verify.sytem` is not valid"),
+        ("acts: {verify: {role: a}}", "`acts.verify.role` is not valid"),
         ("acts: {verify: {system: 3}}", "`acts.verify.system` is not valid"),
         ("templates: {act: '{question} {instruction}'}", "must contain {instruction}, {question}"),
         ("templates: {act: '{question} {so_far} {instruction} {x}'}", "no other placeholder"),
