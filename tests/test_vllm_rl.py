@@ -98,7 +98,7 @@ def test_vllm_refuses_in_one_line_what_it_cannot_run(world: Path, tmp_path: Path
     narrow.save_pretrained(tmp_path / "narrow")
     for change, message in (
         ({"model_name_or_path": tmp_path / "narrow"}, "heads of 16"),
-        ({"max_model_len": 4096}, "max_model_len (4096) is greater than"),
+        ({"max_model_len": 4096}, "max_model_len=4096 is beyond the 128 positions"),
     ):
         done = run(sys.executable, *arguments(world, tmp_path / "x", **change), check=False)
         assert done.returncode == 2
