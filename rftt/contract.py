@@ -21,7 +21,10 @@ RUN = 8
 CONTROL = re.compile(r"<\|[^|<>\s]{1,60}\|>|" + "|".join(map(re.escape, (*OPENERS, *CLOSERS))))
 """Functional tokens and the control text of chat templates, which may not become ids of a row."""
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-CALCULATION = re.compile(r"\d[\d.,]*(?:\s*[-+*/×÷=]\s*\$?\d[\d.,]*)+")
+CALCULATION = re.compile(r"(?<![\d.,])[.,]*+\d[\d.,]*+(?:\s*+[-+*/×÷=]\s*+\$?\d[\d.,]*+)+")
+"""Numbers joined by signs. It reads each number once, so that long digits take linear time."""
+MAX_CHECK = 2
+"""Sentences of a check."""
 
 
 # ---- Clean: forms that cost nothing to mend ----
@@ -51,7 +54,7 @@ def clean(prompts: Prompts, act: str, text: str) -> str:
 def _label(labels: tuple[str, ...]) -> re.Pattern[str]:
     """Match "Step 3:", "### Answer", "Sure," where a line begins."""
     names = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
-    return re.compile(rf"^[ \t]*#*[ \t]*(?:(?:{names})(?: \d+)?[:.,!][ \t]*)+", re.I | re.M)
+    return re.compile(rf"^[ \t]*+#*+[ \t]*+(?:(?:{names})(?: \d+)?[:.,!][ \t]*)+", re.I | re.M)
 
 
 # ---- Check ----
@@ -102,7 +105,7 @@ def _breach_of_form(act: str, text: str, question: str) -> str | None:
             return "several_steps"
         case "direct_answer" | "output" if "\\boxed{" not in sentences(text)[-1]:
             return "no_box"
-        case "verify" if len(sentences(text)) > 2:
+        case "verify" if len(sentences(text)) > MAX_CHECK:
             return "several_sentences"
         case "refine" if len(sentences(text)) > 1:
             return "several_sentences"
@@ -172,13 +175,13 @@ def nameable(wrong: str, correct: str, known: str) -> set[str]:
 
 def _things(text: str) -> set[str]:
     calculations = {re.sub(r"[\s$]", "", found) for found in CALCULATION.findall(text)}
-    return {thing.rstrip(".,") for thing in calculations | set(NUMBER.findall(text))}
+    return {thing.strip(".,") for thing in calculations | set(NUMBER.findall(text))}
 
 
 def trimmed(
     text: str, refused: Callable[[str], str | None], *, whole: bool = True
 ) -> tuple[str, str | None]:
-    """Return the longest beginning of `text`, in sentences, that is not refused, and None.
+    """Return the longest beginning of a check that is not refused, in sentences, and None.
 
     A model that has named its mistake often goes on to the answer. If every beginning is refused,
     return the first sentence and its reason. The last sentence counts only in a `whole` reply.
@@ -188,7 +191,7 @@ def trimmed(
         parts.pop()
     if not parts:
         return text, "empty" if whole else "cut_off"
-    for n in range(len(parts), 1, -1):
+    for n in range(min(len(parts), MAX_CHECK), 1, -1):
         beginning = " ".join(parts[:n])
         if refused(beginning) is None:
             return beginning, None

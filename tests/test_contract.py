@@ -1,8 +1,13 @@
 """Test the contract of each act: cleaning, every reason of a refusal, the choice of a check."""
 
+import doctest
+import re
+from random import Random
+
 import pytest
 
-from rftt.contract import best_check, breach, clean, leaks, nameable, trimmed
+from rftt import contract
+from rftt.contract import CALCULATION, best_check, breach, clean, leaks, nameable, trimmed
 from rftt.run.prompts_file import load_prompts
 from rftt.tokens import ACTS
 
@@ -146,10 +151,49 @@ def test_a_check_is_cut_where_it_breaks_its_contract() -> None:
     assert trimmed("", refused) == ("", "empty")
 
 
-@pytest.mark.parametrize("unit", ["=", "1 ", "a. ", "\n", "{", "Step 1: ", "<|", "1+", "\\boxed{"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "=",
+        "1 ",
+        "a. ",
+        "\n",
+        "{",
+        "Step 1: ",
+        "<|",
+        "1+",
+        "\\boxed{",
+        "7",
+        "1..",
+        "1,",
+        "a\n \t",
+        " ",
+    ],
+)
 def test_long_replies_are_read_in_linear_time(unit: str) -> None:
     """A quadratic expression would take minutes here; the engine's limit of tokens is larger."""
     text = unit * (200_000 // len(unit))
     for act in ACTS:
         cleaned = clean(PROMPTS, act, text)
         breach(PROMPTS, act, cleaned, question=QUESTION, so_far=QUESTION)
+    clean(PROMPTS, "verify", f"a\n{text}a")  # blanks that open a line
+    trimmed(text, lambda _: "refused")
+    best_check([text], nameable(text, QUESTION, QUESTION))
+
+
+@pytest.mark.oracle
+def test_the_linear_expression_finds_the_calculations_of_the_plain_one() -> None:
+    plain = re.compile(r"\d[\d.,]*(?:\s*[-+*/×÷=]\s*\$?\d[\d.,]*)+")
+    rng = Random(0)
+    for _ in range(5000):
+        text = "".join(rng.choices("12.,+=$ a", k=rng.randrange(1, 16)))
+        assert [found.strip(".,") for found in CALCULATION.findall(text)] == [
+            found.strip(".,") for found in plain.findall(text)
+        ], text
+
+
+@pytest.mark.oracle
+def test_every_example_in_a_docstring_holds() -> None:
+    result = doctest.testmod(contract)
+    assert result.attempted > 0
+    assert result.failed == 0
