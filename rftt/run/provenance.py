@@ -36,9 +36,9 @@ def made_from(
     cfg: SearchConfig | RLConfig | EvalConfig,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
-    instructions: Sequence[Messages] = (),
+    instructions: str = "",
 ) -> MadeFrom:
-    """Return the digests of a result over `problems`, with further prompts `instructions`.
+    """Return the digests of a result over `problems`, asked for with these `instructions`.
 
     The model of an API has no digest. It is identified by api_url and api_model, which
     check_same_run compares.
@@ -49,7 +49,7 @@ def made_from(
         models.append(cfg.prm_model_name_or_path)
     return {
         "problems": digest(map(repr, problems)),
-        "prompts": prompt_digest(tokenizer, [*questions, *instructions]),
+        "prompts": digest([prompt_digest(tokenizer, questions), instructions]),
         "weights": digest(map(weights_digest, models)),
     }
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from rftt.prompts import question_messages
 from rftt.run.cli import check_same_run, load_function
 from rftt.run.config import Filters
 from rftt.run.files import Row, write_json, write_jsonl
@@ -55,7 +54,7 @@ def search_source(
     All texts of phase 1 count: those that the model is shown, and those that refuse its replies.
     """
     texts = load_prompts(cfg.prompts_file).model_dump_json()
-    return made_from(cfg, tokenizer, problems, [question_messages(texts)])
+    return made_from(cfg, tokenizer, problems, texts)
 
 
 def score_cache(cfg: SearchConfig, log: RunLog, world: World) -> None:
