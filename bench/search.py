@@ -159,10 +159,12 @@ def samplers(
     from rftt.prompted import Prompted, prompted_tree
     from rftt.rollout import learned_tree, sample
     from rftt.tokens import function_ids
+    from tools.tiny_world import PROMPTS
 
     ids = function_ids(tokenizer)
     policy = Sampler(engine, tokenizer, ids, 1.0, MAX_TOKENS, DEPTH, 0)
-    instruct = Prompted(partial(engine_chat, engine, tokenizer), 1.0, MAX_TOKENS, DEPTH, 4, 0)
+    chat = partial(engine_chat, engine, tokenizer)
+    instruct = Prompted(chat, 1.0, MAX_TOKENS, DEPTH, 4, 0, prompts=PROMPTS, contract_tries=1)
     beam = partial(beam_search, branching=2)
     how: dict[str, Any] = {"simulations": simulations, "exploration_weight": 2.0}
 

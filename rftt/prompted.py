@@ -21,7 +21,6 @@ from rftt.graders.math import extract
 from rftt.mcts import Choice, Explore, Tree, grow
 from rftt.prompts import Messages, Prompts, sentences
 from rftt.rewards import graded
-from rftt.run.prompts_file import load_prompts
 from rftt.tokens import FUNCTIONS, successors
 from rftt.types import Problem, Step, seed_for
 
@@ -36,8 +35,8 @@ class Prompted:
     max_depth: int
     max_direct_sentences: int
     seed: int
-    prompts: Prompts = field(default_factory=load_prompts)
-    contract_tries: int = 3
+    prompts: Prompts
+    contract_tries: int
     """Replies asked for, each with another seed, until one keeps its act's contract."""
     spent: Counters = field(default_factory=Counters)
     """Replies and their tokens; each problem gets a copy of its own."""

@@ -70,14 +70,16 @@ class Sampler:
     @property
     def stops(self) -> tuple[int, ...]:
         """Token ids that end a response."""
-        ends = self.ends or (eos_id(self.tokenizer),)
-        return (self.ids.end, *ends) if self.ids else ends
+        return (self.ids.end, *self._ends) if self.ids else self._ends
 
     @property
     def stops_of_act(self) -> tuple[int, ...]:
         """Token ids that end one act, even a malformed one."""
-        ends = self.ends or (eos_id(self.tokenizer),)
-        return (*self.functions.closers, *self.functions.openers, *ends)
+        return (*self.functions.closers, *self.functions.openers, *self._ends)
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return self.ends or (eos_id(self.tokenizer),)
 
     def acts_after(self, act: str | None) -> tuple[str, ...]:
         """Return the acts to try after `act` (None: at the root), `children_per_act` times each."""
