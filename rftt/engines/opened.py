@@ -1,7 +1,7 @@
 """Open a pretrained model and check that it is the one that was saved.
 
-Nothing here may be silently wrong: a weight that is missing starts at random, an adapter or a
-quantisation that nobody reads is another model, and logits that are recomputed from hidden states
+Three things change a model without an error. A missing weight starts at random. An adapter or a
+quantisation that is not read gives another model. Logits that are recomputed from hidden states
 miss what the model does behind its head. Every check raises a UserError that names the model, what
 was found and what to do. `skip_model_check: true` turns all of them off.
 """
@@ -91,7 +91,7 @@ def _check_weight_file(file: Path) -> None:
 
 
 def _file(path: str, name: str) -> str | None:
-    """Return where a file of a model folder or hub id is, None if there is no such file."""
+    """Return the path of a file in a model folder or hub repository, None without that file."""
     if Path(path).is_dir():
         return str(Path(path, name)) if Path(path, name).is_file() else None
     return cached_file(
@@ -132,7 +132,7 @@ def listed_ends(path: str) -> tuple[int, ...]:
 
 
 def positions_of(config: Any) -> int | None:
-    """Return how many positions a model has, stretched ones included; None if that is no limit."""
+    """Return the number of positions of a model, with scaled ones; None if it has no limit."""
     text = config.get_text_config()
     n_positions = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
@@ -186,7 +186,7 @@ def open_model(
     """Load a model on the CPU, in evaluation mode: dropout would make every score another one.
 
     `auto` is one of transformers' Auto classes; `extra` are prefixes of weights that it leaves in
-    the file. Raises UserError if there is no model, or (with `check`) if any other weight is
+    the file. Raises UserError if no model can be loaded, or (with `check`) if any other weight is
     missing, unexpected or of another shape.
     """
     if check:

@@ -69,8 +69,8 @@ def grouped(model: PreTrainedModel) -> PreTrainedModel:
 def check_engine(model: PreTrainedModel, n_tokens: int) -> None:
     """Raise UserError if prefill, cache and decoding do not give the model's own log-probs.
 
-    Two sequences are prefilled but for six tokens, which are then decoded one by one. The second
-    one reuses the beginning that it shares with the first.
+    Two sequences are prefilled without their last six tokens, which are then decoded one by one.
+    The second one reuses the beginning that it shares with the first.
     """
     sequences, n_decoded = probes(n_tokens), 6
 

@@ -2,7 +2,7 @@
 """Sample with vLLM 0.32 inside this process: one engine per rank, the same code on CPU and GPU.
 
 These properties of vLLM were found by experiment. Nothing here has run on a GPU.
-1. There is no child process. `load_weights` writes into vLLM's own tensors without a second copy.
+1. vLLM runs in this process. `load_weights` writes into vLLM's own tensors without a second copy.
 2. vLLM removes its padding from the logits. With the tokenizer's size as `org_vocab_size` it also
    removes the ids that only the model has, at no cost.
 3. With top_p < 1 the log-probs are those of the nucleus. RL therefore requires top_p = 1.

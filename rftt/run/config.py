@@ -756,7 +756,7 @@ def _override(text: str, spec: dict[str, Any]) -> Any:
         return None
     if text.startswith(("[", "{")):
         try:
-            return _structure(text)[0]
+            return structure(text)[0]
         except ValueError:
             return text  # `search.system_prompt=[INST] be brief` is text and not a list
     return text
@@ -772,7 +772,7 @@ def _read_file(path: str) -> Given:
         if len(data) > MAX_BYTES:
             raise ValueError(f"it has {len(data)} bytes, at most {MAX_BYTES} are allowed")
         text = data.decode("utf-8-sig")
-        values, lines = _structure(text)
+        values, lines = structure(text)
     except UnicodeDecodeError as error:
         raise UserError(
             f"config file {path} must be UTF-8, but byte {error.start} is not; convert it."
@@ -790,7 +790,7 @@ def _read_file(path: str) -> Given:
     return {key: (value, places[key]) for key, value in values.items()}
 
 
-def _structure(text: str) -> tuple[Any, dict[str, int]]:
+def structure(text: str) -> tuple[Any, dict[str, int]]:
     """Return YAML or JSON as mappings, lists, None and text, and the line of each outermost key.
 
     Raises ValueError. JSON has its own reader, as YAML misreads its surrogate pairs.

@@ -12,6 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from rftt.prompts import HOLES, Prompts
+from rftt.run.config import structure
+from rftt.run.files import decode_text
 from rftt.tokens import ACTS, CLOSERS, OPENERS
 from rftt.types import UserError
 
@@ -38,12 +40,14 @@ def load_prompts(path: str | None = None) -> Prompts:
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = decode_text(Path(path).read_bytes(), path)
+        structure(text)  # bounds what aliases and depth can cost, and finds keys that are set twice
+        value = yaml.safe_load(text)  # unlike a config's, texts and numbers are told apart
     except OSError as error:
         raise UserError(f"prompts_file {path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"prompts_file {path} is not YAML in UTF-8 ({reason}).") from None
+        raise UserError(f"prompts_file {path} cannot be read: {reason}.") from None
     if not isinstance(value, dict):
         raise UserError(f"prompts_file {path} must be a mapping; see rftt/prompts.yaml.")
     return value
