@@ -23,8 +23,8 @@ CONTROL = re.compile(r"<\|[^|<>\s]{1,60}\|>|" + "|".join(map(re.escape, (*OPENER
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 CALCULATION = re.compile(r"(?<![\d.,])[.,]*+\d[\d.,]*+(?:\s*+[-+*/×÷=]\s*+\$?\d[\d.,]*+)+")
 """Numbers joined by signs. It reads each number once, so that long digits take linear time."""
-MAX_CHECK = 2
-"""Sentences of a check."""
+MAX_TRIMMED = 4
+"""Sentences of the longest beginning of a refused reply that may be kept."""
 
 
 # ---- Clean: forms that cost nothing to mend ----
@@ -41,10 +41,11 @@ def clean(prompts: Prompts, act: str, text: str) -> str:
     function = FUNCTIONS[act]
     if function.one_line:
         text = text.split("\n", 1)[0].strip()
-    if function.max_sentences:
-        text = " ".join(sentences(text)[: function.max_sentences])
     if act in ("next_step", "verify"):
         text = text.split("\n\n", 1)[0].strip()
+    parts = sentences(text)
+    if function.max_sentences and len(parts) > function.max_sentences:
+        text = " ".join(parts[: function.max_sentences])
     if act == "direct_answer" and (box := text.rfind("\\boxed{")) >= 0:
         text = text[:box] + sentences(text[box:])[0]
     return text
@@ -60,18 +61,15 @@ def _label(labels: tuple[str, ...]) -> re.Pattern[str]:
 # ---- Check ----
 
 
-def breach(
-    prompts: Prompts, act: str, text: str, *, question: str, so_far: str = "", whole: bool = True
-) -> str | None:
+def breach(prompts: Prompts, act: str, text: str, *, question: str, so_far: str = "") -> str | None:
     """Return the reason for which a clean reply is refused; None if it keeps its act's contract.
 
-    `so_far` is all that the model was shown of its solution, `whole` is false for a reply that ran
-    into its limit of tokens.
+    `so_far` is all that the model was shown of its solution.
     """
     prompt = prompts.acts[act]
     if not text:
         return "empty"
-    if not whole or text[-1] in ":,{" or text.count("{") != text.count("}"):
+    if text[-1] in ":,{" or text.count("{") != text.count("}"):
         return "cut_off"
     if CONTROL.search(text):
         return "control_text"
@@ -93,7 +91,7 @@ def breach(
 def _breach_of_form(act: str, text: str, question: str) -> str | None:
     """Check what only one act requires."""
     match act:
-        case "clarify" if set(NUMBER.findall(text)) - set(NUMBER.findall(question)):
+        case "clarify" if new_numbers(text, question):
             return "new_number"
         case "subquestion":
             _, mark, answer = text.partition("?")
@@ -101,15 +99,34 @@ def _breach_of_form(act: str, text: str, question: str) -> str | None:
                 return "asks_nothing"
             if not re.search(r"\w", answer):
                 return "answers_nothing"
-        case "next_step" if len(sentences(text)) > 3:
-            return "several_steps"
         case "direct_answer" | "output" if "\\boxed{" not in sentences(text)[-1]:
             return "no_box"
-        case "verify" if len(sentences(text)) > MAX_CHECK:
-            return "several_sentences"
-        case "refine" if len(sentences(text)) > 1:
-            return "several_sentences"
     return None
+
+
+def trimmed(
+    text: str, refused: Callable[[str], str | None], *, whole: bool = True
+) -> tuple[str, str | None]:
+    """Return the longest beginning of a reply that is not refused, in sentences, and None.
+
+    A model that has done what it was asked often goes on: to a calculation, or to the answer. If
+    every beginning is refused, return the reply and its reason. A reply that ran into its limit of
+    tokens is not `whole`, so that its last sentence does not count.
+    """
+    reason = refused(text) if whole else "cut_off"
+    if reason is None:
+        return text, None
+    parts = sentences(text)
+    for n in range(min(len(parts) - 1, MAX_TRIMMED), 0, -1):
+        beginning = " ".join(parts[:n])
+        if refused(beginning) is None:
+            return beginning, None
+    return text, reason
+
+
+def new_numbers(text: str, known: str) -> set[str]:
+    """Return the numbers of `text` that do not stand in `known`."""
+    return set(NUMBER.findall(text)) - set(NUMBER.findall(known))
 
 
 @cache
@@ -176,26 +193,6 @@ def nameable(wrong: str, correct: str, known: str) -> set[str]:
 def _things(text: str) -> set[str]:
     calculations = {re.sub(r"[\s$]", "", found) for found in CALCULATION.findall(text)}
     return {thing.strip(".,") for thing in calculations | set(NUMBER.findall(text))}
-
-
-def trimmed(
-    text: str, refused: Callable[[str], str | None], *, whole: bool = True
-) -> tuple[str, str | None]:
-    """Return the longest beginning of a check that is not refused, in sentences, and None.
-
-    A model that has named its mistake often goes on to the answer. If every beginning is refused,
-    return the first sentence and its reason. The last sentence counts only in a `whole` reply.
-    """
-    parts = sentences(text)
-    if not whole:
-        parts.pop()
-    if not parts:
-        return text, "empty" if whole else "cut_off"
-    for n in range(min(len(parts), MAX_CHECK), 1, -1):
-        beginning = " ".join(parts[:n])
-        if refused(beginning) is None:
-            return beginning, None
-    return parts[0], refused(parts[0])
 
 
 def best_check(checks: Sequence[str], mistakes: set[str]) -> str | None:

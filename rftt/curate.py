@@ -27,6 +27,10 @@ Draw = Callable[..., Awaitable[list[str]]]
 """(act, so_far, n=…, **parts of the prompt) -> the replies that keep the act's contract"""
 
 
+class Omitted(Exception):
+    """A tree gives no merged row; the text is the reason under which this is counted."""
+
+
 def traces(tree: Tree, problem: Problem) -> list[Trace]:
     """Return every root-to-leaf path with its answer, in the order of discovery."""
     paths = []
@@ -88,16 +92,20 @@ def shared(one: Trace, other: Trace) -> int:
     return n
 
 
-def choose_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trace] | str:
-    """Return (τ_c⁺, τ_w⁻): the best correct path and the worst wrong one with a shared prefix."""
+def choose_pairs(usable: Sequence[Trace], cfg: SearchConfig) -> list[tuple[Trace, Trace]]:
+    """Return the pairs (τ_c⁺, τ_w⁻) of a correct and a wrong path that can be merged.
+
+    The first is the paper's: the best correct and the worst wrong path.
+    """
     by = partial(quality, cfg)
     correct = sorted((t for t in usable if t.correct), key=by, reverse=True)  # best first
     # worst first
     wrong = sorted((t for t in usable if not t.correct and t.answer is not None), key=by)
     if not correct:
-        return "no_correct_path"
+        raise Omitted("no_correct_path")
     if not wrong:
-        return "no_wrong_path"
+        raise Omitted("no_wrong_path")
+    pairs: list[tuple[Trace, Trace]] = []
     reason = "no_shared_prefix"
     for good in correct:
         for bad in wrong:
@@ -107,9 +115,11 @@ def choose_pair(usable: Sequence[Trace], cfg: SearchConfig) -> tuple[Trace, Trac
             if n < cfg.min_shared_steps or not follows_grammar(acts):
                 continue
             if mistakes_of(good, bad):
-                return good, bad
+                pairs.append((good, bad))
             reason = "no_mistake_to_name"
-    return reason
+    if not pairs:
+        raise Omitted(reason)
+    return pairs
 
 
 def mistakes_of(good: Trace, bad: Trace) -> set[str]:
@@ -139,28 +149,39 @@ def disjoint_correct(usable: Sequence[Trace], cfg: SearchConfig) -> list[Trace]:
     return chosen
 
 
-async def merge(draw: Draw, good: Trace, bad: Trace, cfg: SearchConfig) -> Row | str:
-    """Cross-verify and merge two branches; return a reason instead of an unfit row."""
+async def merge(draw: Draw, good: Trace, bad: Trace, cfg: SearchConfig) -> Row:
+    """Cross-verify two branches and merge them into one row."""
     n = shared(good, bad)
     wrong, right = visible(bad.steps[n:]), visible(good.steps[n:])  # where they differ
     prefix = visible(good.steps[:n])
     checks = await draw("verify", prefix, n=cfg.verify_draws, wrong=wrong, correct=right)
     if not checks:
-        return "verify_refused"
+        raise Omitted("verify_refused")
     check = best_check(checks, mistakes_of(good, bad))
     if check is None:
-        return "verify_names_no_mistake"
-    turns = await draw("refine", visible(bad.steps), n=cfg.contract_tries, check=check)
-    if not turns:
-        return "refine_refused"
+        raise Omitted("verify_names_no_mistake")
+    refinements = await draw("refine", visible(bad.steps), n=cfg.contract_tries, check=check)
+    if not refinements:
+        raise Omitted("refine_refused")
     steps = [
         *_entries(good)[:n],
         *(entry | {"wrong": True} for entry in _entries(bad)[n:]),  # out of the loss: `mask_wrong`
         {"act": "verify", "text": check},
-        {"act": "refine", "text": turns[0]},
+        {"act": "refine", "text": refinements[0]},
         *_entries(good)[n:],
     ]
     return _row("merged", good, steps, shared=n, failed=list(bad.nodes[n:]))
+
+
+async def merge_first(draw: Draw, pairs: Sequence[tuple[Trace, Trace]], cfg: SearchConfig) -> Row:
+    """Merge the first of up to `merge_tries` pairs whose mistake a check names."""
+    reason = Omitted()
+    for good, bad in pairs[: cfg.merge_tries]:
+        try:
+            return await merge(draw, good, bad, cfg)
+        except Omitted as omitted:
+            reason = omitted
+    raise reason
 
 
 def plain(trace: Trace) -> Row:
@@ -183,12 +204,11 @@ async def curate(
         else:
             usable.append(trace)
     rows = [plain(trace) for trace in disjoint_correct(usable, cfg)]
-    pair = choose_pair(usable, cfg)
-    merged = pair if isinstance(pair, str) else await merge(draw, *pair, cfg)
-    if isinstance(merged, str):
-        counts[merged] += 1
-    else:
+    try:
+        merged = await merge_first(draw, choose_pairs(usable, cfg), cfg)
         rows.insert(0, merged)  # the merged row comes first
+    except Omitted as reason:
+        counts[str(reason)] += 1
     if cfg.tree_pairs and (wide := widest_pair(usable, cfg)):
         good, bad = map(plain, wide)
         chosen = good | {"kind": "pair", "chosen": good["steps"], "rejected": bad["steps"]}

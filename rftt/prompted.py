@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
-from rftt.contract import breach, clean, leaks, trimmed
+from rftt.contract import breach, clean, leaks, new_numbers, trimmed
 from rftt.engines.base import Counters, Reply, Sampling
 from rftt.engines.chat import Chat
 from rftt.graders.math import extract
@@ -67,7 +67,7 @@ async def reply(ctx: Prompted, messages: Messages, act: str | None, *key: object
 async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> list[Step]:
     """Take the chosen act, then random allowed acts until a step states the final answer.
 
-    A reply that breaks its contract in every try ends the path without an answer.
+    The path ends without an answer if no act that may follow gives a fit reply.
     """
     steps = [node.step for node in choice.node.path() if node.step]
     known = len(steps)  # these are in the tree already
@@ -86,11 +86,14 @@ async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> li
 async def _child(
     ctx: Prompted, problem: Problem, steps: list[Step], acts: list[str], key: tuple[str, ...]
 ) -> Step:
-    """Ask for the first of `acts` whose reply fits: long direct answers are skipped."""
-    step = Step("", "")
+    """Ask for the first of `acts` whose reply fits; if none does, return the last one's.
+
+    Refused replies are passed over, and so are long direct answers.
+    """
     for act in acts:
         step = await _ask_step(ctx, problem, visible(steps), act, key, len(steps))
-        if act != "direct_answer" or len(sentences(step.text)) <= ctx.max_direct_sentences:
+        long = act == "direct_answer" and len(sentences(step.text)) > ctx.max_direct_sentences
+        if step.refused is None and not long:
             break
     return step
 
@@ -98,13 +101,11 @@ async def _child(
 async def _ask_step(ctx: Prompted, problem: Problem, so_far: str, act: str, *key: object) -> Step:
     """Ask for one act, up to `contract_tries` times, until a reply keeps its contract."""
     messages = ctx.prompts.ask(act, problem.question, so_far)
+    refused_for = partial(breach, ctx.prompts, act, question=problem.question, so_far=so_far)
     text, refused = "", None
     for number in range(ctx.contract_tries):
         said = await reply(ctx, messages, act, problem.id, *key, act, number)
-        text = said.text
-        refused = breach(
-            ctx.prompts, act, text, question=problem.question, so_far=so_far, whole=said.whole
-        )
+        text, refused = trimmed(said.text, refused_for, whole=said.whole)
         if refused is None:
             break
         ctx.refusals[f"contract_{act}_{refused}"] += 1
@@ -117,17 +118,21 @@ async def draw(
 ) -> list[str]:
     """Return those of `n` replies to `act` that keep its contract and do not leak the gold answer.
 
-    `parts` fill the act's template (prompts.yaml). What the model is shown of its own solution may
-    be named; the `correct` steps may not. Each reply is cut where it breaks the contract.
+    `parts` fill the act's template (prompts.yaml). A reply may name what the model is shown of its
+    own solution, and results of the `correct` steps, but not the gold answer nor a new number. Each
+    reply is cut where it breaks the contract.
     """
     messages = ctx.prompts.ask(act, problem.question, so_far, parts)
     own = "\n".join([so_far, *(text for name, text in parts.items() if name != "correct")])
     known = f"{problem.question}\n{own}"
+    shown = "\n".join([problem.question, so_far, *parts.values()])
 
     def refused(text: str) -> str | None:
         reason = breach(ctx.prompts, act, text, question=problem.question, so_far=own)
         if reason is None and leaks(text, str(problem.answer), known):
             return "leaks_answer"  # it would teach recall instead of checking
+        if reason is None and new_numbers(text, shown):
+            return "new_number"  # it calculates on, where it should point at a step
         return reason
 
     asked = [reply(ctx, messages, act, problem.id, "curate", act, i) for i in range(n)]

@@ -26,7 +26,7 @@ class Function:
 
     description: str  # new vocabulary rows start as the mean of this text's token embeddings
     max_tokens: int  # budget of a reply, in tokens (arXiv 2502.13389)
-    max_sentences: int | None = None
+    max_sentences: int | None = None  # clarify's is the paper's, the others keep an act to itself
     one_line: bool = False
     prompted: tuple[str, ...] = ()  # acts that may follow in phase 1
     learned: tuple[str, ...] = ()  # acts that may follow in phase 2
@@ -49,6 +49,7 @@ FUNCTIONS: dict[str, Function] = {
     "next_step": Function(
         description="take the next step",
         max_tokens=512,
+        max_sentences=3,
         prompted=("next_step", "direct_answer", "subquestion"),
         learned=("next_step", "direct_answer", "subquestion", "verify", "output"),
     ),
@@ -67,11 +68,13 @@ FUNCTIONS: dict[str, Function] = {
     "verify": Function(
         description="verify the steps and find the mistake",
         max_tokens=512,
+        max_sentences=2,
         learned=("next_step", "refine", "direct_answer", "subquestion", "verify", "output"),
     ),
     "refine": Function(
         description="refine and correct the solution",
         max_tokens=256,
+        max_sentences=1,
         one_line=True,
         learned=("next_step", "direct_answer", "output", "subquestion", "verify"),
     ),

@@ -21,7 +21,10 @@ QUESTION = "Eva has 19 pens, triples them and gives 3 away. How many pens has sh
         ("clarify", " One. Two? Three! Four. ", "One. Two? Three!"),
         ("clarify", "It costs 3.5 each. We buy 2.", "It costs 3.5 each. We buy 2."),
         ("subquestion", "\nHow many? 12.\nThen I go on.", "How many? 12."),
-        ("next_step", "a = 1.\nb = 2. c. d. e.", "a = 1.\nb = 2. c. d. e."),
+        ("next_step", "a = 1.\nb = 2. c.", "a = 1.\nb = 2. c."),
+        ("next_step", "a = 1.\nb = 2. c. d.", "a = 1. b = 2. c."),
+        ("verify", "Wait, not 38. One more. And one more.", "Wait, not 38. One more."),
+        ("refine", "Let me go back. Then on.", "Let me go back."),
         ("next_step", "**Step 3:** 19 * 3 = 57.\n\nStep 4: ...", "19 * 3 = 57."),
         ("next_step", "Sure, next step: 19 * 3 = 57.", "19 * 3 = 57."),
         ("next_step", "### Answer: 57 pens.", "57 pens."),
@@ -71,7 +74,6 @@ def test_good_replies_keep_their_contract(act: str) -> None:
         ("next_step", "There are 4 trays and each tray holds 12 rolls, so.", "repeats_prompt"),
         ("next_step", "Eva has 57 tickets.", "borrows_example"),
         ("next_step", "We BEGIN!", "repeats_step"),
-        ("next_step", "One. Two. Three. Four.", "several_steps"),
         ("clarify", "Eva ends with 19 * 3 = 57 pens.", "calculates"),
         ("clarify", "Eva ends with 57 pens.", "new_number"),
         ("clarify", "The answer is to be found.", "states_answer"),
@@ -82,19 +84,12 @@ def test_good_replies_keep_their_contract(act: str) -> None:
         ("direct_answer", "\\boxed{54}. That was easy.", "no_box"),
         ("direct_answer", "She has 54 pens.", "no_box"),
         ("verify", "Wait, I wrote 19 * 2 = 38.", "explains_nothing"),
-        ("verify", "Wait, not 38. One more. And one more.", "several_sentences"),
         ("verify", "Wait, not 38, the answer is 54.", "states_answer"),
-        ("refine", "Let me go back. Then on.", "several_sentences"),
         ("refine", "Let me use 19 * 3 = 57.", "calculates"),
     ],
 )
 def test_each_breach_has_its_reason(act: str, text: str, reason: str) -> None:
     assert breach(PROMPTS, act, text, question=QUESTION, so_far="We begin.") == reason
-
-
-def test_a_truncated_reply_is_refused_whatever_it_says() -> None:
-    for act in ACTS:
-        assert breach(PROMPTS, act, GOOD[act], question=QUESTION, whole=False) == "cut_off"
 
 
 def test_words_of_the_problem_are_never_borrowed_or_repeated() -> None:
@@ -140,15 +135,16 @@ def test_the_best_check_quotes_the_mistake_first() -> None:
     assert best_check([], mistakes) is None
 
 
-def test_a_check_is_cut_where_it_breaks_its_contract() -> None:
+def test_a_reply_is_cut_where_it_breaks_its_contract() -> None:
     def refused(text: str) -> str | None:
         return "leaks" if "54" in text else None
 
+    assert trimmed("Not 38.\nNot 35.", refused) == ("Not 38.\nNot 35.", None)
     assert trimmed("Not 38. Not 35. So 54. Bye.", refused) == ("Not 38. Not 35.", None)
-    assert trimmed("It is 54. Bye.", refused) == ("It is 54.", "leaks")
+    assert trimmed("It is 54. Bye.", refused) == ("It is 54. Bye.", "leaks")
     assert trimmed("Not 38. Not 3", refused, whole=False) == ("Not 38.", None)
     assert trimmed("Not 3", refused, whole=False) == ("Not 3", "cut_off")
-    assert trimmed("", refused) == ("", "empty")
+    assert trimmed("A. B. C. D. E. 54.", refused)[0] == "A. B. C. D."
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rftt.curate import choose_pair, curate, disjoint_correct, traces
+from rftt.curate import Omitted, choose_pairs, curate, disjoint_correct, traces
 from rftt.graders.math import extract
 from rftt.graders.prm import Unscored, score_steps
 from rftt.mcts import Choice, Tree
@@ -61,15 +61,15 @@ class Doubter:
 def test_process_scores_of_a_tree_choose_the_pair():
     unread = [PLAN, ("direct_answer", "unreadable \\boxed{1}")]
     tree = build(RIGHT, WRONG, OTHER, unread)
-    good, bad = choose_pair(traces(tree, PROBLEM), RULES)
+    good, bad = choose_pairs(traces(tree, PROBLEM), RULES)[0]
     assert (good.nodes, bad.nodes) == ((1, 2, 3), (1, 7))  # most steps; few steps, long text
     assert asyncio.run(score_steps(Doubter(), tree, PROBLEM)) == 1
     assert [node.step.score for node in tree.nodes[1:]] == [0.9, 0.9, 0.9, 0.1, 0.2, 0.9, None]
-    good, bad = choose_pair(traces(tree, PROBLEM), RULES)
+    good, bad = choose_pairs(traces(tree, PROBLEM), RULES)[0]
     assert (good.nodes, bad.nodes) == ((1, 2, 3), (1, 4))
     last = replace(RULES, prm_reduce="last")
     object.__setattr__(tree.nodes[3].step, "score", 0.5)
-    good, _ = choose_pair(traces(tree, PROBLEM), last)
+    good, _ = choose_pairs(traces(tree, PROBLEM), last)[0]
     assert good.nodes == (5, 6)  # its mean is lower, its last step better
 
 
@@ -163,7 +163,8 @@ def test_trees_without_a_pair(paths, reason):
 
 def test_pair_must_share_as_many_steps_as_asked():
     usable = traces(build(OTHER, WRONG), PROBLEM)
-    assert choose_pair(usable, replace(RULES, min_shared_steps=1)) == "no_shared_prefix"
+    with pytest.raises(Omitted, match="no_shared_prefix"):
+        choose_pairs(usable, replace(RULES, min_shared_steps=1))
 
 
 def test_pair_is_the_best_right_and_the_worst_wrong_path_by_process_reward():
@@ -174,7 +175,7 @@ def test_pair_is_the_best_right_and_the_worst_wrong_path_by_process_reward():
     for node in tree.nodes[1:]:
         score = float(node.step.text[-1]) / 10 if node.terminal else None
         object.__setattr__(node.step, "score", score)
-    good, bad = choose_pair(traces(tree, PROBLEM), RULES)
+    good, bad = choose_pairs(traces(tree, PROBLEM), RULES)[0]
     assert good.steps[-1].text == "\\boxed{54} 9"
     assert bad.steps[-1].text == "\\boxed{2} 4"
 

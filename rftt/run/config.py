@@ -403,9 +403,11 @@ class SearchConfig(Common, Graded, EngineKeys, Api, Filters, Beam, Process):
     prompts_file: LocalPath | None = None
     """YAML that replaces any part of rftt/prompts.yaml: other examples, language or domain."""
     contract_tries: Count = 3
-    """Replies asked for until one keeps its act's contract (contract.py); then the path ends."""
+    """Replies asked for until one keeps its act's contract; then another act is tried."""
     verify_draws: Count = 8
     """Checks drawn for a merged row; the one that names most of the mistake is taken."""
+    merge_tries: Count = 3
+    """Pairs of a right and a wrong path tried per problem, until a check names the mistake."""
     max_plain_paths: Whole = 2
     """Disjoint correct paths kept per problem beside the merged one (arXiv 2502.13389)."""
     min_shared_steps: Whole = 0
