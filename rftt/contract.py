@@ -77,22 +77,36 @@ def breach(prompts: Prompts, act: str, text: str, *, question: str, so_far: str 
         if _any_of(tuple(phrases)).search(text):
             return reason
     for reason, phrases in prompt.require.items():
-        if not _any_of(tuple(phrases)).search(text):
+        if phrases and not _any_of(tuple(phrases)).search(text):
             return reason
+    if not _keeps_to_numbers(prompt, text, question, so_far):
+        return "wrong_numbers"
     if _repeats(prompt, text, f"{question}\n{so_far}"):
         return "repeats_prompt"
-    if _words(text) in [_words(line) for line in so_far.split("\n")]:
+    if not _new_sentences(text, so_far):
         return "repeats_step"
     if _borrowed(prompt, text, f"{question}\n{so_far}"):
         return "borrows_example"
-    return _breach_of_form(act, text, question)
+    return _breach_of_form(act, text)
 
 
-def _breach_of_form(act: str, text: str, question: str) -> str | None:
+def _keeps_to_numbers(prompt: ActPrompt, text: str, question: str, so_far: str) -> bool:
+    """Return whether `text` contains only, or all, the numbers that its act may (prompts.yaml)."""
+    said, given = set(NUMBER.findall(text)), set(NUMBER.findall(question))
+    match prompt.numbers:
+        case "none":
+            return not said
+        case "given":
+            return said == given
+        case "known":
+            return said <= given | set(NUMBER.findall(so_far))
+        case "any":
+            return True
+
+
+def _breach_of_form(act: str, text: str) -> str | None:
     """Check what only one act requires."""
     match act:
-        case "clarify" if new_numbers(text, question):
-            return "new_number"
         case "subquestion":
             _, mark, answer = text.partition("?")
             if not mark:
@@ -124,9 +138,18 @@ def trimmed(
     return text, reason
 
 
-def new_numbers(text: str, known: str) -> set[str]:
-    """Return the numbers of `text` that do not stand in `known`."""
-    return set(NUMBER.findall(text)) - set(NUMBER.findall(known))
+def fresh(text: str, so_far: str) -> str:
+    """Return a reply without the sentences that the solution contains already.
+
+    A small model repeats a step before it goes on. A reply that says nothing new stays as it is.
+    """
+    new = _new_sentences(text, so_far)
+    return " ".join(new) if 0 < len(new) < len(sentences(text)) else text
+
+
+def _new_sentences(text: str, so_far: str) -> list[str]:
+    known = {_words(part) for line in so_far.split("\n") for part in sentences(line)}
+    return [part for part in sentences(text) if _words(part) not in known]
 
 
 @cache

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
-from rftt.contract import breach, clean, leaks, new_numbers, trimmed
+from rftt.contract import breach, clean, fresh, leaks, trimmed
 from rftt.engines.base import Counters, Reply, Sampling
 from rftt.engines.chat import Chat
 from rftt.graders.math import extract
@@ -105,7 +105,7 @@ async def _ask_step(ctx: Prompted, problem: Problem, so_far: str, act: str, *key
     text, refused = "", None
     for number in range(ctx.contract_tries):
         said = await reply(ctx, messages, act, problem.id, *key, act, number)
-        text, refused = trimmed(said.text, refused_for, whole=said.whole)
+        text, refused = trimmed(fresh(said.text, so_far), refused_for, whole=said.whole)
         if refused is None:
             break
         ctx.refusals[f"contract_{act}_{refused}"] += 1
@@ -118,21 +118,19 @@ async def draw(
 ) -> list[str]:
     """Return those of `n` replies to `act` that keep its contract and do not leak the gold answer.
 
-    `parts` fill the act's template (prompts.yaml). A reply may name what the model is shown of its
-    own solution, and results of the `correct` steps, but not the gold answer nor a new number. Each
-    reply is cut where it breaks the contract.
+    `parts` fill the act's template (prompts.yaml). The gold answer may be named only where the
+    model's own solution contains it: the `correct` steps do not count. Each reply is cut where it
+    breaks the contract.
     """
     messages = ctx.prompts.ask(act, problem.question, so_far, parts)
-    own = "\n".join([so_far, *(text for name, text in parts.items() if name != "correct")])
-    known = f"{problem.question}\n{own}"
-    shown = "\n".join([problem.question, so_far, *parts.values()])
+    shown = "\n".join([so_far, *parts.values()])
+    own = [text for name, text in parts.items() if name != "correct"]
+    known = "\n".join([problem.question, so_far, *own])
 
     def refused(text: str) -> str | None:
-        reason = breach(ctx.prompts, act, text, question=problem.question, so_far=own)
+        reason = breach(ctx.prompts, act, text, question=problem.question, so_far=shown)
         if reason is None and leaks(text, str(problem.answer), known):
             return "leaks_answer"  # it would teach recall instead of checking
-        if reason is None and new_numbers(text, shown):
-            return "new_number"  # it calculates on, where it should point at a step
         return reason
 
     asked = [reply(ctx, messages, act, problem.id, "curate", act, i) for i in range(n)]

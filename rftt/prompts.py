@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
@@ -47,6 +47,7 @@ class ActPrompt(Part):
     examples: list[Example] = []
     refuse: Reasons = {}
     require: Reasons = {}
+    numbers: Literal["any", "known", "given", "none"] = "any"
 
 
 class Prompts(Part):

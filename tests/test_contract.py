@@ -40,7 +40,7 @@ def test_clean(act: str, reply: str, cleaned: str) -> None:
 
 
 GOOD = {
-    "clarify": "Eva has 19 pens. We look for the number of pens after she has triples of them.",
+    "clarify": "Eva has 19 pens, triples them and gives 3 away. We look for the number of pens.",
     "analysis": "First the pens are multiplied, then some are taken away.",
     "subquestion": "How many pens are three times 19 pens? They are 19 * 3 = 57 pens.",
     "next_step": "Eva triples her pens, so she has 19 * 3 = 57 pens.",
@@ -73,9 +73,15 @@ def test_good_replies_keep_their_contract(act: str) -> None:
         ("next_step", "Write only the next small step, in one sentence.", "repeats_prompt"),
         ("next_step", "There are 4 trays and each tray holds 12 rolls, so.", "repeats_prompt"),
         ("next_step", "Eva has 57 tickets.", "borrows_example"),
-        ("next_step", "We BEGIN!", "repeats_step"),
+        ("next_step", "We BEGIN: 1 = 1!", "repeats_step"),
         ("clarify", "Eva ends with 19 * 3 = 57 pens.", "calculates"),
-        ("clarify", "Eva ends with 57 pens.", "new_number"),
+        ("clarify", "Eva has 19 pens and gives 3 away, which leaves 57.", "wrong_numbers"),
+        ("clarify", "Eva has 19 pens.", "wrong_numbers"),
+        ("clarify", "Eva has 19 pens, so 3 are given away.", "concludes"),
+        ("analysis", "Eva gives 3 of the pens away.", "wrong_numbers"),
+        ("verify", "Wait, I wrote 19 * 2, but she has 57 then.", "wrong_numbers"),
+        ("next_step", "Eva triples her pens.", "calculates_nothing"),
+        ("subquestion", "How many pens has she? She triples them.", "calculates_nothing"),
         ("clarify", "The answer is to be found.", "states_answer"),
         ("analysis", "She has 19 * 3 = 57 pens.", "calculates"),
         ("analysis", "She has \\boxed{54} pens.", "states_answer"),
