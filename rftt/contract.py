@@ -76,18 +76,18 @@ def breach(prompts: Prompts, act: str, text: str, *, question: str, so_far: str 
     for reason, phrases in (prompts.refuse | prompt.refuse).items():
         if _any_of(tuple(phrases)).search(text):
             return reason
-    for reason, phrases in prompt.require.items():
-        if phrases and not _any_of(tuple(phrases)).search(text):
-            return reason
-    if not _keeps_to_numbers(prompt, text, question, so_far):
-        return "wrong_numbers"
     if _repeats(prompt, text, f"{question}\n{so_far}"):
         return "repeats_prompt"
     if not _new_sentences(text, so_far):
         return "repeats_step"
     if _borrowed(prompt, text, f"{question}\n{so_far}"):
         return "borrows_example"
-    return _breach_of_form(act, text)
+    if reason := _breach_of_form(act, text):
+        return reason
+    for reason, phrases in prompt.require.items():
+        if phrases and not _any_of(tuple(phrases)).search(text):
+            return reason
+    return None if _keeps_to_numbers(prompt, text, question, so_far) else "wrong_numbers"
 
 
 def _keeps_to_numbers(prompt: ActPrompt, text: str, question: str, so_far: str) -> bool:

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from rftt import contract
-from rftt.contract import CALCULATION, best_check, breach, clean, leaks, nameable, trimmed
+from rftt.contract import CALCULATION, best_check, breach, clean, fresh, leaks, nameable, trimmed
 from rftt.run.prompts_file import load_prompts
 from rftt.tokens import ACTS
 
@@ -53,7 +53,8 @@ GOOD = {
 
 @pytest.mark.parametrize("act", ACTS)
 def test_good_replies_keep_their_contract(act: str) -> None:
-    assert breach(PROMPTS, act, GOOD[act], question=QUESTION, so_far="We begin.") is None
+    so_far = "She has 19 * 2 = 38 pens."
+    assert breach(PROMPTS, act, GOOD[act], question=QUESTION, so_far=so_far) is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_good_replies_keep_their_contract(act: str) -> None:
         ("next_step", "Write only the next small step, in one sentence.", "repeats_prompt"),
         ("next_step", "There are 4 trays and each tray holds 12 rolls, so.", "repeats_prompt"),
         ("next_step", "Eva has 57 tickets.", "borrows_example"),
-        ("next_step", "We BEGIN: 1 = 1!", "repeats_step"),
+        ("next_step", "We BEGIN!", "repeats_step"),
         ("clarify", "Eva ends with 19 * 3 = 57 pens.", "calculates"),
         ("clarify", "Eva has 19 pens and gives 3 away, which leaves 57.", "wrong_numbers"),
         ("clarify", "Eva has 19 pens.", "wrong_numbers"),
@@ -98,6 +99,13 @@ def test_each_breach_has_its_reason(act: str, text: str, reason: str) -> None:
     assert breach(PROMPTS, act, text, question=QUESTION, so_far="We begin.") == reason
 
 
+def test_a_reply_loses_the_sentences_that_the_solution_contains() -> None:
+    so_far = "She has 57 pens.\nNow 3 are given away."
+    assert fresh("She has 57 pens! So 54 are left.", so_far) == "So 54 are left."
+    assert fresh("So 54\nare left.", so_far) == "So 54\nare left."
+    assert fresh("Now 3 are given away.", so_far) == "Now 3 are given away."
+
+
 def test_words_of_the_problem_are_never_borrowed_or_repeated() -> None:
     question = "A baker has 4 trays of 12 rolls and sells 30 of the rolls. What is left?"
     text = "A baker has 4 trays of 12 rolls and sells 30 of the rolls."
@@ -105,7 +113,7 @@ def test_words_of_the_problem_are_never_borrowed_or_repeated() -> None:
 
 
 def test_a_phrase_counts_only_as_whole_words() -> None:
-    text = "Provide youth with examples: 57 pens."  # provided, you, example
+    text = "Provide youth with examples: 57 = 57 pens."  # provided, you, example
     assert breach(PROMPTS, "next_step", text, question=QUESTION) is None
 
 

@@ -128,6 +128,15 @@ def test_unfit_merges_are_counted_and_left_out(replies, reason):
     assert counts == {reason: 1, "kept_plain": 1}
 
 
+def test_the_next_pair_is_tried_where_no_check_names_the_mistake():
+    other = [PLAN, ("direct_answer", "Triples, so 59, sells 3, so 56: \\boxed{56}")]
+    tree = build(RIGHT, WRONG, other)
+    for tries, kinds in ((1, ["plain"]), (2, ["merged", "plain"])):
+        draw = says(verify=("It is not 55.",))
+        rows, _ = asyncio.run(curate(tree, PROBLEM, draw, replace(RULES, merge_tries=tries)))
+        assert [row["kind"] for row in rows] == kinds
+
+
 def test_a_wrong_path_of_right_numbers_has_no_mistake_to_name():
     wrong = [PLAN, ("direct_answer", "57. \\boxed{57}")]  # it stops too early
     _, counts = asyncio.run(curate(build(RIGHT, wrong), PROBLEM, says(), RULES))

@@ -10,7 +10,7 @@ from tests.test_rollout import PROBLEM, Letters, choose, prompted
 
 def test_prompted_path_ends_with_a_stated_answer():
     ctx, engine = prompted(
-        ["Think of pairs.", *(f"Is it {i}? It is \\boxed{{4}}" for i in range(9))]
+        ["Think of pairs.", *(f"Is it {i}? It is {i}: \\boxed{{4}}" for i in range(9))]
     )
     steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("next_step")))
     assert steps[0].act == "next_step"
@@ -41,6 +41,18 @@ def test_a_refused_reply_is_asked_for_again_and_then_forgotten():
     assert (step.text, step.answer, step.refused) == ("So it is \\boxed{4}.", "4", None)
     assert engine.asked[0][0] == engine.asked[1][0]  # the refused reply is not shown to the model
     assert ctx.refusals == {"contract_direct_answer_no_box": 1}
+
+
+def test_after_an_act_without_a_fit_reply_another_one_is_asked_for():
+    for seed in range(9):
+        replies = ["How many? 4.", "I say nothing", "So \\boxed{4}."]
+        ctx, _ = prompted(replies, contract_tries=1, seed=seed)
+        steps = asyncio.run(expand_prompted(ctx, PROBLEM, choose("subquestion")))
+        if "contract_direct_answer_no_box" in ctx.refusals:  # the act that was drawn first
+            assert [step.act for step in steps] == ["subquestion", "next_step"]
+            assert steps[-1].answer == "4"
+            return
+    raise AssertionError("no seed draws the direct answer first")
 
 
 def test_a_reply_whose_truncated_end_is_cleaned_away_is_whole():
