@@ -215,7 +215,7 @@ def test_rollouts_share_prefixes_and_pay_for_them_once():
 
 
 @pytest.mark.parametrize("act", ["clarify", "next_step"])
-def test_a_forbidden_act_is_opened_by_nobody(act):
+def test_neither_tree_nor_policy_opens_a_forbidden_act(act):
     replies = [[165, *segment("output", "\\boxed{4}")] for _ in range(9)]
     ctx = learned(replies, forbidden=(act,))
     tree = asyncio.run(
