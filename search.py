@@ -34,7 +34,7 @@ from rftt.engines.base import Counters, for_each
 from rftt.engines.chat import open_chat, open_tokenizer
 from rftt.graders import open_prm
 from rftt.graders.prm import ProcessModel, score_steps
-from rftt.learner.fsdp import World, joined
+from rftt.learner.fsdp import World, process_group
 from rftt.prompted import Prompted, draw, prompted_tree
 from rftt.run.config import SearchConfig
 from rftt.run.data import load_problems
@@ -48,7 +48,7 @@ from rftt.types import Problem, UserError
 
 
 def main(cfg: SearchConfig) -> None:
-    with joined(cfg.device) as world:
+    with process_group(cfg.device) as world:
         search(cfg, world)
 
 

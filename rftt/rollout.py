@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 async def expand_learned(task: Task, choice: Choice, opener_logprob: float) -> list[Step]:
     """Force the chosen opener and let the policy finish the response."""
     before = tokens_of([node.step for node in choice.node.path() if node.step])
-    ids = task.sampler.functions
+    ids = task.sampler.required_ids
     opener = ids.open[choice.act]
     budget = task.room(len(before) + 1)  # one token is the forced opener
     if budget <= 0:
@@ -55,7 +55,7 @@ async def _stepwise(
 
     The policy draws no opener itself, so all of them count as forced.
     """
-    sampler, ids, act = task.sampler, task.sampler.functions, choice.act
+    sampler, ids, act = task.sampler, task.sampler.required_ids, choice.act
     steps: list[Step] = []
     used = list(before)
     while True:
@@ -70,10 +70,10 @@ async def _stepwise(
         closed = step.token_ids[-1] == ids.close[act]
         if not closed or not following or depth >= sampler.max_depth or task.room(len(used)) <= 1:
             return steps
-        act_logprobs = await task.act_logprobs(used, choice.key, len(steps), "act")
-        steps[-1] = replace(step, act_logprobs=act_logprobs)
-        act = max(following, key=act_logprobs.__getitem__)  # greedy, as in the paper
-        opener_logprob = act_logprobs[act]
+        log_priors = await task.log_priors(used, choice.key, len(steps), "act")
+        steps[-1] = replace(step, log_priors=log_priors)
+        act = max(following, key=log_priors.__getitem__)  # greedy, as in the paper
+        opener_logprob = log_priors[act]
 
 
 def cut(
@@ -108,7 +108,7 @@ def cut(
             tokens[span.start : span.stop],
             logprobs[span.start : span.stop],
             forced=span.start < n_forced,
-            act_logprobs=dict(zip(ACTS, watched, strict=False)),
+            log_priors=dict(zip(ACTS, watched, strict=False)),
         )
         steps.append(step)
     return steps
@@ -147,10 +147,10 @@ async def learned_tree(
     sampler, problem = task.sampler, task.problem
     seed = seed_for(sampler.seed, problem.id)
     tree = Tree(sampler.acts_after, sampler.max_depth, exploration_weight, seed)
-    tree.act_logprobs = await task.act_logprobs((), "root")  # priors of the first acts
+    tree.root_log_priors = await task.log_priors((), "root")  # priors of the first acts
 
     async def expand(choice: Choice) -> list[Step]:
-        opener_logprob = tree.priors(choice.node)[choice.act]  # of the act that the tree forces
+        opener_logprob = tree.log_priors(choice.node)[choice.act]  # of the act that the tree forces
         return await expand_learned(task, choice, opener_logprob)
 
     if value is None:
@@ -198,7 +198,7 @@ def _rollout(task: Task, steps: Sequence[Step], *, mask_forced: bool) -> Rollout
         logprobs += step.logprobs
         forced += [step.forced] + [False] * (len(step.token_ids) - 1)  # the opener alone
         # A segment counts as its act only if its own closer ends it.
-        closed = step.act != "" and step.token_ids[-1] == task.sampler.functions.close[step.act]
+        closed = step.act != "" and step.token_ids[-1] == task.sampler.required_ids.close[step.act]
         acts.append(step.act if closed else "")
     return Rollout(
         problem=task.problem,

@@ -55,7 +55,7 @@ class Step:
     logprobs: tuple[float, ...] = ()
     forced: bool = False
     """The tree, not the policy, chose the opener."""
-    act_logprobs: dict[str, float] = field(default_factory=dict)
+    log_priors: dict[str, float] = field(default_factory=dict)
     """log π(act | this step has just ended): the priors of the acts that may follow."""
     answer: str | None = None
     """Final answer that this step states, if any: the path ends here."""

@@ -107,7 +107,7 @@ def test_an_act_without_a_prompt_is_found_before_a_model_is_loaded(
         case "root":
             monkeypatch.setitem(tokens.ROOT, "prompted", (*tokens.ROOT["prompted"], "recall"))
         case "clarify":
-            clarify = replace(tokens.FUNCTIONS["clarify"], prompted=("recall",))
+            clarify = replace(tokens.FUNCTIONS["clarify"], next_in_phase_1=("recall",))
             monkeypatch.setitem(tokens.FUNCTIONS, "clarify", clarify)
         case "check":
             del texts["acts"]["verify"]

@@ -65,7 +65,7 @@ def _replaced(default: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
 
 def _asked_for() -> set[str]:
     """Return the acts that phase 1 asks for: those of its tree, and the two of a merged row."""
-    transitions = [function.prompted for function in FUNCTIONS.values()]
+    transitions = [function.next_in_phase_1 for function in FUNCTIONS.values()]
     return {"verify", "refine", *ROOT["prompted"], *chain(*transitions)}
 
 
