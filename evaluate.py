@@ -18,8 +18,8 @@ from __future__ import annotations
 from rftt.run.config import EvalConfig
 from rftt.run.front import front
 
-if __name__ == "__main__":
-    front("evaluate", EvalConfig)
+if __name__ == "__main__":  # answers --help and config errors before torch is imported
+    front("evaluate", EvalConfig)  # runs main() and exits
 
 import asyncio
 from collections import Counter

@@ -13,8 +13,8 @@ from __future__ import annotations
 from rftt.run.config import RLConfig
 from rftt.run.front import front
 
-if __name__ == "__main__":
-    front("train_rl", RLConfig)
+if __name__ == "__main__":  # answers --help and config errors before torch is imported
+    front("train_rl", RLConfig)  # runs main() and exits
 
 import asyncio
 import math
@@ -81,9 +81,8 @@ def train(cfg: RLConfig, world: World) -> None:
     for step in run.steps(cfg.max_steps, cfg.max_generated_tokens):
         # 1. Explore: the newest weights search for solutions.
         engine.wake()
-        checksum = engine.load_weights(full_weights(models.policy))
-        metrics = {"weights_checksum": agreed(world.gather(checksum))}
-        metrics |= run.clock.lap("sync_seconds")
+        checksums = world.gather(engine.load_weights(full_weights(models.policy)))
+        metrics = {"weights_checksum": agreed(checksums)} | run.clock.lap("sync_seconds")
         if cfg.eval_steps and (run.is_saved(step) or step % cfg.eval_steps == 0):
             metrics["eval/greedy"] = greedy_accuracy(cfg, sampler, eval_problems, world)
             run.rate_if_saved(step, metrics["eval/greedy"])
@@ -92,10 +91,10 @@ def train(cfg: RLConfig, world: World) -> None:
         engine.sleep()  # the learner needs the memory
         metrics |= run.clock.lap("search_seconds")
 
-        # 2. Score: how good was every token? Each rank scores its share.
-        batch, own, sizes = pack_own_rollouts(cfg, step, rollouts, world)
+        # 2. Score: log-probs, values and advantages of every token. Each rank scores its share.
+        batch, mine, sizes = pack_own_rollouts(cfg, step, rollouts, world)
         batch = add_logprobs(cfg, models, batch, world)  # old_logprobs, ref_logprobs, values
-        batch = add_advantages(cfg, batch, rollouts, own, kl.coef, world)
+        batch = add_advantages(cfg, batch, rollouts, mine, kl.coef, world)
         metrics |= score_metrics(batch, world) | run.clock.lap("score_seconds")
 
         # 3. Learn: a few clipped passes over the same rollouts.
@@ -158,9 +157,10 @@ def explore(
         kept += compress(new, rl.informative([rollout.reward for rollout in new], groups))
     if not kept:
         log(nothing_to_learn(step, explored, n_picked))
-    if cfg.resample_rounds:
-        return explored, kept or new, n_picked
-    return explored, explored, n_picked  # groups of equal rewards stay: their KL still counts
+    if not cfg.resample_rounds:
+        kept = explored  # groups of equal rewards stay: their KL still counts
+    # If no group is informative, learn from the last round: advantages are 0, only the KL counts.
+    return explored, kept or new, n_picked
 
 
 # ---- 2. Score ----
@@ -170,11 +170,11 @@ def add_advantages(
     cfg: RLConfig,
     batch: Batch,
     rollouts: list[Rollout],
-    own: list[int],
+    mine: list[int],
     kl_coef: float,
     world: World,
 ) -> Batch:
-    """Add advantages and, for the critic, returns. `own` are the rollouts in `batch`. Collective.
+    """Add advantages and, for the critic, returns. `mine` are the rollouts in `batch`. Collective.
 
     Three estimators stand side by side: GAE, whitened returns, rewards relative to a group.
     """
@@ -195,7 +195,7 @@ def add_advantages(
             totals = [rollout.reward for rollout in rollouts]
             groups = [rollout.group for rollout in rollouts]
             relative = rl.group_advantages(totals, groups, cfg.scale_rewards)
-            return batch.replace(advantages=batch.spread([relative[i] for i in own]) * mask)
+            return batch.replace(advantages=batch.spread([relative[i] for i in mine]) * mask)
 
 
 # ---- 3. Learn ----

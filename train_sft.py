@@ -13,8 +13,8 @@ from __future__ import annotations
 from rftt.run.config import SFTConfig
 from rftt.run.front import front
 
-if __name__ == "__main__":
-    front("train_sft", SFTConfig)
+if __name__ == "__main__":  # answers --help and config errors before torch is imported
+    front("train_sft", SFTConfig)  # runs main() and exits
 
 import math
 from itertools import islice

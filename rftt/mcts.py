@@ -117,7 +117,10 @@ class Tree:
         return node.step.log_priors if node.step else self.root_log_priors
 
     def uct(self, node: Node) -> float:
-        """Return W/N + c sqrt(ln N_parent / N); a simulation in flight is a visit worth 0."""
+        """Return W/N + c sqrt(ln N_parent / N); a simulation in flight is a visit worth 0.
+
+        The prior is not part of it: it only orders the unexplored acts.
+        """
         assert node.parent is not None, "the root is never compared"
         visits = node.visits + node.in_flight
         parent_visits = node.parent.visits + node.parent.in_flight

@@ -97,18 +97,19 @@ def cut(
     if ids is not None:
         spans, covered = parse_response(tokens, ids)  # whole segments first
     if covered < len(tokens):
-        act = "" if spans else forced  # behind a segment nothing is forced
+        act = "" if spans else forced  # after a segment nothing is forced
         spans.append(Span(act or "", covered, len(tokens)))
     steps = []
     for span in spans:
-        watched = completion.watched.get(span.stop - n_forced, ())  # nothing at the very end
+        watched = completion.watched.get(span.stop - n_forced)  # nothing at the very end
+        log_priors = dict(zip(ACTS, watched, strict=True)) if watched else {}
         step = Step(
             span.act,
             "",
             tokens[span.start : span.stop],
             logprobs[span.start : span.stop],
             forced=span.start < n_forced,
-            log_priors=dict(zip(ACTS, watched, strict=False)),
+            log_priors=log_priors,
         )
         steps.append(step)
     return steps
@@ -165,14 +166,15 @@ def tree_rollouts(task: Task, tree: Tree, *, mask_forced: bool) -> list[Rollout]
     `mask_forced` excludes the openers that the tree chose from the policy's actions.
     """
     rollouts: list[Rollout] = []
-    newest = 0  # tokens of nodes up to this id are counted by earlier rollouts
+    # Node ids grow in order of discovery, so a node above `newest` is new to this leaf.
+    newest = 0
     for leaf in tree.leaves():
         path = [(node.id, node.step) for node in leaf.path() if node.step]  # root to leaf
         rollout = _rollout(task, [step for _, step in path], mask_forced=mask_forced)
         n_new = sum(len(step.token_ids) - step.forced for id, step in path if id > newest)
         nodes = tuple(id for id, _ in path)
         rollouts.append(replace(rollout, n_generated=n_new, nodes=nodes))
-        newest = leaf.id  # nodes are numbered as they are found
+        newest = leaf.id
     return rollouts
 
 
@@ -233,7 +235,7 @@ class Explorer:
         """Return the rollouts of every (group, problem). The engine batches their requests."""
         cfg = self.cfg
 
-        async def explore(item: tuple[int, Problem]) -> list[Rollout]:
+        async def search(item: tuple[int, Problem]) -> list[Rollout]:
             group, problem = item
             sampler = replace(self.sampler, seed=seed_for(seed, group))  # a problem may come twice
             task = pose(sampler, problem, cfg.system_prompt, group=group)
@@ -249,5 +251,5 @@ class Explorer:
                 self.example = tree, problem
             return tree_rollouts(task, tree, mask_forced=cfg.forced_actions == "mask")
 
-        found = await for_each(problems, explore, in_flight=max(1, len(problems)))
+        found = await for_each(problems, search, in_flight=max(1, len(problems)))
         return list(chain(*found))

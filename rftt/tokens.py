@@ -1,4 +1,4 @@
-"""The eight functional tokens: one table, its vocabulary, and rendering/parsing by token id.
+"""The eight acts and their sixteen functional tokens: table, vocabulary, rendering and parsing.
 
 A reasoning act is a segment `<act> text </act>` whose two delimiters are single vocabulary entries
 (arXiv 2502.13389). They are *normal* added tokens: decoders drop "special" ones. In phase 1 (search

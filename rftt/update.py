@@ -1,4 +1,4 @@
-"""Score the tokens of a batch, then update: the Learner steps the optimizers."""
+"""Add log-probs, values and weights to a batch, then update: the Learner steps the optimizers."""
 
 from __future__ import annotations
 
