@@ -18,8 +18,8 @@ from __future__ import annotations
 from rftt.run.config import EvalConfig
 from rftt.run.front import front
 
-if __name__ == "__main__":
-    front("evaluate", EvalConfig)
+if __name__ == "__main__":  # answers --help and config errors before torch is imported
+    front("evaluate", EvalConfig)  # runs main() and exits
 
 import asyncio
 from collections import Counter
@@ -37,7 +37,7 @@ from rftt.engines.sampler import Sampler, functional_ids, pose, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.math import canonical
 from rftt.graders.prm import ProcessModel, Unscored, reduce, segment_text
-from rftt.learner.fsdp import World, joined
+from rftt.learner.fsdp import World, process_group
 from rftt.mcts import Value
 from rftt.rewards import solves
 from rftt.rollout import learned_tree, sample, tree_rollouts
@@ -59,7 +59,7 @@ def main(cfg: EvalConfig) -> None:
     if cfg.audit:
         audit_gold(cfg)
         return
-    with joined(cfg.device) as world:
+    with process_group(cfg.device) as world:
         evaluate(cfg, world)
 
 

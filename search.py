@@ -3,13 +3,14 @@
     python search.py configs/tiny/search.yaml [method=mcts|beam|dvts|sample|score] [key=value …]
     torchrun --nproc_per_node N search.py …           (each rank takes its share of the problems)
 
-An ordinary instruct model is asked, act by act, to extend unfinished solutions; a tree per problem
-collects right and wrong ways; curation turns each tree into rows for train_sft.py. `sample` asks
-the bare question instead and caches every response, right or wrong; what is cached is scored, then
-filtered (ms-swift's RFT). `score` does only that, to the cache of another run, and opens no model;
-keys of filters may change between two runs in one output_dir. Writes trees/, stats.json and
-data/{raw,scored,sft,dpo}.jsonl below output_dir. Killed and started again, it continues with what
-is not yet in data/raw.jsonl and data/scored.jsonl and ends with the same rows.
+- mcts, beam, dvts: an instruct model is asked, act by act, to extend unfinished solutions. A tree
+  per problem collects right and wrong paths, and curation makes rows of it for train_sft.py.
+- sample: the model is asked the bare question. Every response is cached, scored, then filtered
+  (ms-swift's RFT). Keys of filters may change between two runs in one output_dir.
+- score: the cache of another run is scored and filtered again, without a model.
+
+Writes trees/, stats.json and data/{raw,scored,sft,dpo}.jsonl below output_dir. Killed and started
+again, it continues with what is not yet in data/{raw,scored}.jsonl and ends with the same rows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from __future__ import annotations
 from rftt.run.config import SearchConfig
 from rftt.run.front import front
 
-if __name__ == "__main__":
-    front("search", SearchConfig)
+if __name__ == "__main__":  # answers --help and config errors before torch is imported
+    front("search", SearchConfig)  # runs main() and exits
 
 import asyncio
 from collections import Counter
@@ -34,9 +35,8 @@ from rftt.engines.base import Counters, for_each
 from rftt.engines.chat import open_chat, open_tokenizer
 from rftt.graders import open_prm
 from rftt.graders.prm import ProcessModel, score_steps
-from rftt.learner.fsdp import World, joined
+from rftt.learner.fsdp import World, process_group
 from rftt.prompted import Prompted, draw, prompted_tree
-from rftt.run.config import SearchConfig
 from rftt.run.data import load_problems
 from rftt.run.files import Journal, Row, file_name, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
@@ -48,7 +48,7 @@ from rftt.types import Problem, UserError
 
 
 def main(cfg: SearchConfig) -> None:
-    with joined(cfg.device) as world:
+    with process_group(cfg.device) as world:
         search(cfg, world)
 
 
@@ -97,6 +97,7 @@ async def generate(
     todo: Sequence[Problem],
     journal: Journal,
 ) -> None:
+    """Search or sample for each of `todo` and append the results to the journal. Collective."""
     prompts = load_prompts(cfg.prompts_file)
     prm = None if cfg.method == "sample" else await open_prm(cfg, log.info)
     work = sample_responses if cfg.method == "sample" else partial(grow_and_curate, prm)
@@ -115,9 +116,9 @@ async def generate(
         with log.bar(len(todo), "problem", cfg.method) as bar:
 
             async def finish(problem: Problem) -> None:
-                own = replace(ctx, spent=Counters(), refusals=Counter())
-                found = await work(cfg, own, problem)
-                if not own.spent.requests and "counts" in found:
+                task_ctx = replace(ctx, spent=Counters(), refusals=Counter())
+                found = await work(cfg, task_ctx, problem)
+                if not task_ctx.spent.requests and "counts" in found:
                     found["counts"] = {"prompt_too_long": 1}
                 journal.append({"id": problem.id, **found})
                 bar.advance(solved=found["solved"])
@@ -132,8 +133,7 @@ async def generate(
 async def grow_and_curate(
     prm: ProcessModel | None, cfg: SearchConfig, ctx: Prompted, problem: Problem
 ) -> Row:
-    """A tree of prompted acts, kept below trees/, and the rows that curation makes of it."""
-
+    """Grow a tree of prompted acts, write it below trees/, and return the rows made from it."""
     tree = await prompted_tree(
         ctx,
         problem,

@@ -13,8 +13,8 @@ from __future__ import annotations
 from rftt.run.config import RLConfig
 from rftt.run.front import front
 
-if __name__ == "__main__":
-    front("train_rl", RLConfig)
+if __name__ == "__main__":  # answers --help and config errors before torch is imported
+    front("train_rl", RLConfig)  # runs main() and exits
 
 import asyncio
 import math
@@ -32,12 +32,12 @@ from rftt.engines.chat import open_tokenizer
 from rftt.engines.sampler import functional_ids, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.prm import Unscored, accepted
-from rftt.learner.fsdp import World, agreed, full_weights, joined
+from rftt.learner.fsdp import World, agreed, full_weights, process_group
 from rftt.learner.logprobs import token_logprobs, token_values
 from rftt.learner.model import score_metrics
 from rftt.learner.prefix_tree import n_saved
 from rftt.learner.setup import Models, load_models
-from rftt.learner.share import share_rollouts
+from rftt.learner.share import pack_own_rollouts
 from rftt.rewards import Reward
 from rftt.rollout import Explorer
 from rftt.run.checks import check_prompts, check_warm, greedy_accuracy
@@ -45,15 +45,15 @@ from rftt.run.data import endless, read_problems
 from rftt.run.stats import learned_metrics, nothing_to_learn, rollout_metrics
 from rftt.run.training import Run
 from rftt.types import Problem, Rollout, seed_for
-from rftt.update import Learner, score_tokens, weigh
+from rftt.update import Learner, add_logprobs, add_loss_weights
 
-LINE = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", "search_seconds",
+PRINTED = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", "search_seconds",
         "train_seconds", "eval/greedy")  # fmt: skip
 """Metrics in the printed line of a step; metrics.jsonl has every key of docs/metrics.md."""
 
 
 def main(cfg: RLConfig) -> None:
-    with joined(cfg.device, wait=True) as world:
+    with process_group(cfg.device, wait=True) as world:
         train(cfg, world)
 
 
@@ -63,7 +63,7 @@ def train(cfg: RLConfig, world: World) -> None:
     check_prompts(tokenizer, problems + eval_problems, cfg.system_prompt, cfg.max_model_len)
     needs_acts = cfg.sampling_method == "mcts" or bool(cfg.forbidden_acts)
     ids = functional_ids(tokenizer, required=needs_acts)
-    run = Run(cfg, world, tokenizer, LINE)
+    run = Run(cfg, world, tokenizer, PRINTED)
     engine = build_engine(cfg, cfg.model_name_or_path, vocabulary_size(tokenizer))  # before FSDP
     sampler = sampler_of(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
     explorer = Explorer(cfg, sampler)
@@ -81,8 +81,8 @@ def train(cfg: RLConfig, world: World) -> None:
     for step in run.steps(cfg.max_steps, cfg.max_generated_tokens):
         # 1. Explore: the newest weights search for solutions.
         engine.wake()
-        held = engine.load_weights(full_weights(models.policy))
-        metrics = {"weights_checksum": agreed(world.gather(held))} | run.clock.lap("sync_seconds")
+        checksums = world.gather(engine.load_weights(full_weights(models.policy)))
+        metrics = {"weights_checksum": agreed(checksums)} | run.clock.lap("sync_seconds")
         if cfg.eval_steps and (run.is_saved(step) or step % cfg.eval_steps == 0):
             metrics["eval/greedy"] = greedy_accuracy(cfg, sampler, eval_problems, world)
             run.rate_if_saved(step, metrics["eval/greedy"])
@@ -91,17 +91,17 @@ def train(cfg: RLConfig, world: World) -> None:
         engine.sleep()  # the learner needs the memory
         metrics |= run.clock.lap("search_seconds")
 
-        # 2. Score: how good was every token? Each rank scores its share.
-        batch, own, sizes = share_rollouts(cfg, step, rollouts, world)
-        batch = score_tokens(cfg, models, batch, world)  # old_logprobs, ref_logprobs, values
-        batch = add_advantages(cfg, batch, rollouts, own, kl.coef, world)
+        # 2. Score: log-probs, values and advantages of every token. Each rank scores its share.
+        batch, mine, sizes = pack_own_rollouts(cfg, step, rollouts, world)
+        batch = add_logprobs(cfg, models, batch, world)  # old_logprobs, ref_logprobs, values
+        batch = add_advantages(cfg, batch, rollouts, mine, kl.coef, world)
         metrics |= score_metrics(batch, world) | run.clock.lap("score_seconds")
 
         # 3. Learn: a few clipped passes over the same rollouts.
         learner.begin(step)
         for _ in range(cfg.num_ppo_epochs):
             for minibatch in batch.split(sizes):
-                minibatch = weigh(minibatch, cfg, world)
+                minibatch = add_loss_weights(minibatch, cfg, world)
                 learner.step(minibatch, partial(rl_loss, cfg, models, kl.coef))
         metrics |= learner.metrics() | run.clock.lap("train_seconds")
 
@@ -157,9 +157,10 @@ def explore(
         kept += compress(new, rl.informative([rollout.reward for rollout in new], groups))
     if not kept:
         log(nothing_to_learn(step, explored, n_picked))
-    if cfg.resample_rounds:
-        return explored, kept or new, n_picked
-    return explored, explored, n_picked  # groups of equal rewards stay: their KL still counts
+    if not cfg.resample_rounds:
+        kept = explored  # groups of equal rewards stay: their KL still counts
+    # If no group is informative, learn from the last round: advantages are 0, only the KL counts.
+    return explored, kept or new, n_picked
 
 
 # ---- 2. Score ----
@@ -169,16 +170,16 @@ def add_advantages(
     cfg: RLConfig,
     batch: Batch,
     rollouts: list[Rollout],
-    own: list[int],
+    mine: list[int],
     kl_coef: float,
     world: World,
 ) -> Batch:
-    """Add advantages and, for the critic, returns. `own` are the rollouts in `batch`. Collective.
+    """Add advantages and, for the critic, returns. `mine` are the rollouts in `batch`. Collective.
 
     Three estimators stand side by side: GAE, whitened returns, rewards relative to a group.
     """
     mask, lengths, old = batch.action_mask, batch.lengths, batch.old_logprobs
-    assert old is not None, "score_tokens comes first"
+    assert old is not None, "add_logprobs comes first"
     rewards = rl.token_rewards(batch.rewards, old, batch.ref_logprobs, mask, kl_coef)  # (T,)
     if cfg.whiten_rewards:  # also rewards on tokens that are not actions
         rewards = rl.whiten(rewards, mask | (rewards != 0), world.sum, shift_mean=False)
@@ -194,7 +195,7 @@ def add_advantages(
             totals = [rollout.reward for rollout in rollouts]
             groups = [rollout.group for rollout in rollouts]
             relative = rl.group_advantages(totals, groups, cfg.scale_rewards)
-            return batch.replace(advantages=batch.spread([relative[i] for i in own]) * mask)
+            return batch.replace(advantages=batch.spread([relative[i] for i in mine]) * mask)
 
 
 # ---- 3. Learn ----
@@ -205,18 +206,18 @@ def rl_loss(
 ) -> tuple[Tensor, rl.Metrics]:
     """Return the clipped policy loss, plus KL, entropy and value terms, summed over tokens."""
     mask, old, advantages = micro.action_mask, micro.old_logprobs, micro.advantages
-    assert old is not None, "score_tokens comes first"
+    assert old is not None, "add_logprobs comes first"
     assert advantages is not None, "add_advantages comes first"
     logprobs, entropy = token_logprobs(  # (T,), (T,)
         models.policy, micro, cfg.temperature, models.vocabulary, with_entropy=True
     )
     assert entropy is not None, "with_entropy returns it"
-    per_token = micro.loss_weights  # (T,)
-    if per_token is None:  # every action token counts the same
-        per_token = mask.float()
+    token_weights = micro.loss_weights  # (T,)
+    if token_weights is None:  # every action token counts the same
+        token_weights = mask.float()
     cap = cfg.importance_cap or math.inf
     ratios, metrics = rl.importance_weights(old, micro.sampling_logprobs, mask, cap)
-    weights = per_token
+    weights = token_weights
     if cfg.importance_cap:  # corrects the difference between engine and trainer
         weights = ratios * weights
     if cfg.forced_actions == "weigh" and micro.forced is not None:
@@ -237,10 +238,10 @@ def rl_loss(
     metrics["saved_share"] = torch.tensor(float(n_saved(micro)))
     if cfg.advantage_estimator == "grpo" and micro.ref_logprobs is not None:
         # The other estimators pay the KL as a reward; GRPO differentiates through it.
-        penalty = rl.kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * per_token
+        penalty = rl.kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * token_weights
         loss = loss + kl_coef * penalty.sum()
     if cfg.entropy_coef:
-        loss = loss - cfg.entropy_coef * (entropy * per_token).sum()
+        loss = loss - cfg.entropy_coef * (entropy * token_weights).sum()
     if models.critic and micro.values is not None and micro.returns is not None:
         values = token_values(models.critic, micro)  # (T,)
         critic_loss, clip = rl.value_loss(values, micro.values, micro.returns, mask, cfg.value_clip)

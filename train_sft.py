@@ -13,8 +13,8 @@ from __future__ import annotations
 from rftt.run.config import SFTConfig
 from rftt.run.front import front
 
-if __name__ == "__main__":
-    front("train_sft", SFTConfig)
+if __name__ == "__main__":  # answers --help and config errors before torch is imported
+    front("train_sft", SFTConfig)  # runs main() and exits
 
 import math
 from itertools import islice
@@ -24,23 +24,23 @@ from torch import Tensor
 
 from rftt.batch import Batch
 from rftt.engines.chat import open_tokenizer
-from rftt.learner.fsdp import World, joined, per_token
+from rftt.learner.fsdp import World, per_token, process_group
 from rftt.learner.logprobs import token_logprobs
 from rftt.learner.offline import Sums, eval_metrics, offline_loss, reference_logprobs
 from rftt.learner.setup import load_trainee
-from rftt.learner.share import share_rows
+from rftt.learner.share import pack_own_rows
 from rftt.rl import Metrics
 from rftt.run.data import read_rows, shuffled_epochs
 from rftt.run.training import Run
 from rftt.tokens import add_function_tokens
 from rftt.update import Learner
 
-LINE = ("loss", "dpo_accuracy", "eval_loss", "grad_norm")
+PRINTED = ("loss", "dpo_accuracy", "eval_loss", "grad_norm")
 """Metrics in the printed line of a step."""
 
 
 def main(cfg: SFTConfig) -> None:
-    with joined(cfg.device, wait=True) as world:
+    with process_group(cfg.device, wait=True) as world:
         train(cfg, world)
 
 
@@ -54,7 +54,7 @@ def train(cfg: SFTConfig, world: World) -> None:
     total_steps = math.ceil(n_rows / cfg.train_batch_size)
     order = list(islice(shuffled_epochs(len(train_rows), cfg.seed), n_rows))
 
-    run = Run(cfg, world, tokenizer, LINE)
+    run = Run(cfg, world, tokenizer, PRINTED)
     model, n_tokens = load_trainee(cfg, world, tokenizer, new_tokens, rows)
     learner = Learner(cfg, {"policy": model}, total_steps, world, run.folder / "debug", run.info)
     if cfg.initial_state:  # weights and moments of another run; steps and schedule are this one's
@@ -80,7 +80,7 @@ def train(cfg: SFTConfig, world: World) -> None:
     for step in run.steps(total_steps):
         # 1. Learn: one optimizer step on the next rows.
         picked = order[step * cfg.train_batch_size : (step + 1) * cfg.train_batch_size]
-        batch = share_rows(rows, reference, picked, world)
+        batch = pack_own_rows(rows, reference, picked, world)
         learner.begin(step)
         learner.step(batch, loss_of)
         metrics = learner.metrics() | {"tokens": world.sum(float(batch.n_actions))}
@@ -88,7 +88,7 @@ def train(cfg: SFTConfig, world: World) -> None:
         # 2. Look: the loss on held-out rows, a place to resume from.
         saves = run.is_due(step) or run.is_last(step)
         if eval_rows and (saves or (cfg.eval_steps and (step + 1) % cfg.eval_steps == 0)):
-            unseen = share_rows(rows, reference, held_out, world)
+            unseen = pack_own_rows(rows, reference, held_out, world)
             values = per_token(logprobs, unseen, cfg.max_tokens_per_microbatch, world)
             metrics |= eval_metrics(values, unseen, cfg, world)
         run.log(step, metrics)

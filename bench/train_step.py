@@ -88,7 +88,7 @@ def packed(
     rows = [(d[:PROMPT], d[PROMPT:], [True] * (len(d) - PROMPT)) for d in ids]
     batch = collate_rows(rows)
     batch = batch.replace(advantages=batch.spread(ADVANTAGES[: len(lengths)])).to(world.device)
-    batch = batch.replace(tree=on_tree)
+    batch = batch.replace(packs_prefixes=on_tree)
     groups = flat_microbatches(batch, sum(lengths) if world.device.type == "cpu" else 16384)
 
     def loss_of(part: Batch) -> torch.Tensor:

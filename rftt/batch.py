@@ -40,8 +40,8 @@ class Batch:
     group: Tensor | None = None  # (T,) int64: the problem; tree packing keeps it together
     names: tuple[str, ...] = ()  # (D,) ids of the problems or rows, for messages
     ref_sums: tuple[float, ...] = ()  # (D,) the reference's log-prob of each response (DPO)
-    together: int = 1  # consecutive documents that stay together: 2 for the responses of a pair
-    tree: bool = False
+    documents_per_term: int = 1  # consecutive documents of one term of the loss: 2 for a pair (DPO)
+    packs_prefixes: bool = False
     """Shared prefixes go through the model once (prefix_tree.py); results are the same."""
 
     @cached_property
@@ -68,8 +68,8 @@ class Batch:
     @property
     def n_terms(self) -> int:
         """Number of terms in a mean loss: action tokens, or pairs where documents are paired."""
-        if self.together > 1:
-            return len(self.lengths) // self.together
+        if self.documents_per_term > 1:
+            return len(self.lengths) // self.documents_per_term
         return self.n_actions
 
     def spread(self, per_document: Sequence[float]) -> Tensor:
@@ -119,7 +119,7 @@ class Batch:
 
 
 def collate(
-    rollouts: Sequence[Rollout], *, mask_truncated: bool = False, tree: bool = False
+    rollouts: Sequence[Rollout], *, mask_truncated: bool = False, packs_prefixes: bool = False
 ) -> Batch:
     """Pack rollouts. A step's reward goes on the last token of the step.
 
@@ -160,7 +160,7 @@ def collate(
         torch.tensor(logprobs, dtype=torch.float32),
         forced=torch.tensor(forced, dtype=torch.bool),
         names=tuple(rollout.problem.id for rollout in rollouts),
-        tree=tree,
+        packs_prefixes=packs_prefixes,
     )
     return batch.replace(group=batch.spread([rollout.group for rollout in rollouts]).long())
 

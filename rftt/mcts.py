@@ -86,7 +86,7 @@ class Tree:
         self.max_depth = max_depth
         self.exploration_weight = exploration_weight
         self._random = Random(seed)  # the order in which acts of equal prior are tried
-        self.act_logprobs: dict[str, float] = {}  # log π(act | root); a step brings its own
+        self.root_log_priors: dict[str, float] = {}  # log π(act | root); a step brings its own
         self.nodes: list[Node] = []
         self.root = self._add(None, None, ())
 
@@ -104,20 +104,23 @@ class Tree:
 
     def claim(self, node: Node) -> Choice:
         """Reserve the node's likeliest unexplored act for one simulation, which must land."""
-        priors = self.priors(node)
-        act = max(node.untried, key=lambda act: priors.get(act, -math.inf))
+        log_priors = self.log_priors(node)
+        act = max(node.untried, key=lambda act: log_priors.get(act, -math.inf))
         choice = Choice(node, act, self._child_key(node, act))
         node.untried.remove(act)  # no other simulation may choose it
         for passed in (self.root, *node.path()):
             passed.in_flight += 1  # virtual loss
         return choice
 
-    def priors(self, node: Node) -> dict[str, float]:
+    def log_priors(self, node: Node) -> dict[str, float]:
         """Return log π(act | node); empty in phase 1, which has no policy over acts."""
-        return node.step.act_logprobs if node.step else self.act_logprobs
+        return node.step.log_priors if node.step else self.root_log_priors
 
     def uct(self, node: Node) -> float:
-        """Return W/N + c sqrt(ln N_parent / N); a simulation in flight is a visit worth 0."""
+        """Return W/N + c sqrt(ln N_parent / N); a simulation in flight is a visit worth 0.
+
+        The prior is not part of it: it only orders the unexplored acts.
+        """
         assert node.parent is not None, "the root is never compared"
         visits = node.visits + node.in_flight
         parent_visits = node.parent.visits + node.parent.in_flight

@@ -1,8 +1,8 @@
 """The mathematics of RL: pure functions of flat tensors, nothing distributed.
 
-Every (T,) tensor is packed as in batch.py. A loss is a SUM over action tokens: the caller divides
-by one count for all ranks and microbatches, because a mean of means would weigh a token by its
-microbatch. Metrics are sums as well, except those named `*_max`.
+Every (T,) tensor is packed as in batch.py: D documents, of whose tokens N are actions. A loss is a
+SUM over action tokens. `update.py:Learner.step` divides it by one count for all ranks, because a
+mean of means would weigh a token by its microbatch. Metrics are sums as well, except `*_max`.
 Departures from the textbook: only action tokens form the time axis, so text that is not the
 policy's (forced openers, masked tokens) neither discounts nor bootstraps, and a reward on it
 belongs to the last action before it (arXiv 2502.13389; Schulman 2015 for GAE, 2020 for k1–k3).
@@ -28,7 +28,8 @@ WorldSum = Callable[[Tensor], Tensor]
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"]) -> Tensor:
     """Return a (T,) estimate of KL(policy ‖ reference) from the policy's own samples.
 
-    k1 is unbiased but useless as a loss, k2 has the right gradient, k3 is unbiased and ≥ 0.
+    k1 is unbiased, but as a loss its mean gradient is 0. k2's gradient is right. k3 is unbiased and
+    never negative, hence less noisy. It is the default because GRPO uses it.
     """
     log_ratio = logprobs - ref_logprobs  # (T,)
     if kind == "k1":
@@ -74,17 +75,17 @@ def gae(
     δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γλ A_{t+1};  R_t = A_t + V_t, over action tokens.
     """
     document, slot, n_slots = _time_axis(mask, lengths)  # (T,), (T,), int
-    reward = rewards.new_zeros(len(lengths), n_slots)  # (D, S): one column per action
+    reward = rewards.new_zeros(len(lengths), n_slots)  # (D, K): one column per action
     reward.index_put_((document, slot), rewards, accumulate=True)  # also rewards outside the mask
-    actions = document[mask], slot[mask]  # (A,), (A,): places of the actions
-    value = values.new_zeros(len(lengths), n_slots + 1).index_put(actions, values[mask])  # (D, S+1)
-    delta = reward + gamma * value[:, 1:] - value[:, :-1]  # (D, S); V is 0 after the last action
+    actions = document[mask], slot[mask]  # (N,), (N,): places of the actions
+    value = values.new_zeros(len(lengths), n_slots + 1).index_put(actions, values[mask])  # (D, K+1)
+    delta = reward + gamma * value[:, 1:] - value[:, :-1]  # (D, K); V is 0 after the last action
     running = delta.new_zeros(len(lengths))  # (D,)
     columns = []
     for column in reversed(delta.unbind(1)):  # from the last action to the first
         running = column + gamma * lam * running
         columns.append(running)
-    advantage = torch.stack(columns[::-1], 1)[actions]  # (A,)
+    advantage = torch.stack(columns[::-1], 1)[actions]  # (N,)
     advantages = torch.zeros_like(rewards).masked_scatter(mask, advantage)
     return advantages, torch.where(mask, advantages + values, 0.0)
 
@@ -113,7 +114,7 @@ def whiten(x: Tensor, mask: Tensor, world_sum: WorldSum, shift_mean: bool = True
 
     The sums are float64, so that they hardly depend on how tokens are dealt out to the ranks.
     """
-    picked = x[mask].double()  # (A,)
+    picked = x[mask].double()  # (N,)
     count, total = world_sum(torch.stack([picked.new_tensor(len(picked)), picked.sum()]))
     mean = total / count.clamp(min=1)  # over all ranks
     variance = world_sum((picked - mean).square().sum()) / (count - 1).clamp(min=1)
@@ -217,9 +218,9 @@ def value_loss(
 def importance_weights(
     old_logprobs: Tensor, sampling_logprobs: Tensor, mask: Tensor, cap: float
 ) -> tuple[Tensor, Metrics]:
-    """Return (T,) min(π_trainer / π_engine, cap): in bfloat16 a token differed by up to 5 %.
+    """Return (T,) min(π_trainer / π_engine, cap): truncated importance sampling.
 
-    Truncated importance sampling; metrics are the raw ratio's sum, maximum, capped count and Σ k3.
+    In bfloat16 a token's ratio differed from 1 by up to 5 %. The metrics use the uncapped ratio.
     """
     log_ratio = torch.where(mask, old_logprobs - sampling_logprobs, 0.0)  # (T,)
     ratio = log_ratio.exp()

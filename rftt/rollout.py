@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 async def expand_learned(task: Task, choice: Choice, opener_logprob: float) -> list[Step]:
     """Force the chosen opener and let the policy finish the response."""
     before = tokens_of([node.step for node in choice.node.path() if node.step])
-    ids = task.sampler.functions
+    ids = task.sampler.required_ids
     opener = ids.open[choice.act]
     budget = task.room(len(before) + 1)  # one token is the forced opener
     if budget <= 0:
@@ -55,7 +55,7 @@ async def _stepwise(
 
     The policy draws no opener itself, so all of them count as forced.
     """
-    sampler, ids, act = task.sampler, task.sampler.functions, choice.act
+    sampler, ids, act = task.sampler, task.sampler.required_ids, choice.act
     steps: list[Step] = []
     used = list(before)
     while True:
@@ -70,10 +70,10 @@ async def _stepwise(
         closed = step.token_ids[-1] == ids.close[act]
         if not closed or not following or depth >= sampler.max_depth or task.room(len(used)) <= 1:
             return steps
-        act_logprobs = await task.act_logprobs(used, choice.key, len(steps), "act")
-        steps[-1] = replace(step, act_logprobs=act_logprobs)
-        act = max(following, key=act_logprobs.__getitem__)  # greedy, as in the paper
-        opener_logprob = act_logprobs[act]
+        log_priors = await task.log_priors(used, choice.key, len(steps), "act")
+        steps[-1] = replace(step, log_priors=log_priors)
+        act = max(following, key=log_priors.__getitem__)  # greedy, as in the paper
+        opener_logprob = log_priors[act]
 
 
 def cut(
@@ -97,18 +97,19 @@ def cut(
     if ids is not None:
         spans, covered = parse_response(tokens, ids)  # whole segments first
     if covered < len(tokens):
-        act = "" if spans else forced  # behind a segment nothing is forced
+        act = "" if spans else forced  # after a segment nothing is forced
         spans.append(Span(act or "", covered, len(tokens)))
     steps = []
     for span in spans:
-        watched = completion.watched.get(span.stop - n_forced, ())  # nothing at the very end
+        watched = completion.watched.get(span.stop - n_forced)  # nothing at the very end
+        log_priors = dict(zip(ACTS, watched, strict=True)) if watched else {}
         step = Step(
             span.act,
             "",
             tokens[span.start : span.stop],
             logprobs[span.start : span.stop],
             forced=span.start < n_forced,
-            act_logprobs=dict(zip(ACTS, watched, strict=False)),
+            log_priors=log_priors,
         )
         steps.append(step)
     return steps
@@ -147,10 +148,10 @@ async def learned_tree(
     sampler, problem = task.sampler, task.problem
     seed = seed_for(sampler.seed, problem.id)
     tree = Tree(sampler.acts_after, sampler.max_depth, exploration_weight, seed)
-    tree.act_logprobs = await task.act_logprobs((), "root")  # priors of the first acts
+    tree.root_log_priors = await task.log_priors((), "root")  # priors of the first acts
 
     async def expand(choice: Choice) -> list[Step]:
-        opener_logprob = tree.priors(choice.node)[choice.act]  # of the act that the tree forces
+        opener_logprob = tree.log_priors(choice.node)[choice.act]  # of the act that the tree forces
         return await expand_learned(task, choice, opener_logprob)
 
     if value is None:
@@ -165,14 +166,15 @@ def tree_rollouts(task: Task, tree: Tree, *, mask_forced: bool) -> list[Rollout]
     `mask_forced` excludes the openers that the tree chose from the policy's actions.
     """
     rollouts: list[Rollout] = []
-    newest = 0  # tokens of nodes up to this id are counted by earlier rollouts
+    # Node ids grow in order of discovery, so a node above `newest` is new to this leaf.
+    newest = 0
     for leaf in tree.leaves():
         path = [(node.id, node.step) for node in leaf.path() if node.step]  # root to leaf
         rollout = _rollout(task, [step for _, step in path], mask_forced=mask_forced)
         n_new = sum(len(step.token_ids) - step.forced for id, step in path if id > newest)
         nodes = tuple(id for id, _ in path)
         rollouts.append(replace(rollout, n_generated=n_new, nodes=nodes))
-        newest = leaf.id  # nodes are numbered as they are found
+        newest = leaf.id
     return rollouts
 
 
@@ -198,7 +200,7 @@ def _rollout(task: Task, steps: Sequence[Step], *, mask_forced: bool) -> Rollout
         logprobs += step.logprobs
         forced += [step.forced] + [False] * (len(step.token_ids) - 1)  # the opener alone
         # A segment counts as its act only if its own closer ends it.
-        closed = step.act != "" and step.token_ids[-1] == task.sampler.functions.close[step.act]
+        closed = step.act != "" and step.token_ids[-1] == task.sampler.required_ids.close[step.act]
         acts.append(step.act if closed else "")
     return Rollout(
         problem=task.problem,
@@ -233,7 +235,7 @@ class Explorer:
         """Return the rollouts of every (group, problem). The engine batches their requests."""
         cfg = self.cfg
 
-        async def explore(item: tuple[int, Problem]) -> list[Rollout]:
+        async def search(item: tuple[int, Problem]) -> list[Rollout]:
             group, problem = item
             sampler = replace(self.sampler, seed=seed_for(seed, group))  # a problem may come twice
             task = pose(sampler, problem, cfg.system_prompt, group=group)
@@ -249,5 +251,5 @@ class Explorer:
                 self.example = tree, problem
             return tree_rollouts(task, tree, mask_forced=cfg.forced_actions == "mask")
 
-        found = await for_each(problems, explore, in_flight=max(1, len(problems)))
+        found = await for_each(problems, search, in_flight=max(1, len(problems)))
         return list(chain(*found))

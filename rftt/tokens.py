@@ -1,4 +1,4 @@
-"""The eight functional tokens: one table, its vocabulary, and rendering/parsing by token id.
+"""The eight acts and their sixteen functional tokens: table, vocabulary, rendering and parsing.
 
 A reasoning act is a segment `<act> text </act>` whose two delimiters are single vocabulary entries
 (arXiv 2502.13389). They are *normal* added tokens: decoders drop "special" ones. In phase 1 (search
@@ -28,8 +28,8 @@ class Function:
     max_tokens: int  # budget of a reply, in tokens (arXiv 2502.13389)
     max_sentences: int | None = None  # clarify's is the paper's, the others keep an act to itself
     one_line: bool = False
-    prompted: tuple[str, ...] = ()  # acts that may follow in phase 1
-    learned: tuple[str, ...] = ()  # acts that may follow in phase 2
+    next_in_phase_1: tuple[str, ...] = ()  # acts that may follow: the allowed transitions
+    next_in_phase_2: tuple[str, ...] = ()
 
 
 FUNCTIONS: dict[str, Function] = {
@@ -37,46 +37,46 @@ FUNCTIONS: dict[str, Function] = {
         description="clarify the problem",
         max_tokens=512,
         max_sentences=3,
-        prompted=("analysis", "next_step", "direct_answer", "subquestion"),
-        learned=("analysis", "subquestion", "next_step", "direct_answer"),
+        next_in_phase_1=("analysis", "next_step", "direct_answer", "subquestion"),
+        next_in_phase_2=("analysis", "subquestion", "next_step", "direct_answer"),
     ),
     "analysis": Function(
         description="analyse the conditions",
         max_tokens=512,
-        prompted=("direct_answer", "next_step", "subquestion"),
-        learned=("subquestion", "next_step", "direct_answer"),
+        next_in_phase_1=("direct_answer", "next_step", "subquestion"),
+        next_in_phase_2=("subquestion", "next_step", "direct_answer"),
     ),
     "next_step": Function(
         description="take the next step",
         max_tokens=512,
         max_sentences=3,
-        prompted=("next_step", "direct_answer", "subquestion"),
-        learned=("next_step", "direct_answer", "subquestion", "verify", "output"),
+        next_in_phase_1=("next_step", "direct_answer", "subquestion"),
+        next_in_phase_2=("next_step", "direct_answer", "subquestion", "verify", "output"),
     ),
     "subquestion": Function(
         description="ask and answer a sub-question",
         max_tokens=256,
         one_line=True,
-        prompted=("direct_answer", "next_step"),
-        learned=("next_step", "direct_answer"),
+        next_in_phase_1=("direct_answer", "next_step"),
+        next_in_phase_2=("next_step", "direct_answer"),
     ),
     "direct_answer": Function(
         description="finish and answer directly",
         max_tokens=4096,
-        learned=("output", "verify"),
+        next_in_phase_2=("output", "verify"),
     ),
     "verify": Function(
         description="verify the steps and find the mistake",
         max_tokens=512,
         max_sentences=2,
-        learned=("next_step", "refine", "direct_answer", "subquestion", "verify", "output"),
+        next_in_phase_2=("next_step", "refine", "direct_answer", "subquestion", "verify", "output"),
     ),
     "refine": Function(
         description="refine and correct the solution",
         max_tokens=256,
         max_sentences=1,
         one_line=True,
-        learned=("next_step", "direct_answer", "output", "subquestion", "verify"),
+        next_in_phase_2=("next_step", "direct_answer", "output", "subquestion", "verify"),
     ),
     "output": Function(description="output the final answer", max_tokens=512),
 }
@@ -97,7 +97,7 @@ def successors(act: str | None, phase: Phase) -> tuple[str, ...]:
     if act == "":
         return ()
     function = FUNCTIONS[act]
-    return function.prompted if phase == "prompted" else function.learned
+    return function.next_in_phase_1 if phase == "prompted" else function.next_in_phase_2
 
 
 # ---- Vocabulary ----

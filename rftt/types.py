@@ -1,7 +1,7 @@
 """Records that flow between the modules: problems in; steps, traces and rollouts out. No torch.
 
-Token ids are the truth and text is derived from them. Every record is frozen except the tree's
-`Node` (mcts.py): it is extended with `dataclasses.replace` and never edited.
+Token ids are the truth and text is derived from them. Only the tree's `Node` (mcts.py) is edited.
+Every other record is frozen, and extended with `dataclasses.replace`.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Step:
     """One functional segment: opener, text, closer."""
 
     act: str
-    text: str
+    text: str  # always "" in phase 2, where `token_ids` are the step
     token_ids: tuple[int, ...] = ()
     """Opener to closer, as the policy emitted them. Empty in phase 1: a step is still text."""
     logprobs: tuple[float, ...] = ()
     forced: bool = False
     """The tree, not the policy, chose the opener."""
-    act_logprobs: dict[str, float] = field(default_factory=dict)
+    log_priors: dict[str, float] = field(default_factory=dict)
     """log π(act | this step has just ended): the priors of the acts that may follow."""
     answer: str | None = None
     """Final answer that this step states, if any: the path ends here."""

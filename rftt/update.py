@@ -1,4 +1,4 @@
-"""Score the tokens of a batch, then update: the Learner steps the optimizers."""
+"""Add log-probs, values and weights to a batch, then update: the Learner steps the optimizers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rftt.rl import sequence_weights
 from rftt.run.config import RLConfig, Training
 
 
-def score_tokens(cfg: RLConfig, models: Models, batch: Batch, world: World) -> Batch:
+def add_logprobs(cfg: RLConfig, models: Models, batch: Batch, world: World) -> Batch:
     """Add old_logprobs, ref_logprobs and values, each (T,), without gradients. Collective."""
 
     def each(score: Callable[[Batch], Tensor]) -> Tensor:
@@ -39,7 +39,7 @@ def score_tokens(cfg: RLConfig, models: Models, batch: Batch, world: World) -> B
     return scored
 
 
-def weigh(batch: Batch, cfg: RLConfig, world: World) -> Batch:
+def add_loss_weights(batch: Batch, cfg: RLConfig, world: World) -> Batch:
     """Add the weights of the tokens where they are not all 1. Collective."""
     if cfg.loss_normalization == "token":
         return batch

@@ -1,22 +1,33 @@
 #!/usr/bin/env bash
 # Runs a whole recipe on real data:
-#   bash runs/recipe.sh configs/qwen2.5-7b data/math_train.jsonl data/math500.jsonl
-# GPUS is 8 by default. After an interruption run the same line again: finished work is not repeated.
+#   bash runs/recipe.sh configs/qwen2.5-7b data/math_train.jsonl data/math500.jsonl [MODEL]
+# MODEL is the instruct model to start from, by default that of search.yaml. GPUS is 8 by default.
+# Every stage reads and writes below outputs/NAME for configs/NAME, whatever paths the configs name.
+# After an interruption run the same line again: finished work is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 C=${1:?folder of configs, such as configs/qwen2.5-7b} OUT=outputs/$(basename "$1")
-TRAIN=${2:?JSONL of training problems with gold answers} TEST=${3:?JSONL of test problems}
-BASE=$(sed -n 's/^model_name_or_path: //p' "$C/sft.yaml") GPUS=${GPUS:-8}
-
-python search.py "$C/search.yaml" train_file="$TRAIN"
-python -m torch.distributed.run --nproc_per_node "$GPUS" train_sft.py "$C/sft.yaml"
-python -m torch.distributed.run --nproc_per_node "$GPUS" train_rl.py "$C/rl.yaml" train_file="$TRAIN" eval_file="$TEST"
+TRAIN=${2:?file of training problems with gold answers} TEST=${3:?file of test problems}
+MODEL_OF='import sys, yaml; print(yaml.safe_load(open(sys.argv[1]))["model_name_or_path"])'
+BASE=${4:-$(python -c "$MODEL_OF" "$C/search.yaml")} GPUS=${GPUS:-8}
 ASK='Please reason step by step, and put your final answer within \boxed{}.'
+
+on_all_gpus() { python -m torch.distributed.run --nproc_per_node "$GPUS" "$@"; }
+evaluate() {  # evaluate NAME MODEL [key=value …]
+  local name=$1 model=$2
+  shift 2
+  python evaluate.py "$C/evaluate.yaml" model_name_or_path="$model" eval_file="$TEST" \
+    output_dir="$OUT/eval-$name" "$@"
+}
+
+python search.py "$C/search.yaml" model_name_or_path="$BASE" train_file="$TRAIN" \
+  output_dir="$OUT/search"
+on_all_gpus train_sft.py "$C/sft.yaml" model_name_or_path="$BASE" \
+  train_file="$OUT/search/data/sft.jsonl" output_dir="$OUT/sft"
+on_all_gpus train_rl.py "$C/rl.yaml" model_name_or_path="$OUT/sft/hf" train_file="$TRAIN" \
+  eval_file="$TEST" output_dir="$OUT/rl"
 # The instruct model has no functional tokens. Its prompt asks for a box, and there is no search.
-python evaluate.py "$C/evaluate.yaml" model_name_or_path="$BASE" eval_file="$TEST" \
-  output_dir="$OUT/eval-base" "simulations=[]" "system_prompt=$ASK"
-for stage in sft rl; do
-  python evaluate.py "$C/evaluate.yaml" model_name_or_path="$OUT/$stage/hf" eval_file="$TEST" \
-    output_dir="$OUT/eval-$stage"
-done
+evaluate base "$BASE" "simulations=[]" "system_prompt=$ASK"
+evaluate sft "$OUT/sft/hf"
+evaluate rl "$OUT/rl/hf"
 python tools/report.py "$OUT/rl" "$OUT"/eval-*

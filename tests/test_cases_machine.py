@@ -11,7 +11,7 @@ import pytest
 
 from rftt.engines.http import proxy_of
 from rftt.learner import fsdp
-from rftt.learner.fsdp import joined
+from rftt.learner.fsdp import process_group
 from rftt.run import log as log_module
 from rftt.run.config import EvalConfig, RLConfig, SFTConfig, load_config
 from rftt.run.data import read_rows
@@ -84,7 +84,7 @@ def refused_group(monkeypatch: pytest.MonkeyPatch, **variables: str) -> str:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError) as error, joined("cpu"):
+    with pytest.raises(UserError) as error, process_group("cpu"):
         pass
     assert "\n" not in str(error.value)
     return str(error.value)

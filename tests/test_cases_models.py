@@ -26,7 +26,7 @@ from rftt.graders.prm_local import LocalPRM, check_padding
 from rftt.learner import attention, logprobs
 from rftt.learner.check import check_policy
 from rftt.learner.checkpoint import export_hf
-from rftt.learner.fsdp import joined
+from rftt.learner.fsdp import process_group
 from rftt.learner.model import Critic, load_critic, load_policy, prepare
 from rftt.prompts import question_messages
 from rftt.run.config import RLConfig, ServeConfig, SFTConfig, load_config
@@ -503,7 +503,7 @@ def test_positions_may_be_stretched() -> None:
 def test_an_export_names_the_type_of_its_tensors(world: Path, tmp_path: Path) -> None:
     model = load_policy(str(world / "base"), torch.float32)
     tokenizer = load_tokenizer(str(world / "base"))
-    with joined("cpu") as one_rank:
+    with process_group("cpu") as one_rank:
         export_hf(model, tokenizer, tmp_path, one_rank, "bfloat16")
     [kind] = {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
     assert (str(kind), json.loads((tmp_path / "config.json").read_text())["dtype"]) == (

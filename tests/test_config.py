@@ -20,6 +20,7 @@ from rftt.run.config import (
     specs,
 )
 from rftt.run.files import write_json
+from rftt.tokens import ACTS
 from rftt.types import UserError
 from tools.prm_train import PRMTrainConfig
 from tools.self_improve import LoopConfig
@@ -193,6 +194,7 @@ def test_plain_yaml_scalars_of_a_text_field_are_text(tmp_path: Path) -> None:
         ("seed=true", "`seed` must be an integer of at least 0 and at most 4294967295, got 'true'"),
         ("report_to=wandb", "`report_to` must be a list such as [a, b], each item text, got"),
         ("forbidden_acts=[guess]", "`forbidden_acts[0]` must be one of clarify,"),
+        ("forbidden_acts=[verify,output]", "`forbidden_acts[1]` must be one of clarify,"),
         ("train_batch_size=48", "256 must be divisible by train_batch_size 48; nearest: 32, 64."),
         ("top_p=0.9", "top_p=0.9 biases the policy ratio; set top_p: 1.0"),
         ("kl_target=0.1 kl_coef=0", "kl_target needs a kl_coef above 0"),
@@ -206,6 +208,12 @@ def test_plain_yaml_scalars_of_a_text_field_are_text(tmp_path: Path) -> None:
 )
 def test_bad_input_is_one_line_that_names_the_fix(argument: str, message: str) -> None:
     assert message in refusal(RLConfig, *NEEDED, *argument.split())
+
+
+def test_every_act_except_output_may_be_forbidden() -> None:
+    acts = list(ACTS[:-1])
+    assert ACTS[-1] == "output"
+    assert rl(f"forbidden_acts=[{','.join(acts)}]").forbidden_acts == acts
 
 
 def test_missing_key_is_named() -> None:

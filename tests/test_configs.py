@@ -1,6 +1,9 @@
 """Test that every shipped YAML loads, and that every field is documented and read."""
 
 import ast
+import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -96,6 +99,46 @@ def test_a_script_explains_itself_and_fails_in_one_line(kind: str) -> None:
     assert "unknown key 'output_dr'" in wrong.stderr
     assert wrong.stderr.endswith("Did you mean 'output_dir'?\n")
     assert wrong.stderr.count("\n") == 1
+
+
+FAKE_PYTHON = f"""#!{sys.executable}
+import json, os, sys
+if sys.argv[1] == "-c":
+    os.execv(sys.executable, sys.argv)
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+"""
+"""Executes `python -c …`, and only records all other calls."""
+
+
+@pytest.mark.parametrize("arguments", [[], ["models/other"]], ids=["model of the file", "argument"])
+def test_the_recipe_of_a_copied_folder_stays_in_its_own_outputs(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    folder = shutil.copytree(ROOT / "configs/qwen2.5-7b", tmp_path / "mine")
+    fake, calls = tmp_path / "bin/python", tmp_path / "calls"
+    fake.parent.mkdir()
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    path = f"{fake.parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", ROOT / "runs/recipe.sh", folder, "train.jsonl", "test.jsonl", *arguments]
+    subprocess.run(command, env=os.environ | {"PATH": path, "CALLS": str(calls)}, check=True)
+    configs = []
+    classes = {script: schema for schema, script in SCRIPTS.values()}
+    for call in map(json.loads, calls.read_text().splitlines()):
+        script = next(argument for argument in call if argument.endswith(".py"))
+        if script in classes:
+            given = call[call.index(script) + 1 :]
+            configs.append(load_config(classes[script], given))
+    search, sft, rl, *evaluations = configs
+    base = [*arguments, "Qwen/Qwen2.5-7B-Instruct"][0]
+    assert [search.train_file, rl.train_file, rl.eval_file] == ["train.jsonl"] * 2 + ["test.jsonl"]
+    assert sft.train_file == "outputs/mine/search/data/sft.jsonl"
+    outs = ["search", "sft", "rl", "eval-base", "eval-sft", "eval-rl"]
+    assert [config.output_dir for config in configs] == [f"outputs/mine/{out}" for out in outs]
+    models = [base, base, "outputs/mine/sft/hf", base, "outputs/mine/sft/hf", "outputs/mine/rl/hf"]
+    assert [config.model_name_or_path for config in configs] == models
+    assert {config.eval_file for config in evaluations} == {"test.jsonl"}
 
 
 @pytest.mark.oracle

@@ -211,7 +211,7 @@ def test_plain_paths_share_no_step():
     assert not set(kept[0].nodes) & set(kept[1].nodes)
 
 
-def test_paths_that_phase_2_could_not_speak_are_left_out():
+def test_paths_that_phase_2_could_not_write_are_left_out():
     rows, counts = asyncio.run(
         curate(build([("direct_answer", "\\boxed{54}")]), PROBLEM, says(), RULES)
     )

@@ -53,7 +53,7 @@ def test_virtual_loss_counts_as_visits_worth_nothing():
 
 def test_unexplored_acts_come_first_by_prior():
     tree = make_tree(lambda act: ("a", "b", "c") if act is None else ())
-    tree.act_logprobs = {"a": -2.3, "b": -0.4, "c": -1.6}
+    tree.root_log_priors = {"a": -2.3, "b": -0.4, "c": -1.6}
     assert [tree.select().act for _ in range(3)] == ["b", "c", "a"]
     assert tree.select() is None  # all claimed, none landed
 
@@ -202,7 +202,7 @@ def test_failed_expansion_stops_the_search_and_cancels_the_rest():
         return 0.0
 
     tree = make_tree()
-    tree.act_logprobs = {"analysis": 0.0}
+    tree.root_log_priors = {"analysis": 0.0}
 
     async def run():
         with pytest.raises(RuntimeError, match="engine died"):

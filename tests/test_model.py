@@ -183,9 +183,9 @@ def test_one_microbatch_or_many_give_the_same_gradient() -> None:
 def test_tree_packing_equals_flat_packing(family: str) -> None:
     """Log-probs, entropy, values and all gradients; a path still counts where it is shared."""
     flat = branching_batch()
-    assert n_saved(flat.replace(tree=True)) > 0.4 * len(flat.input_ids)
+    assert n_saved(flat.replace(packs_prefixes=True)) > 0.4 * len(flat.input_ids)
     results = []
-    for batch in (flat, flat.replace(tree=True)):
+    for batch in (flat, flat.replace(packs_prefixes=True)):
         model, critic = prepare(tiny_model(family)), Critic(prepare(tiny_model(family)).model)
         torch.nn.init.ones_(critic.head.weight)
         logprobs, entropy = token_logprobs(model, batch, 0.8, VOCABULARY, with_entropy=True)
@@ -204,7 +204,7 @@ def test_tree_packing_equals_flat_packing(family: str) -> None:
 def test_tree_microbatches_give_the_same_gradient() -> None:
     batch, gradients = branching_batch(), []
     for tree in (False, True):
-        model, whole = prepare(tiny_model()), batch.replace(tree=tree)
+        model, whole = prepare(tiny_model()), batch.replace(packs_prefixes=tree)
         groups = tree_microbatches(whole, 30) if tree else flat_microbatches(whole, 30)
         assert sorted(i for group in groups for i in group) == list(range(len(batch.lengths)))
         assert len(groups) > 1

@@ -72,7 +72,7 @@ def grown(simulations: int) -> Tree:
 
     async def expand(choice: Choice) -> list[Step]:
         n = len(tree.nodes)
-        step = Step(choice.act, f"{choice.act} {n}", act_logprobs={"output": -0.5, "verify": -2.0})
+        step = Step(choice.act, f"{choice.act} {n}", log_priors={"output": -0.5, "verify": -2.0})
         last = Step("output", f"so {n}", answer=str(n % 3)) if choice.act != "output" else None
         return [step, last] if last else [Step("output", f"so {n}", answer=str(n % 3))]
 

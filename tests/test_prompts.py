@@ -1,11 +1,16 @@
 """Test the prompts of phase 1: their order, the examples of the default file, a user's own file."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import yaml
+
+from rftt import tokens
 from rftt.contract import breach, clean
 from rftt.prompts import HOLES
+from rftt.run import prompts_file
 from rftt.run.prompts_file import DEFAULT, load_prompts
-from rftt.tokens import ACTS
+from rftt.tokens import ACTS, Function
 from rftt.types import UserError
 
 PROMPTS = load_prompts()
@@ -79,6 +84,41 @@ def test_a_mistake_in_a_file_is_one_line_with_its_key(tmp_path, text: str, words
     assert words in str(error.value)
     assert str(own) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("transition", ["root", "clarify", "check"])
+def test_an_act_without_a_prompt_is_found_before_a_model_is_loaded(
+    tmp_path, monkeypatch, transition: str
+) -> None:
+    """Each act of phase 1's tree and of a merged row needs a prompt; an act of phase 2 alone none.
+
+    The default file is the one at fault, so it is the one named.
+    """
+    default, own = tmp_path / "prompts.yaml", tmp_path / "own.yaml"
+    texts = yaml.safe_load(DEFAULT.read_text(encoding="utf-8"))
+    own.write_text("nothing_yet: nothing", encoding="utf-8")
+    monkeypatch.setattr(prompts_file, "DEFAULT", default)
+    monkeypatch.setattr(prompts_file, "ACTS", (*ACTS, "recall"))
+    monkeypatch.setitem(tokens.FUNCTIONS, "recall", Function("recall a theorem", max_tokens=9))
+    default.write_text(yaml.safe_dump(texts), encoding="utf-8")
+    load_prompts.__wrapped__()  # the tree never asks for it
+
+    match transition:
+        case "root":
+            monkeypatch.setitem(tokens.ROOT, "prompted", (*tokens.ROOT["prompted"], "recall"))
+        case "clarify":
+            clarify = replace(tokens.FUNCTIONS["clarify"], next_in_phase_1=("recall",))
+            monkeypatch.setitem(tokens.FUNCTIONS, "clarify", clarify)
+        case "check":
+            del texts["acts"]["verify"]
+            default.write_text(yaml.safe_dump(texts), encoding="utf-8")
+    act = "verify" if transition == "check" else "recall"
+    words = f"`acts.{act}` must have a system text and an instruction; add them to"
+    for path, named in ((None, default), (str(own), own)):
+        with pytest.raises(UserError) as error:
+            load_prompts.__wrapped__(path)
+        assert str(error.value).startswith(f"{named}: {words}")
+        assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_missing_is_one_line(tmp_path) -> None:

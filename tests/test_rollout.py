@@ -100,7 +100,7 @@ def learned(replies, **changes):
 
 def choose(act, before=()):
     tree = Tree(lambda _: ACTS, max_depth=18, exploration_weight=2.0, seed=0)
-    tree.act_logprobs = {act: 1.0} if not before else {before[0].act: 1.0}
+    tree.root_log_priors = {act: 1.0} if not before else {before[0].act: 1.0}
     if before:
         tree.land(tree.select(), [*before, Step("output", "")], 0.0)
         node = tree.nodes[len(before)]
@@ -125,7 +125,7 @@ def test_one_request_gives_the_whole_rollout_with_priors():
     assert steps[0].forced
     assert not steps[1].forced
     assert steps[0].logprobs[0] == -1.25
-    assert steps[0].act_logprobs["clarify"] == -1.0
+    assert steps[0].log_priors["clarify"] == -1.0
     assert steps[1].answer == "4"
     assert [t for step in steps for t in step.token_ids] == [OPEN["analysis"], *tail]
 
@@ -215,7 +215,7 @@ def test_rollouts_share_prefixes_and_pay_for_them_once():
 
 
 @pytest.mark.parametrize("act", ["clarify", "next_step"])
-def test_a_forbidden_act_is_opened_by_nobody(act):
+def test_neither_tree_nor_policy_opens_a_forbidden_act(act):
     replies = [[165, *segment("output", "\\boxed{4}")] for _ in range(9)]
     ctx = learned(replies, forbidden=(act,))
     tree = asyncio.run(

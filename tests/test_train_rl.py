@@ -14,7 +14,7 @@ from rftt.learner.prefix_tree import n_saved, tree_microbatches
 from rftt.learner.setup import Models
 from rftt.run.config import RLConfig
 from rftt.types import Problem, Rollout
-from rftt.update import score_tokens
+from rftt.update import add_logprobs
 from tests.learners import VOCABULARY, tiny_model
 from tests.test_update import Ranks
 from train_rl import add_advantages, rl_loss
@@ -76,8 +76,8 @@ def learn(
         module.to(dtype)
     models = Models(policy, reference, critic, VOCABULARY)
     (order,) = deal([len(r.response_ids) for r in rollouts], 1, seed=0, world=world)
-    batch = collate([rollouts[i] for i in order], tree=packing == "tree")
-    batch = score_tokens(cfg, models, batch, world)
+    batch = collate([rollouts[i] for i in order], packs_prefixes=packing == "tree")
+    batch = add_logprobs(cfg, models, batch, world)
     batch = add_advantages(cfg, batch, rollouts, order, cfg.kl_coef, world)
     for group in equal_count(batch, cfg.max_tokens_per_microbatch, world):
         loss, metrics = rl_loss(cfg, models, cfg.kl_coef, batch.select(group))
@@ -108,7 +108,7 @@ def test_tree_packing_learns_what_flat_packing_learns(
 
 def test_a_problem_stays_in_one_microbatch_where_it_fits() -> None:
     rollouts = tree_of_rollouts(mask_forced=False)
-    whole = collate(rollouts, tree=True)
+    whole = collate(rollouts, packs_prefixes=True)
     order = deal([1] * len(rollouts), 1, seed=0, world=Ranks())[0]
     batch = whole.select(order)
     for budget in (60, 64, 90):
@@ -140,5 +140,5 @@ def test_groups_stay_on_one_rank_but_for_one_cut_per_rank(size: int) -> None:
 
 
 def test_a_batch_without_documents_has_no_tree() -> None:
-    batch = collate(tree_of_rollouts(mask_forced=False), tree=True).select([])
+    batch = collate(tree_of_rollouts(mask_forced=False), packs_prefixes=True).select([])
     assert tree_microbatches(batch, 10) == []

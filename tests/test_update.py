@@ -9,7 +9,7 @@ from rftt.learner.fsdp import Totals, deal, equal_count, per_token
 from rftt.learner.offline import collate_rows
 from rftt.rl import document_sums, gae, sequence_weights, whiten
 from rftt.run.config import RLConfig
-from rftt.update import weigh
+from rftt.update import add_loss_weights
 
 
 @dataclass
@@ -100,9 +100,9 @@ def test_sequence_normalization_is_the_mean_of_the_means() -> None:
     )  # fmt: skip
     batch = batch_of([4, 9, 3])
     losses = torch.arange(16.0)
-    weights = weigh(batch, cfg, Ranks()).loss_weights
+    weights = add_loss_weights(batch, cfg, Ranks()).loss_weights
     means = [x[2:].mean() for x in losses.split(batch.lengths)]
     found = (weights * losses).sum() / batch.n_terms
     assert found.item() == pytest.approx(torch.stack(means).mean().item())
     plain = RLConfig(output_dir="", model_name_or_path="", train_file="", learning_rate=1.0)
-    assert weigh(batch, plain, Ranks()) is batch
+    assert add_loss_weights(batch, plain, Ranks()) is batch

@@ -62,7 +62,7 @@ class Sampler:
     """Ids that end a turn (vocabulary.py:end_ids); the tokenizer's EOS if there are none here."""
 
     @property
-    def functions(self) -> FunctionIds:
+    def required_ids(self) -> FunctionIds:
         """Ids of the functional tokens, which the policy must have."""
         assert self.ids is not None, "a tree over functional tokens needs them"
         return self.ids
@@ -75,7 +75,7 @@ class Sampler:
     @property
     def stops_of_act(self) -> tuple[int, ...]:
         """Token ids that end one act, even a malformed one."""
-        return (*self.functions.closers, *self.functions.openers, *self._ends)
+        return (*self.required_ids.closers, *self.required_ids.openers, *self._ends)
 
     @property
     def _ends(self) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ class Sampler:
             self.temperature,
             seed=seed_for(self.seed, *key),
             stop_ids=self.stops,
-            banned_ids=tuple(self.functions.open[act] for act in self.forbidden),
+            banned_ids=tuple(self.required_ids.open[act] for act in self.forbidden),
             watch_ids=self.ids.openers if self.ids else (),  # their log-probs are the priors
             watch_after=self.ids.closers if self.ids else (),  # an act may start after these
         )
@@ -152,7 +152,7 @@ class Task:
             sampling = replace(sampling, stop_ids=self.sampler.stops_of_act)
         return await self.sampler.engine.generate([*self.prompt, *before], sampling)
 
-    async def act_logprobs(self, before: Sequence[int], *key: object) -> dict[str, float]:
+    async def log_priors(self, before: Sequence[int], *key: object) -> dict[str, float]:
         """Return log π(act | the response `before`): the priors of the acts that may follow."""
         completion = await self.ask(before, 1, *key)  # the one sampled token is not used
         return dict(zip(ACTS, completion.watched[0], strict=True))

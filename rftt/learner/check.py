@@ -63,4 +63,4 @@ def check_backbone(backbone: PreTrainedModel) -> None:
 def _batch(n_tokens: int, *, tree: bool) -> Batch:
     """Return the two sequences, of which every token but the first is an action."""
     rows = [(ids[:1], ids[1:], [True] * (len(ids) - 1)) for ids in probes(n_tokens)]
-    return collate_rows(rows).replace(tree=tree)
+    return collate_rows(rows).replace(packs_prefixes=tree)

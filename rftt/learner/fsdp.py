@@ -199,7 +199,7 @@ def close_world(world: World, *, wait: bool = True) -> None:
 
 
 @contextmanager
-def joined(device: str, *, wait: bool = False) -> Iterator[World]:
+def process_group(device: str, *, wait: bool = False) -> Iterator[World]:
     """Open the process group and leave it even if the work fails.
 
     With `wait` a finished rank waits for the others, which ranks that share a model must do. A
@@ -339,13 +339,14 @@ def flat_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
     """
     groups: list[list[int]] = []
     room = 0
-    firsts = range(0, len(batch.lengths), batch.together)
-    sizes = {first: sum(batch.lengths[first : first + batch.together]) for first in firsts}
+    n = batch.documents_per_term  # a pair stays a pair
+    firsts = range(0, len(batch.lengths), n)
+    sizes = {first: sum(batch.lengths[first : first + n]) for first in firsts}
     for first in sorted(firsts, key=lambda i: (-sizes[i], i)):
         if not groups or sizes[first] > room:
             groups.append([])
             room = max_tokens
-        groups[-1] += range(first, first + batch.together)
+        groups[-1] += range(first, first + n)
         room -= sizes[first]
     return groups
 
@@ -355,13 +356,13 @@ def equal_count(batch: Batch, max_tokens: int, world: World) -> list[list[int]]:
 
     FSDP would hang on different numbers. [] is an empty microbatch.
     """
-    groups = (tree_microbatches if batch.tree else flat_microbatches)(batch, max_tokens)
+    groups = (tree_microbatches if batch.packs_prefixes else flat_microbatches)(batch, max_tokens)
     return groups + [[]] * (int(world.max(float(len(groups)))) - len(groups))
 
 
 def empty_like(batch: Batch) -> Batch:
     """Return masked documents of two tokens: a rank without work must still run its forwards."""
-    n = batch.together  # a pair stays a pair
+    n = batch.documents_per_term  # a pair stays a pair
     empty = batch.map(lambda tensor: tensor.new_zeros(2 * n))
     return empty.replace(lengths=(2,) * n, names=("",) * n, ref_sums=(0.0,) * n)
 

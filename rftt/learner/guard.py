@@ -86,8 +86,8 @@ def find(
         stage, rank, document = min(bad)
         return everyone[rank][1][document], INPUTS[stage]
     for rank, (_, names) in enumerate(everyone):  # one document of one rank at a time
-        for document in range(0, len(names), batch.together):
-            own = range(document, document + batch.together)
+        for document in range(0, len(names), batch.documents_per_term):
+            own = range(document, document + batch.documents_per_term)
             loss, _ = loss_of(batch.select(own) if rank == world.rank else empty_like(batch))
             loss.backward()
             norms = [clip_gradients(module, math.inf) for module in modules.values()]

@@ -208,7 +208,7 @@ class _View:
 def _view(batch: Batch) -> _View:
     ids, device, n = batch.input_ids, batch.input_ids.device, len(batch.input_ids)
     actions = batch.action_mask.nonzero()[:, 0]
-    if not batch.tree:
+    if not batch.packs_prefixes:
         layout = layout_of(batch.lengths, [0] * len(batch.lengths), None, device)
         inputs = _inputs(ids, batch.position_ids, layout)
         return _View(inputs, actions - 1, ids[actions], n, actions, None)

@@ -31,7 +31,7 @@ MaskedRow = tuple[Sequence[int], Sequence[int], Sequence[bool]]
 """(prompt_ids, response_ids, loss mask over the response)"""
 
 
-def collate_rows(rows: Sequence[MaskedRow], together: int = 1) -> Batch:
+def collate_rows(rows: Sequence[MaskedRow], documents_per_term: int = 1) -> Batch:
     """Pack SFT or DPO rows. The response tokens selected by the mask are the actions."""
     ids: list[int] = []
     mask: list[bool] = []
@@ -46,7 +46,7 @@ def collate_rows(rows: Sequence[MaskedRow], together: int = 1) -> Batch:
         torch.tensor(mask, dtype=torch.bool),
         zeros,
         zeros,
-        together=together,
+        documents_per_term=documents_per_term,
     )
 
 
@@ -55,7 +55,7 @@ def collate_examples(
 ) -> Batch:
     """Pack examples of `each` documents, with the reference's log-prob of each response."""
     documents = [document for example in examples for document in example]
-    return collate_rows(documents, together=each).replace(
+    return collate_rows(documents, documents_per_term=each).replace(
         names=tuple(name for name in names for _ in range(each)),
         ref_sums=tuple(x for sums in reference for x in sums),
     )
@@ -147,7 +147,7 @@ def reference_logprobs(
     for first in range(0, len(todo), cfg.train_batch_size):
         lot = todo[first : first + cfg.train_batch_size]
         mine = [pairs[i] for i in lot[world.rank :: world.size]]
-        batch = collate_rows([row for pair in mine for row in pair], together=2).to(world.device)
+        batch = collate_rows([row for pair in mine for row in pair], 2).to(world.device)
         tokens = per_token(logprobs, batch, cfg.max_tokens_per_microbatch, world)
         for rank, found in enumerate(world.gather(sums_of_pairs(tokens, batch).tolist())):
             for i, sums in zip(lot[rank :: world.size], found, strict=True):

@@ -107,4 +107,4 @@ def tree_microbatches(batch: Batch, max_tokens: int) -> list[list[int]]:
 
 def n_saved(batch: Batch) -> int:
     """Return the number of tokens that tree packing does not compute again."""
-    return sum(prefix_order(batch.input_ids, batch.lengths)[1]) if batch.tree else 0
+    return sum(prefix_order(batch.input_ids, batch.lengths)[1]) if batch.packs_prefixes else 0

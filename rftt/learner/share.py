@@ -16,7 +16,7 @@ from rftt.run.data import Example
 from rftt.types import Rollout, seed_for
 
 
-def share_rollouts(
+def pack_own_rollouts(
     cfg: RLConfig, step: int, rollouts: list[Rollout], world: World
 ) -> tuple[Batch, list[int], list[int]]:
     """Pack this rank's share of the rollouts, minibatch by minibatch.
@@ -34,12 +34,12 @@ def share_rollouts(
     batch = collate(
         [rollouts[i] for i in own],
         mask_truncated=cfg.mask_truncated_completions,
-        tree=cfg.packing == "tree",
+        packs_prefixes=cfg.packing == "tree",
     )
     return batch.to(world.device), own, [len(minibatch) for minibatch in minibatches]
 
 
-def share_rows(
+def pack_own_rows(
     rows: Sequence[Example], reference: Sequence[Sums], picked: Sequence[int], world: World
 ) -> Batch:
     """Pack this rank's share of the picked rows, with the reference's log-prob of each response."""

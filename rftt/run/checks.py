@@ -54,7 +54,7 @@ def check_warm(cfg: RLConfig, sampler: Sampler, problems: Sequence[Problem]) -> 
 
     async def opened(problem: Problem) -> float:
         task = pose(sampler, problem, cfg.system_prompt)
-        return sum(map(exp, (await task.act_logprobs((), "root")).values()))
+        return sum(map(exp, (await task.log_priors((), "root")).values()))
 
     share = fmean(asyncio.run(for_each(problems, opened, in_flight=len(problems))))
     if share < 0.5:

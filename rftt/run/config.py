@@ -27,9 +27,11 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
+from rftt.tokens import ACTS
 from rftt.types import UserError
 
 C = TypeVar("C")
@@ -56,10 +58,18 @@ Script = Literal[
     "latin", "cyrillic", "greek", "cjk", "hiragana", "katakana", "hangul", "arabic", "thai"
 ]
 """Each is the first word of the Unicode names of a script's letters."""
-Act = Literal[
-    "clarify", "analysis", "next_step", "subquestion", "direct_answer", "verify", "refine"
-]
-"""Functional tokens that a response does not require: all except output."""
+
+FORBIDDABLE = [act for act in ACTS if act != "output"]
+"""Acts that a response does not require."""
+
+
+def _forbiddable(act: str) -> str:
+    if act not in FORBIDDABLE:
+        raise ValueError("a response requires this act, or it is not one")
+    return act
+
+
+ForbiddenAct = Annotated[str, AfterValidator(_forbiddable), WithJsonSchema({"enum": FORBIDDABLE})]
 
 RUNTIME_KEYS: set[str] = set()
 """Names of all fields marked `Runtime`; `config_class` adds them."""
@@ -352,7 +362,7 @@ class Filters:
 class Acts:
     """Settings of a search over functional tokens."""
 
-    forbidden_acts: list[Act] = field(default_factory=list)
+    forbidden_acts: list[ForbiddenAct] = field(default_factory=list)
     """Functional tokens that neither the policy nor the search may use, to measure the value of an
     act (arXiv 2502.13389 masks one act)."""
     children_per_act: Count = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from rftt.prompts import HOLES, Prompts
 from rftt.run.config import structure
 from rftt.run.files import decode_text
-from rftt.tokens import ACTS, CLOSERS, OPENERS
+from rftt.tokens import ACTS, CLOSERS, FUNCTIONS, OPENERS, ROOT
 from rftt.types import UserError
 
 DEFAULT = Path(__file__).parents[1] / "prompts.yaml"
@@ -32,9 +33,9 @@ def load_prompts(path: str | None = None) -> Prompts:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: `{key}` is not valid: {first['msg']}.") from None
+        raise UserError(f"{path or DEFAULT}: `{key}` is not valid: {first['msg']}.") from None
     for mistake in _mistakes(prompts):
-        raise UserError(f"{path}: {mistake}")
+        raise UserError(f"{path or DEFAULT}: {mistake}")
     return prompts
 
 
@@ -62,12 +63,23 @@ def _replaced(default: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
+def _asked_for() -> set[str]:
+    """Return the acts that phase 1 asks for: those of its tree, and the two of a merged row."""
+    transitions = [function.next_in_phase_1 for function in FUNCTIONS.values()]
+    return {"verify", "refine", *ROOT["prompted"], *chain(*transitions)}
+
+
 def _mistakes(prompts: Prompts) -> list[str]:
     """Return what the types cannot express: names, placeholders, functional tokens in a text."""
     found = [
         f"`acts.{act}` is not an act; the acts are {', '.join(ACTS)}."
         for act in prompts.acts
         if act not in ACTS
+    ]
+    found += [
+        f"`acts.{act}` must have a system text and an instruction; add them to {DEFAULT.name} or "
+        "to your prompts_file."
+        for act in sorted(_asked_for() - set(prompts.acts))
     ]
     for name, template in prompts.templates.items():
         holes = set(re.findall(r"\{(\w+)\}", template))

@@ -157,7 +157,7 @@ def tree_record(
 
     def prior(node: Node) -> float | None:
         """Return π(act | parent), or None in phase 1, which has no priors."""
-        known = tree.priors(node.parent) if node.parent else {}
+        known = tree.log_priors(node.parent) if node.parent else {}
         return exp(known[node.act]) if node.act in known else None
 
     def text(step: Step) -> str:
