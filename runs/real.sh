@@ -33,6 +33,8 @@ evaluate() {  # evaluate NAME MODEL [key=value …]
 evaluate base "$MODEL" "system_prompt=$ASK"
 run search.py "$C/search.yaml" model_name_or_path="$MODEL" train_file="$TRAIN" \
   output_dir="$OUT/search" "${ENGINE[@]}" "${OTHERS[@]}" "${SEARCH[@]}"
+# Rows beyond a bound of the audit are a warning: the figures at the end show what they teach.
+run tools/audit_rows.py "$OUT/search/data/sft.jsonl" || echo "warning: read the audit above" >&2
 run train_sft.py "$C/sft.yaml" model_name_or_path="$MODEL" train_file="$OUT/search/data/sft.jsonl" \
   output_dir="$OUT/sft" "${OTHERS[@]}" "${SFT[@]}"
 evaluate sft "$OUT/sft/hf"

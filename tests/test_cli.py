@@ -47,10 +47,8 @@ def test_a_run_directory_keeps_to_its_settings(tmp_path):
         check_same_run(file, {"seed": 1})
 
 
-TOOLS = [
-    f"tools/{name}"
-    for name in ("audit_grader", "prm_serve", "prm_train", "report", "self_improve", "tiny_world")
-]
+NAMES = ("audit_grader", "audit_rows", "prm_serve", "prm_train")
+TOOLS = [f"tools/{name}" for name in (*NAMES, "report", "self_improve", "tiny_world")]
 
 
 @pytest.mark.parametrize("name", ["bench/search", "bench/grader", "bench/train_step", *TOOLS])

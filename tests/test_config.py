@@ -22,6 +22,7 @@ from rftt.run.config import (
 from rftt.run.files import write_json
 from rftt.tokens import ACTS
 from rftt.types import UserError
+from tools.audit_rows import AuditConfig
 from tools.prm_train import PRMTrainConfig
 from tools.self_improve import LoopConfig
 from tools.tiny_world import TinyConfig
@@ -29,7 +30,7 @@ from tools.tiny_world import TinyConfig
 NEEDED = ["output_dir=o", "model_name_or_path=m", "train_file=t", "learning_rate=1e-6"]
 SCHEMAS = (
     *(SearchConfig, SFTConfig, RLConfig, EvalConfig),
-    *(ServeConfig, LoopConfig, PRMTrainConfig, TinyConfig),
+    *(ServeConfig, LoopConfig, PRMTrainConfig, TinyConfig, AuditConfig),
 )
 
 

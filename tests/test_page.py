@@ -134,8 +134,9 @@ def test_a_tree_page_shows_priors_texts_and_the_merged_path(
 ) -> None:
     tree = record(10)
     row, page = merged_row(tree), tmp_path / "tree.html"
-    page.write_text(filled("tree.html", tree | {"rows": [row]}))
     deep = next(n for n in tree["nodes"] if n["act"] == "output" and n["parent"])
+    deep["text"] = "so it is 7"
+    page.write_text(filled("tree.html", tree | {"rows": [row]}))
     document = browse(page, f"row=0&node={deep['id']}", picture="tree.png")
     assert f"<dd>{round(deep['prior'], 3)}</dd>" in document
     assert f"<pre>{deep['text']}</pre>" in document
@@ -148,6 +149,55 @@ def test_a_tree_page_shows_priors_texts_and_the_merged_path(
     plain = browse(page, picture="tree_plain.png")
     assert not re.search(r'data-act="\w', plain)
     assert share_of("tree_plain.png", MERGED) < share_of("tree.png", MERGED) / 3
+
+
+WRITTEN = {
+    r"so the answer is \boxed{18}.": "so the answer is ⟦18⟧.",
+    r"\frac{1}{2} of \dfrac{x+1}{\sqrt{2}} is \(3 \times 4\)": "1/2 of (x+1)/(√2) is 3 × 4",
+    r"\[ 5^2 \cdot x_{1} \le 2^{a+b} \]": " 5² · x₁ ≤ 2^(a+b) ",
+    r"$x = 5$, $5 and $8, $5+$8 = $13, \$7, 50\%": "x = 5, $5 and $8, $5+$8 = $13, $7, 50%",
+    r"1{,}000\text{ cm}, 90^\circ, \left(1\right)": "1,000 cm, 90°, (1)",
+    r"\unknown{3}, snake_case, {1, 2}, a \ b": r"\unknown{3}, snake_case, {1, 2}, a  b",
+    r"cut off: \boxed{\frac{1}{2": "cut off: ⟦1/2⟧",
+    r"a\\b": "a\nb",
+    "\\frac" * 20_000 + "x_1 " * 20_000: None,  # ends, in linear time
+}
+"""What a model writes -> what the page shows of it."""
+
+
+def test_latex_is_readable_and_can_be_seen_as_written(
+    tmp_path: Path, browse: Callable[..., str]
+) -> None:
+    tree, page = record(10), tmp_path / "tree.html"
+    leaf = next(n["id"] for n in tree["nodes"] if n["terminal"])
+    for written, shown in WRITTEN.items():
+        tree["nodes"][leaf]["text"] = written
+        page.write_text(filled("tree.html", tree | {"rows": []}))
+        document = browse(page, f"node={leaf}")
+        if shown is not None:
+            assert f"<pre>{shown}</pre>" in document
+            assert f"as the model wrote it</summary><pre>{written}</pre>" in document
+        assert document.count('class="node') == len(tree["nodes"])
+
+
+def test_long_texts_fold_and_refused_steps_have_a_badge(
+    tmp_path: Path, browse: Callable[..., str]
+) -> None:
+    tree, page = record(10, "How many? " * 200), tmp_path / "tree.html"
+    leaf = next(n for n in tree["nodes"] if n["terminal"] and n["parent"])
+    text = "Each of the pens costs \\frac{1}{2} dollar. " * 40
+    tree["nodes"][leaf["parent"]]["text"] = text
+    leaf |= {"text": "I am sorry.", "refused": "apology", "answer": None}
+    page.write_text(filled("tree.html", tree | {"rows": [merged_row(tree)]}))
+    document = browse(page, f"node={leaf['id']}&row=0", picture="tree_long.png")
+    assert 'data-refused="apology"' in document
+    assert '<span class="badge">apology</span>' in document
+    (summary,) = re.findall(r"<details><summary>([^<]*Each of[^<]*)</summary>", document)
+    assert len(summary) < 100  # folded, because it only precedes the step
+    assert document.count('data-refused="') == 1
+    assert "badge" not in browse(page, "node=0").partition('id="detail"')[2].partition("<script")[0]
+    opened = browse(page, f"node={leaf['parent']}")
+    assert re.search(r'<details open=""><summary>Each of', opened)  # the chosen step itself
 
 
 def test_a_models_output_never_becomes_markup(tmp_path: Path, browse: Callable[..., str]) -> None:
