@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -38,6 +38,7 @@ class Prompted:
     prompts: Prompts
     contract_tries: int
     """Replies asked for, each with another seed, until one keeps its act's contract."""
+    control: Callable[[str], bool]  # finds control text, which no step may contain
     spent: Counters = field(default_factory=Counters)
     """Replies and their tokens; each problem gets a copy of its own."""
     refusals: Counter[str] = field(default_factory=Counter)
@@ -102,9 +103,8 @@ async def _ask_step(ctx: Prompted, problem: Problem, so_far: str, act: str, *key
     for number in range(ctx.contract_tries):
         said = await reply(ctx, messages, act, problem.id, *key, act, number)
         text = said.text
-        refused = breach(
-            ctx.prompts, act, text, question=problem.question, so_far=so_far, whole=said.whole
-        )
+        known = {"question": problem.question, "so_far": so_far}
+        refused = breach(ctx.prompts, act, text, ctx.control, **known, whole=said.whole)
         if refused is None:
             break
         ctx.refusals[f"contract_{act}_{refused}"] += 1
@@ -125,7 +125,7 @@ async def draw(
     known = f"{problem.question}\n{own}"
 
     def refused(text: str) -> str | None:
-        reason = breach(ctx.prompts, act, text, question=problem.question, so_far=own)
+        reason = breach(ctx.prompts, act, text, ctx.control, question=problem.question, so_far=own)
         if reason is None and leaks(text, str(problem.answer), known):
             return "leaks_answer"  # it would teach recall instead of checking
         return reason
