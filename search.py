@@ -33,6 +33,7 @@ from rftt.beam import explorer
 from rftt.curate import curate
 from rftt.engines.base import Counters, for_each
 from rftt.engines.chat import open_chat, open_tokenizer
+from rftt.engines.templates import holds_control_text
 from rftt.graders import open_prm
 from rftt.graders.prm import ProcessModel, score_steps
 from rftt.learner.fsdp import World, process_group
@@ -98,7 +99,6 @@ async def generate(
     journal: Journal,
 ) -> None:
     """Search or sample for each of `todo` and append the results to the journal. Collective."""
-    prompts = load_prompts(cfg.prompts_file)
     prm = None if cfg.method == "sample" else await open_prm(cfg, log.info)
     work = sample_responses if cfg.method == "sample" else partial(grow_and_curate, prm)
     ledger = Path(cfg.output_dir) / "data" / "api.jsonl"
@@ -110,8 +110,9 @@ async def generate(
             max_depth=cfg.search_depth,
             max_direct_sentences=cfg.max_direct_sentences,
             seed=cfg.seed,
-            prompts=prompts,
+            prompts=load_prompts(cfg.prompts_file),
             contract_tries=cfg.contract_tries,
+            control=partial(holds_control_text, tokenizer, functional=True),
         )
         with log.bar(len(todo), "problem", cfg.method) as bar:
 

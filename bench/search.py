@@ -155,6 +155,7 @@ def samplers(
     from rftt.engines.base import for_each
     from rftt.engines.chat import engine_chat
     from rftt.engines.sampler import Sampler, pose
+    from rftt.engines.templates import holds_control_text
     from rftt.mcts import Explore, grow
     from rftt.prompted import Prompted, prompted_tree
     from rftt.rollout import learned_tree, sample
@@ -164,7 +165,8 @@ def samplers(
     ids = function_ids(tokenizer)
     policy = Sampler(engine, tokenizer, ids, 1.0, MAX_TOKENS, DEPTH, 0)
     chat = partial(engine_chat, engine, tokenizer)
-    instruct = Prompted(chat, 1.0, MAX_TOKENS, DEPTH, 4, 0, prompts=PROMPTS, contract_tries=1)
+    control = partial(holds_control_text, tokenizer, functional=True)
+    instruct = Prompted(chat, 1.0, MAX_TOKENS, DEPTH, 4, 0, PROMPTS, 1, control)
     beam = partial(beam_search, branching=2)
     how: dict[str, Any] = {"simulations": simulations, "exploration_weight": 2.0}
 

@@ -14,12 +14,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from rftt.prompts import ActPrompt, Prompts, sentences
-from rftt.tokens import CLOSERS, FUNCTIONS, OPENERS
+from rftt.tokens import FUNCTIONS
 
 RUN = 8
 """So many words in a row that stand in the instruction or in an example are a repetition."""
-CONTROL = re.compile(r"<\|[^|<>\s]{1,60}\|>|" + "|".join(map(re.escape, (*OPENERS, *CLOSERS))))
-"""Functional tokens and the control text of chat templates, which may not become ids of a row."""
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 CALCULATION = re.compile(r"(?<![\d.,])[.,]*+\d[\d.,]*+(?:\s*+[-+*/×÷=]\s*+\$?\d[\d.,]*+)+")
 """Numbers joined by signs. It reads each number once, so that long digits take linear time."""
@@ -61,17 +59,24 @@ def _label(labels: tuple[str, ...]) -> re.Pattern[str]:
 # ---- Check ----
 
 
-def breach(prompts: Prompts, act: str, text: str, *, question: str, so_far: str = "") -> str | None:
+def breach(
+    prompts: Prompts,
+    act: str,
+    text: str,
+    control: Callable[[str], bool],
+    question: str,
+    so_far: str = "",
+) -> str | None:
     """Return the reason for which a clean reply is refused; None if it keeps its act's contract.
 
-    `so_far` is all that the model was shown of its solution.
+    `control` finds control text, `so_far` is all that the model was shown of its solution.
     """
     prompt = prompts.acts[act]
     if not text:
         return "empty"
     if text[-1] in ":,{" or text.count("{") != text.count("}"):
         return "cut_off"
-    if CONTROL.search(text):
+    if control(text):
         return "control_text"
     for reason, phrases in (prompts.refuse | prompt.refuse).items():
         if _any_of(tuple(phrases)).search(text):

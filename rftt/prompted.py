@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
@@ -38,10 +38,15 @@ class Prompted:
     prompts: Prompts
     contract_tries: int
     """Replies asked for, each with another seed, until one keeps its act's contract."""
+    control: Callable[[str], bool]  # finds control text, which no step may contain
     spent: Counters = field(default_factory=Counters)
     """Replies and their tokens; each problem gets a copy of its own."""
     refusals: Counter[str] = field(default_factory=Counter)
     """Refused replies by `contract_<act>_<reason>`; each problem gets a copy of its own."""
+
+    def breach(self, act: str, problem: Problem, so_far: str, text: str) -> str | None:
+        """Return the reason for which `text` breaks its act's contract (contract.py), or None."""
+        return breach(self.prompts, act, text, self.control, problem.question, so_far)
 
 
 def visible(steps: Sequence[Step]) -> str:
@@ -101,16 +106,16 @@ async def _child(
 async def _ask_step(ctx: Prompted, problem: Problem, so_far: str, act: str, *key: object) -> Step:
     """Ask for one act, up to `contract_tries` times, until a reply keeps its contract."""
     messages = ctx.prompts.ask(act, problem.question, so_far)
-    refused_for = partial(breach, ctx.prompts, act, question=problem.question, so_far=so_far)
-    text, refused = "", None
+    refused = partial(ctx.breach, act, problem, so_far)
+    text, reason = "", None
     for number in range(ctx.contract_tries):
         said = await reply(ctx, messages, act, problem.id, *key, act, number)
-        text, refused = trimmed(fresh(said.text, so_far), refused_for, whole=said.whole)
-        if refused is None:
+        text, reason = trimmed(fresh(said.text, so_far), refused, whole=said.whole)
+        if reason is None:
             break
-        ctx.refusals[f"contract_{act}_{refused}"] += 1
-    states = act in ("direct_answer", "next_step") and refused is None
-    return Step(act, text, answer=extract(text) if states else None, refused=refused)
+        ctx.refusals[f"contract_{act}_{reason}"] += 1
+    states = act in ("direct_answer", "next_step") and reason is None
+    return Step(act, text, answer=extract(text) if states else None, refused=reason)
 
 
 async def draw(
@@ -128,7 +133,7 @@ async def draw(
     known = "\n".join([problem.question, so_far, *own])
 
     def refused(text: str) -> str | None:
-        reason = breach(ctx.prompts, act, text, question=problem.question, so_far=shown)
+        reason = ctx.breach(act, problem, shown, text)
         if reason is None and leaks(text, str(problem.answer), known):
             return "leaks_answer"  # it would teach recall instead of checking
         return reason

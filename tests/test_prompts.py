@@ -47,7 +47,8 @@ def test_every_example_keeps_the_contract_that_it_teaches(act: str) -> None:
         prompts = PROMPTS.model_copy(update={"acts": others})
         so_far = "\n".join(filter(None, (example.so_far, example.wrong, example.check)))
         assert clean(prompts, act, example.reply) == example.reply
-        assert breach(prompts, act, example.reply, question=example.question, so_far=so_far) is None
+        shown = {"question": example.question, "so_far": so_far}
+        assert breach(prompts, act, example.reply, lambda _: False, **shown) is None
 
 
 def test_a_file_replaces_only_what_it_names(tmp_path) -> None:

@@ -203,7 +203,8 @@ def test_a_tree_keeps_the_process_scores_of_its_steps(tmp_path):
 
     given = {"output_dir": tmp_path, "model_name_or_path": "m", "train_file": "t", "simulations": 2}
     cfg = load_config(SearchConfig, [f"{k}={v}" for k, v in given.items()])
-    ctx = Prompted(chat, 1.0, 9, 5, 4, seed=0, prompts=load_prompts(), contract_tries=3)
+    how = {"prompts": load_prompts(), "contract_tries": 3, "control": lambda _: False}
+    ctx = Prompted(chat, 1.0, 9, 5, 4, seed=0, **how)
     found = asyncio.run(search.grow_and_curate(Half(), cfg, ctx, Problem("p", "2 + 2?", "4")))
     (tree,) = (tmp_path / "trees").glob("*.json")
     assert {node["score"] for node in json.loads(tree.read_text())["nodes"][1:]} == {0.5}

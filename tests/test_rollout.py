@@ -87,7 +87,7 @@ LENIENT = load_prompts().model_copy(update={"acts": BARE, "refuse": {}})
 def prompted(replies, **changes):
     """A searcher, and the engine that it asks."""
     settings = {"temperature": 1.0, "max_tokens": 500, "max_depth": 15, "max_direct_sentences": 4}
-    settings |= {"prompts": LENIENT, "contract_tries": 3}
+    settings |= {"prompts": LENIENT, "contract_tries": 3, "control": lambda _: False}
     engine = Scripted(replies)
     chat = partial(engine_chat, engine, Letters())
     return Prompted(chat, **settings | {"seed": 0} | changes), engine

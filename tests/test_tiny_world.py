@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rftt.contract import best_check, breach, clean, leaks, nameable
 from rftt.engines.chat import encode_chat
+from rftt.engines.templates import holds_control_text
 from rftt.graders.math import grade
 from rftt.run.data import load_problems
 from rftt.tokens import ACTS, OPENERS, add_function_tokens, function_ids, successors
@@ -73,6 +75,7 @@ def test_a_path_keeps_to_the_grammar_and_ends_in_the_gold_answer():
 @pytest.mark.invariant
 def test_every_reply_of_this_world_keeps_its_contract():
     prompts, named = tiny.PROMPTS, 0
+    control = partial(holds_control_text, tiny.build_tokenizer(), functional=True)
     for seed, tale in enumerate(TALES):
         rng, question = Random(seed), tale.question
         right = tiny.write_path(tale, (0, tale.start), None, rng, None)
@@ -81,12 +84,14 @@ def test_every_reply_of_this_world_keeps_its_contract():
         so_far = ""
         for line in right:
             assert clean(prompts, line.act, line.text) == line.text
-            assert not breach(prompts, line.act, line.text, question=question, so_far=so_far)
+            shown = {"question": question, "so_far": so_far}
+            assert not breach(prompts, line.act, line.text, control, **shown)
             so_far = f"{so_far}\n{line.text}".strip()
         check = tiny.write_check(tale, (0, tale.start), slip)
         turn = f"Back to {tale.start}, before {tale.changes[0].verb}."
         for act, text in (("verify", check), ("refine", turn)):
-            assert not breach(prompts, act, text, question=question, so_far=wrong)
+            shown = {"question": question, "so_far": wrong}
+            assert not breach(prompts, act, text, control, **shown)
         named += best_check([check], nameable(wrong, so_far, question)) == check
     assert named > 0.9 * len(TALES)
 

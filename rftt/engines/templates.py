@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CUT = "\ufdd0"
 """A noncharacter of Unicode that marks where a control text is cut in a rendered prompt."""
-SETTINGS = re.compile(r"\{# rftt settings #\}.*?\{\{ '' \}\}", re.DOTALL)
+SETTINGS = re.compile(r"\A\{# rftt settings #\}.*?\{\{ '' \}\}", re.DOTALL)
 """Output of `with_settings`. The expression at its end keeps a line break that Jinja drops."""
 DATE_CALL = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"'\\]*)(?P=quote)\s*\)""")
 OWN_NAMES = ("messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token")
@@ -97,14 +97,15 @@ def with_date(template: str, today: date) -> str:
 
 @lru_cache(maxsize=8)
 def _control_pattern(
-    tokenizer: PreTrainedTokenizerBase, _size: int, in_responses: bool
+    tokenizer: PreTrainedTokenizerBase, _size: int, *, in_responses: bool, functional: bool
 ) -> re.Pattern[str] | None:
     """Return a pattern that matches the control tokens of a tokenizer with `_size` ids.
 
-    Control tokens are special and functional tokens. Outside of responses, all added tokens in
-    brackets, such as <think>, count as well. Longer tokens are tried first.
+    Control tokens are special and functional tokens. If `functional`, the latter count before the
+    tokenizer has them. Outside of responses, all added tokens in brackets, such as <think>, count
+    as well. Longer tokens are tried first.
     """
-    texts = set()
+    texts = set(OPENERS + CLOSERS) if functional else set[str]()
     for token in tokenizer.added_tokens_decoder.values():
         bracketed = token.content[:1] in ("<", "[") and not in_responses
         if token.content and (token.special or bracketed or token.content in OPENERS + CLOSERS):
@@ -114,12 +115,16 @@ def _control_pattern(
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
-def holds_control_text(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+def holds_control_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, functional: bool = False
+) -> bool:
     """Return whether `text` contains special or functional tokens, which no step may contain.
 
-    Other added tokens, such as <think>, are allowed, because models use them in responses.
+    Phase 1 sets `functional`, because only the warm-up adds these tokens to the tokenizer. Other
+    added tokens, such as <think>, are allowed, because models use them in responses.
     """
-    pattern = _control_pattern(tokenizer, len(tokenizer), True)
+    size = len(tokenizer)
+    pattern = _control_pattern(tokenizer, size, in_responses=True, functional=functional)
     return bool(pattern and pattern.search(text))
 
 
@@ -129,7 +134,7 @@ def apart(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages | 
     Returns None if there is nothing to cut, which is the usual case. The system prompt belongs to
     the run and may contain control tokens.
     """
-    pattern = _control_pattern(tokenizer, len(tokenizer), False)
+    pattern = _control_pattern(tokenizer, len(tokenizer), in_responses=False, functional=False)
     users = [message["content"] for message in messages if message["role"] == "user"]
     if pattern is None or not any(map(pattern.search, users)):
         return None

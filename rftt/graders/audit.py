@@ -20,7 +20,7 @@ from rftt.types import UserError
 
 # ---- Perturbed gold answers ----
 
-_PLAIN_LIST = re.compile(r"-?\d+(?:, *-?\d{1,2}|, +-?\d+)+")
+_PLAIN_LIST = re.compile(r"-?\d+(?:,(?: +-?\d+|-?\d{1,2}))+")
 _RESPELT: dict[str, Callable[[str], str]] = {  # the same answer: rejecting it is a false negative
     "spacing": lambda gold: (
         gold.replace(",", " , ") if _PLAIN_LIST.fullmatch(gold) else f" {gold} "

@@ -26,8 +26,11 @@ texts), tokens, finish and correct. `score` is the PRM's score or None. `refused
 the PRM did not score it, or None."""
 
 
-NOT_PROSE = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[A-Za-z]+|</?[a-z_]+>", re.DOTALL)
-"""Formulas, LaTeX commands and tags, whose letters do not belong to a language."""
+NOT_PROSE = re.compile(
+    r"\$[^$]*\$|\\\((?:[^\\]|\\[^()])*+\\\)|\\\[(?:[^\\]|\\[^\[\]])*+\\\]|\\[A-Za-z]+|</?[a-z_]+>"
+)
+"""Formulas, LaTeX commands and tags, whose letters do not belong to a language. A formula ends
+before the next opener, so that many openers without an end take linear time."""
 
 
 def script_ratio(text: str, scripts: Sequence[str]) -> float:

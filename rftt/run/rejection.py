@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rftt.run.config import SearchConfig
 
 
+OPENER = re.compile(rf"<({'|'.join(ACTS)})>")
 RESPONSES = ("sample", "score")
 """Methods whose raw rows are responses. The raw rows of other methods are already curated."""
 
@@ -155,8 +156,16 @@ async def score_response(prm: ProcessModel | None, problem: Row, response: Row) 
 
 def segments(text: str) -> list[tuple[str, str]]:
     """Return (act, text) of each segment of `text`, or [] if it has text outside of segments."""
-    found = re.findall(rf"<({'|'.join(ACTS)})>(.*?)</\1>", text, re.DOTALL)
-    return found if "".join(f"<{act}>{inner}</{act}>" for act, inner in found) == text else []
+    found: list[tuple[str, str]] = []
+    position = 0
+    while position < len(text):
+        opener = OPENER.match(text, position)
+        end = text.find(f"</{opener[1]}>", opener.end()) if opener else -1
+        if opener is None or end < 0:
+            return []
+        found.append((opener[1], text[opener.end() : end]))
+        position = end + len(f"</{opener[1]}>")
+    return found
 
 
 def step_texts(response: str) -> list[str]:
