@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 
-from rftt.contract import best_check, leaks, nameable
 from rftt.graders.math import grade
 from rftt.graders.prm import reduce
 from rftt.mcts import Tree
 from rftt.prompted import visible
 from rftt.prompts import sentences
 from rftt.run.config import SearchConfig
+from rftt.run.contract import best_check, leaks, nameable
 from rftt.run.files import Row
 from rftt.tokens import successors
 from rftt.types import Problem, Trace

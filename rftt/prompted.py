@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from random import Random
 
-from rftt.contract import breach, clean, fresh, leaks, trimmed
 from rftt.engines.base import Counters, Reply, Sampling
 from rftt.engines.chat import Chat
 from rftt.graders.math import extract
 from rftt.mcts import Choice, Explore, Tree, grow
 from rftt.prompts import Messages, Prompts, sentences
 from rftt.rewards import graded
+from rftt.run.contract import breach, clean, fresh, leaks, trimmed
 from rftt.tokens import FUNCTIONS, successors
 from rftt.types import Problem, Step, seed_for
 
@@ -45,7 +45,7 @@ class Prompted:
     """Refused replies by `contract_<act>_<reason>`; each problem gets a copy of its own."""
 
     def breach(self, act: str, problem: Problem, so_far: str, text: str) -> str | None:
-        """Return the reason for which `text` breaks its act's contract (contract.py), or None."""
+        """Return the reason for which `text` breaks its act's contract, or None."""
         return breach(self.prompts, act, text, self.control, problem.question, so_far)
 
 
@@ -95,6 +95,7 @@ async def _child(
 
     Refused replies are passed over, and so are long direct answers.
     """
+    step = Step("", "")
     for act in acts:
         step = await _ask_step(ctx, problem, visible(steps), act, key, len(steps))
         long = act == "direct_answer" and len(sentences(step.text)) > ctx.max_direct_sentences

@@ -1,8 +1,8 @@
 """The prompts: a bare question, and phase 1's messages for each act.
 
 In phase 1 an act is an instruction to an ordinary instruct model, shown to it on a few examples.
-The texts are in prompts.yaml, of which a user's `prompts_file` replaces any part
-(run/prompts_file.py). contract.py checks the replies.
+The texts are in prompts.yaml; run/prompts_file.py reads it and the user's `prompts_file`, which
+replaces any part of it. run/contract.py checks the replies.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from rftt.contract import best_check, breach, clean, leaks, nameable, trimmed
 from rftt.curate import repeats
 from rftt.engines.templates import apart, holds_control_text, with_date, with_settings
 from rftt.graders import audit
@@ -28,6 +27,7 @@ from rftt.graders.math import canonical, extract, grade, parse_gold
 from rftt.graders.prm import Unscored
 from rftt.prompts import sentences
 from rftt.run import columns, files, tables
+from rftt.run.contract import best_check, breach, clean, leaks, nameable, trimmed
 from rftt.run.filters import ngrams, script_ratio
 from rftt.run.prompts_file import load_prompts
 from rftt.run.rejection import segments, step_texts
@@ -148,7 +148,12 @@ def test_quadratic_work_is_found() -> None:
 
 
 READ_HERE = {
-    *("rftt/contract.py", "rftt/prompts.py", "rftt/engines/templates.py", "rftt/graders/audit.py"),
+    *(
+        "rftt/run/contract.py",
+        "rftt/prompts.py",
+        "rftt/engines/templates.py",
+        "rftt/graders/audit.py",
+    ),
     *("rftt/graders/math.py", "rftt/run/columns.py", "rftt/run/filters.py", "rftt/run/tables.py"),
     *("rftt/run/rejection.py", "tools/report.py"),
 }
@@ -157,6 +162,7 @@ READ_ELSEWHERE = {
     "rftt/graders/prm_local.py": "names of tensors in the header of a weight file",
     "rftt/run/prompts_file.py": "the user's own file, of bounded size",
     "tools/prm_serve.py": "the words of the command line",
+    "tools/audit_rows.py": "the user's own rows of phase 1",
 }
 
 

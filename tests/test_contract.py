@@ -7,9 +7,18 @@ from random import Random
 
 import pytest
 
-from rftt import contract
-from rftt.contract import CALCULATION, best_check, breach, clean, fresh, leaks, nameable, trimmed
 from rftt.engines.templates import holds_control_text
+from rftt.run import contract
+from rftt.run.contract import (
+    CALCULATION,
+    best_check,
+    breach,
+    clean,
+    fresh,
+    leaks,
+    nameable,
+    trimmed,
+)
 from rftt.run.prompts_file import load_prompts
 from rftt.tokens import ACTS
 from tools.tiny_world import build_tokenizer

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rftt.contract import leaks, mentions
 from rftt.curate import follows_grammar, repeats
 from rftt.run.cli import load_function
 from rftt.run.config import SearchConfig, load_config
+from rftt.run.contract import leaks, mentions
 from rftt.run.filters import FILTERS, ngrams, script_ratio, select, similarity
 from rftt.types import UserError
 

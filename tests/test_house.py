@@ -59,7 +59,7 @@ def inside(name: str, *rooms: str) -> bool:
 
 LAYERS = (
     ("types", "tokens", "prompts", "run.files"),
-    ("mcts", "rl", "batch", "contract", "graders", "engines"),
+    ("mcts", "rl", "batch", "run.contract", "graders", "engines"),
     ("prompted", "curate", "rollout", "beam", "rewards", "update", "learner", "run"),
 )
 """Rooms of rftt/, each of which may import its own layer and those before; the longest name counts.
@@ -242,7 +242,7 @@ except SystemExit as stopped:
 # ---- The method is read in one sitting ----
 
 METHOD = (
-    *("types", "tokens", "prompts", "mcts", "contract", "prompted", "curate"),
+    *("types", "tokens", "prompts", "mcts", "prompted", "curate"),
     *("rollout", "rewards", "rl", "batch", "update", "beam"),
 )
 """The flat files of rftt/, in reading order."""

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from rftt import tokens
-from rftt.contract import breach, clean
 from rftt.prompts import HOLES
 from rftt.run import prompts_file
+from rftt.run.contract import breach, clean
 from rftt.run.prompts_file import DEFAULT, load_prompts
 from rftt.tokens import ACTS, Function
 from rftt.types import UserError

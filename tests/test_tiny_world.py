@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rftt.contract import best_check, breach, clean, leaks, nameable
 from rftt.engines.chat import encode_chat
 from rftt.engines.templates import holds_control_text
 from rftt.graders.math import grade
+from rftt.run.contract import best_check, breach, clean, leaks, nameable
 from rftt.run.data import load_problems
 from rftt.tokens import ACTS, OPENERS, add_function_tokens, function_ids, successors
 from rftt.types import UserError

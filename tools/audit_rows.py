@@ -5,8 +5,8 @@ r"""Audit the training rows that search.py writes in phase 1, before a model lea
 Print, per act and kind of row, numbers, lengths, repeated texts and refusals, then what each rule
 finds, and rows to read. The exit code is 1 if a share exceeds its bound, with a line per bound.
 
-The rules do not import contract.py, which decides what becomes a step: they are written anew from
-what a row must be, so that the audit checks the contract. Only the texts of the prompts and the
+The rules do not import run/contract.py, which decides what becomes a step: they are written anew
+from what a row must be, so that the audit checks the contract. Only the texts of the prompts and the
 grader are the same.
 """
 
