@@ -6,8 +6,8 @@ Print, per act and kind of row, numbers, lengths, repeated texts and refusals, t
 finds, and rows to read. The exit code is 1 if a share exceeds its bound, with a line per bound.
 
 The rules do not import run/contract.py, which decides what becomes a step: they are written anew
-from what a row must be, so that the audit checks the contract. Only the texts of the prompts and the
-grader are the same.
+from what a row must be, so that the audit checks the contract. Only the texts of the prompts and
+the grader are the same.
 """
 
 from __future__ import annotations

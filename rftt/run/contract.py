@@ -213,13 +213,15 @@ def nameable(wrong: str, correct: str, known: str) -> set[str]:
     """Return the numbers and calculations that only the wrong steps contain.
 
     >>> sorted(nameable("48 + 30 = 78 rolls", "48 - 30 = 18 rolls", "30 of 48 rolls"))
-    ['48+30=78', '78']
+    ['48+30', '48+30=78', '78']
     """
     return _things(wrong) - _things(correct) - _things(known)
 
 
 def _things(text: str) -> set[str]:
+    """Return the numbers and calculations of a text, these with and without their results."""
     calculations = {re.sub(r"[\s$]", "", found) for found in CALCULATION.findall(text)}
+    calculations |= {found.split("=")[0] for found in calculations}
     return {thing.strip(".,") for thing in calculations | set(NUMBER.findall(text))}
 
 
