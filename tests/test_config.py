@@ -200,7 +200,7 @@ def test_plain_yaml_scalars_of_a_text_field_are_text(tmp_path: Path) -> None:
         ("top_p=0.9", "top_p=0.9 biases the policy ratio; set top_p: 1.0"),
         ("kl_target=0.1 kl_coef=0", "kl_target needs a kl_coef above 0"),
         ("output_dir=", "`output_dir` is not set"),
-        ("engine=api", "only search.py supports it"),
+        ("engine=api", "only search.py supports it. Set engine=hf."),
         (
             "nowhere.yaml",
             "nowhere.yaml does not exist; check the path, or write settings",

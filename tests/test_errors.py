@@ -211,7 +211,10 @@ def test_an_engine_out_of_step_is_named(
     monkeypatch.setattr(
         train_rl, "full_weights", lambda model: (w for w in whole(model) if w[0] != lost)
     )
-    assert f"load_weights: {lost} never came, so the engine keeps old weights" in fails("train_rl")
+    assert (
+        f"load_weights: the learner did not send {lost}, so the engine keeps old weights"
+        in fails("train_rl")
+    )
 
 
 def test_a_step_from_which_nothing_can_be_learnt_is_told(world: Path, tmp_path: Path) -> None:

@@ -157,12 +157,15 @@ class HFEngine:
                 )
             parameter.data.copy_(tensor)
             if checksum(parameter.data) != checksum(tensor.to(parameter.data)):
-                raise UserError(f"load_weights: {name} differs from the learner's after the copy.")
+                raise UserError(
+                    f"load_weights: {name} differs from the learner's after the copy; test the "
+                    "memory of this machine, then start the command again."
+                )
             missing.pop(id(parameter), None)
         if missing:
             raise UserError(
-                f"load_weights: {', '.join(sorted(missing.values()))} never came, so the engine "
-                "keeps old weights; use one model_name_or_path for engine and learner."
+                f"load_weights: the learner did not send {', '.join(sorted(missing.values()))}, "
+                "so the engine keeps old weights; use one model_name_or_path for both."
             )
         return sum(map(checksum, self.model.parameters()))
 

@@ -201,7 +201,10 @@ def open_model(
                 ignore_mismatched_sizes=check,
             )
     except BROKEN as error:
-        raise UserError(f"no model at {path!r}: {first_line(error)}") from error
+        raise UserError(
+            f"no model at {path!r}: {first_line(error)}; check model_name_or_path and "
+            "the files there."
+        ) from error
     if check:
         _check_weights(path, info, extra)
     return model.eval()

@@ -171,8 +171,8 @@ class VLLMEngine:
         own: dict[str, Tensor] = self._apply(lambda model: dict(model.named_parameters()))
         if missing := set(own) - loaded:
             raise UserError(
-                f"load_weights: {', '.join(sorted(missing))} never came, so the engine keeps old "
-                "weights; set engine=hf."
+                f"load_weights: the learner did not send {', '.join(sorted(missing))}, so the "
+                "engine keeps old weights; set engine=hf."
             )
         stored = sum(map(checksum, own.values()))
         if abs(stored - came[0]) > 1e-9 * stored:

@@ -111,7 +111,7 @@ class Common:
     """Settings that every script has."""
 
     output_dir: Runtime[LocalPath]
-    """Run directory; everything the script writes is below it."""
+    """Run directory. The script writes only below it."""
     overwrite_output_dir: Runtime[bool] = False
     """Delete the checkpoints and journals in output_dir at every start of the script. Otherwise a
     journal made from other problems, prompts or weights is an error."""
@@ -687,7 +687,9 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
 
 def _require_ids(cfg: EngineKeys) -> None:
     if cfg.engine == "api":
-        raise UserError("engine=api returns text, not token ids; only search.py supports it.")
+        raise UserError(
+            "engine=api returns text, not token ids; only search.py supports it. Set engine=hf."
+        )
 
 
 def _nearest_divisors(n: int, wanted: int) -> list[int]:
