@@ -157,12 +157,19 @@ def test_only_what_the_wrong_steps_alone_contain_can_be_named() -> None:
 def test_the_best_check_quotes_the_mistake_first() -> None:
     mistakes = nameable("19 * 2 = 38, 38 - 3 = 35", "19 * 3 = 57, 57 - 3 = 54", QUESTION)
     blind = "Wait, I wrote 19 * 3 = 57, but it is more."
-    late = "Wait, I wrote 19 * 3 = 57, but then 38 - 3 = 35 and 19 * 2 = 38 are not."
-    good = "Wait, I wrote 19 * 2 = 38, but she triples them."
+    late = "Wait, I wrote 19 * 3 = 57, but then 19 * 2 = 38 is wrong."
+    good = "Wait, I wrote 19 * 2 = 38, but she triples them, so there are more than that."
     assert best_check([blind], mistakes) is None
     assert best_check([blind, late], mistakes) == late
     assert best_check([late, f"{good} Really.", good, blind], mistakes) == good
     assert best_check([], mistakes) is None
+
+
+def test_a_check_that_makes_the_mistake_again_explains_nothing() -> None:
+    mistakes = nameable("43 - 44 = 9 problems left", "43 + 12 = 55, 55 - 44 = 11", "43, 12, 44")
+    again = "Wait, I wrote 43 - 44, but she has done 44, so 43 - 44 = 9 are left."
+    assert best_check([again], mistakes) is None
+    assert best_check([again, "Wait, I wrote 43 - 44 = 9, but 12 more are given."], mistakes)
 
 
 def test_a_reply_is_cut_where_it_breaks_its_contract() -> None:

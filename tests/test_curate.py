@@ -109,9 +109,9 @@ def test_verification_sees_both_continuations_of_the_shared_prefix():
 
 
 def test_of_several_checks_the_one_that_quotes_the_mistake_is_taken():
-    checks = ("I see 57 and 3.", "It is not 55.", "I wrote 58, then 55, but why?", "Not 58, not 55")
+    checks = ("I see 57 and 3.", "57 is right, not 55.", "I wrote 58, then 55, but why?", "Not 58.")
     rows, _ = asyncio.run(curate(build(RIGHT, WRONG), PROBLEM, says(verify=checks), RULES))
-    assert rows[0]["steps"][2]["text"] == "Not 58, not 55"
+    assert rows[0]["steps"][2]["text"] == "Not 58."
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ RUN = 8
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 CALCULATION = re.compile(r"(?<![\d.,])[.,]*+\d[\d.,]*+(?:\s*+[-+*/×÷=]\s*+\$?\d[\d.,]*+)+")
 """Numbers joined by signs. It reads each number once, so that long digits take linear time."""
+QUOTED = re.compile(f"{CALCULATION.pattern}|{NUMBER.pattern}")
 MAX_TRIMMED = 4
 """Sentences of the longest beginning of a refused reply that may be kept."""
 
@@ -226,16 +227,24 @@ def _things(text: str) -> set[str]:
 
 
 def best_check(checks: Sequence[str], mistakes: set[str]) -> str | None:
-    """Return the check that names a mistake first and most, the shortest of equals.
+    """Return the shortest check that names a mistake, best as the first that it quotes.
 
     None if no check names one: a model that compares a wrong with a right solution often finds
-    fault with what both contain.
+    fault with what both contain. A check that goes on with another mistake explains nothing.
     """
+    named = [check for check in checks if _names_one(check, mistakes)]
 
-    def rank(check: str) -> tuple[bool, int, int]:
+    def rank(check: str) -> tuple[bool, int]:
         quoted = CALCULATION.search(check)
-        first = _things(quoted[0]) if quoted else set[str]()
-        return bool(first & mistakes), len(_things(check) & mistakes), -len(check)
+        return bool(quoted and _things(quoted[0]) & mistakes), -len(check)
 
-    named = [check for check in checks if _things(check) & mistakes]
     return max(named, key=rank, default=None)
+
+
+def _names_one(check: str, mistakes: set[str]) -> bool:
+    """Return whether a mistake is quoted and none is calculated in the reason that follows."""
+    for quoted in QUOTED.finditer(check):
+        if _things(quoted[0]) & mistakes:
+            calculated = " ".join(CALCULATION.findall(check[quoted.end() :]))
+            return not _things(calculated) & mistakes
+    return False
