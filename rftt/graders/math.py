@@ -261,7 +261,7 @@ class Equation:
     """An equation, which may state the value of a name."""
 
     value: Value | None
-    """The side opposite a name: x = 5 has the value 5."""
+    """The side opposite a name: x = 5 has the value 5. So has 2 + 3 = 5, which is true."""
     difference: Number | None
     """Right side minus left side, relative to the first point: 2x = 2y is the equation x = y."""
 
@@ -626,6 +626,9 @@ class Evaluator:
             value = sides[0]
         if not all(map(_is_number, sides)):
             return Equation(value, None)
+        last = sides[-1]
+        if value is None and all(abs(side - last) <= abs(last) * TOLERANCE for side in sides):
+            return Equation(last, None)  # 24 + 40 = 64 is a calculation of 64
         difference = sides[-1] - sides[0]
         return Equation(value, difference / self.scales.setdefault(id(cell), difference))
 
