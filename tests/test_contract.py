@@ -151,6 +151,7 @@ def test_only_what_the_wrong_steps_alone_contain_can_be_named() -> None:
     }
     assert nameable("She has 57 pens.", right, QUESTION) == set()
     assert nameable("She has 57 - 3 pens.", right, QUESTION) == set()  # its result is not given
+    assert nameable("7 * 9 = 63 cans", r"7 \times 9 = \boxed{63}", "") == set()
     assert nameable("She has 1,200 pens.", right, QUESTION) == {"1,200"}
 
 

@@ -221,6 +221,7 @@ def nameable(wrong: str, correct: str, known: str) -> set[str]:
 
 def _things(text: str) -> set[str]:
     """Return the numbers and calculations of a text, these with and without their results."""
+    text = text.replace("\\boxed{", "").replace("\\times", "*")
     calculations = {re.sub(r"[\s$]", "", found) for found in CALCULATION.findall(text)}
     calculations |= {found.split("=")[0] for found in calculations}
     return {thing.strip(".,") for thing in calculations | set(NUMBER.findall(text))}
