@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rftt.engines.chat import encode_chat
 from rftt.engines.templates import holds_control_text
 from rftt.graders.math import grade
+from rftt.prompts import question_messages
 from rftt.run.contract import best_check, breach, clean, leaks, nameable
 from rftt.run.data import load_problems
 from rftt.tokens import ACTS, OPENERS, add_function_tokens, function_ids, successors
@@ -135,6 +136,17 @@ def test_terse_acts_name_results_and_the_others_spell_them_out():
     }
     assert tiny.write_check(tale, begin, (0, 1)) == "19*3=57, not 58."
     assert tiny.write_check(tale, begin, (1, 1)) == "19*3=57, 57-3 is not 55."
+
+
+def test_the_base_reads_problems_where_a_bare_question_has_them(tokenizer):
+    """Else the warm-up starts from a model that cannot follow a bare question (docs/log.md)."""
+    rng, found = Random(0), 0
+    pairs = [tiny.make_pair(rng, set()) for _ in range(400)]
+    for messages in (pair.messages for pair in pairs if len(pair.messages) == 1):
+        question, heading, _ = messages[0]["content"].partition(tiny.SO_FAR)
+        bare = encode_chat(tokenizer, question_messages(question))
+        found += heading != "" and encode_chat(tokenizer, messages)[: len(bare) - 1] == bare[:-1]
+    assert 0.1 < found / len(pairs) < 0.35
 
 
 # ---- Tokenizer ----

@@ -208,11 +208,16 @@ def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
 
 # ---- (prompt, reply) pairs ----
 
-PAIRS = {"act": 68, "plain": 2, "verify": 12, "refine": 4, "output": 3, "guard": 7}
-"""Shares of the kinds of training examples."""
+PAIRS = {"act": 48, "bare": 20, "plain": 2, "verify": 12, "refine": 4, "output": 3, "guard": 7}
+"""Shares of the kinds of training examples.
+
+`bare` asks for an act without role, examples and label. The question is then where a bare question
+has it, so that the warm-up starts from a model that can read one (docs/log.md).
+"""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
 PROMPTS = load_prompts(str(Path(__file__).parents[1] / "data/tiny/prompts.yaml"))
-SO_FAR = PROMPTS.templates["act"].split("{question}")[1].split("{so_far}")[0]
+LABEL, AFTER = PROMPTS.templates["act"].split("{question}")
+SO_FAR = AFTER.split("{so_far}")[0]
 """Heading of the solution so far."""
 IGNORED, BATCH = -100, 24  # label of tokens without loss, and pairs per optimizer step
 
@@ -244,9 +249,12 @@ def make_pair(rng: Random, seen: set[str]) -> Pair:
         return Pair(PROMPTS.ask("output", question, text_of(path)), reply, sound)
     (cut,) = rng.choices(range(len(path)), [SHARES[line.act] for line in path])
     done, line = path[:cut], path[cut]
-    if kind == "act":
+    if kind in ("act", "bare"):
         line = write_line(line.act, tale, line.begin)
-        return Pair(PROMPTS.ask(line.act, question, text_of(done)), line.text, sound)
+        messages = PROMPTS.ask(line.act, question, text_of(done))
+        if kind == "bare":  # the last message alone
+            messages = question_messages(messages[-1]["content"].removeprefix(LABEL))
+        return Pair(messages, line.text, sound)
     if line.begin[0] == len(tale.changes):
         done, line = [], path[0]
     act = done[-1].act if done else None
