@@ -93,7 +93,8 @@ READERS: dict[str, Callable[[str], Any]] = {
     "JSON lines": lambda text: files.parse_lines(text, "a.jsonl"),
     "CSV": lambda text: list(tables._read_csv(text, "a.csv", ",")),
     "PRM server": lambda text: parse(json.dumps({"input": text}).encode(), LENGTH),
-    "report": lambda text: report.sample_lines({"response": text}),
+    "report": lambda text: (report.sample_lines({"response": text}), report.inert(text)),
+    "terminal": lambda text: (files.printable(text), files.one_line(text)),
 }
 UNITS = (
     *(" ", "\n", "7", "1,", "1+1=", "{", "}", "<", "[", "(", "\\(", "\\[", "$", '"', "`", "\\"),
@@ -155,7 +156,7 @@ READ_HERE = {
         "rftt/graders/audit.py",
     ),
     *("rftt/graders/math.py", "rftt/run/columns.py", "rftt/run/filters.py", "rftt/run/tables.py"),
-    *("rftt/run/rejection.py", "tools/report.py"),
+    *("rftt/run/rejection.py", "rftt/run/files.py", "tools/report.py"),
 }
 READ_ELSEWHERE = {
     "rftt/graders/latex.py": "tests/test_math.py feeds each of its patterns",

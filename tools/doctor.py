@@ -28,7 +28,7 @@ from rftt.engines.chat import encode_chat, eos_id, open_tokenizer, reply_ends
 from rftt.engines.vocabulary import check_free
 from rftt.graders.math import grade
 from rftt.prompts import question_messages
-from rftt.run.cli import cli
+from rftt.run.cli import cli, recorded_config
 from rftt.run.config import (
     EvalConfig,
     RLConfig,
@@ -39,7 +39,7 @@ from rftt.run.config import (
     specs,
 )
 from rftt.run.data import lengths_of, load_problems, read_rows
-from rftt.run.files import read_jsonl, write_json
+from rftt.run.files import one_line, read_jsonl, write_json
 from rftt.run.log import say
 from rftt.run.precision import computes_in_bfloat16
 from rftt.run.tables import read_table
@@ -175,7 +175,6 @@ def delimiters(cfg: Config) -> Finding:
 
 def prompts(cfg: Config) -> Finding:
     """Check for a doubled BOS, and that prompts have the same ids as in the training before."""
-    import yaml
 
     def ids(own: Config) -> list[int]:
         return encode_chat(open_tokenizer(own), question_messages("1+1?", own.system_prompt))
@@ -184,7 +183,7 @@ def prompts(cfg: Config) -> Finding:
     run = Path(cfg.model_name_or_path).parent  # of train_sft.py, whose hf/ this may be
     if not (run / "config.yaml").is_file():
         return Finding(f"{len(ours)} ids around a short question, no doubled BOS")
-    before = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    before = recorded_config(run / "config.yaml")
     model, system_prompt = before.get("model_name_or_path"), before.get("system_prompt")
     at_hand = model if model and Path(model).is_dir() else cfg.model_name_or_path
     keys = ("chat_template", "template_date")
@@ -257,8 +256,9 @@ def one_step(cfg: Config) -> Finding:
         command = [sys.executable, str(ROOT / script), f"{folder}/small.yaml"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            said = " ".join(done.stderr[-300:].split())
-            raise UserError(f"{script} exits with {done.returncode}: {said}")
+            raise UserError(
+                f"{script} exits with {done.returncode}: {one_line(done.stderr[-300:], 300)}"
+            )
         metrics = Path(folder, "metrics.jsonl")
         row = read_jsonl(metrics)[-1][1] if metrics.exists() and metrics.stat().st_size else {}
     figures = {key: row[key] for key in FIGURES if key in row}
@@ -337,7 +337,7 @@ def main(cfg: Config) -> None:
         try:
             found, level = check(cfg)
         except (UserError, OSError, ValueError) as error:  # transformers raises the last two
-            found, level = " ".join(str(error).split()), "fail"
+            found, level = one_line(error, 1000), "fail"
         failed |= level == "fail"
         if level == "fail" and found in failures:
             continue  # several checks open the tokenizer

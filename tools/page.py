@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from rftt.run.files import Row
 from rftt.tokens import ACTS
-from tools.run_folder import Run
+from tools.run_folder import Run, read_json
 
 TEMPLATES = Path(__file__).parent
 N_TREES = 40
@@ -64,7 +64,7 @@ def write_tree_pages(run: Run) -> list[Path]:
             by_tree.setdefault(row.get("tree", ""), []).append(row)
     pages = []
     for path in sorted(run.path.glob("trees/**/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         name = path.relative_to(run.path).as_posix()
         page = path.with_suffix(".html")
         page.write_text(filled("tree.html", record | {"rows": by_tree.get(name, [])}), "utf-8")

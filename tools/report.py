@@ -15,11 +15,12 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.run.files import Row
+from rftt.run.files import Row, one_line, printable
 from rftt.run.log import number, say
 from rftt.tokens import ACTS
 from rftt.types import UserError
@@ -39,7 +40,7 @@ def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
     """Write `out`/report.html, report.md and plots/*.png. Return the path of report.md."""
     runs = [read_run(name, path) for name, path in run_dirs.items()]
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    lines = [f"# {', '.join(run_dirs)}", ""]
+    lines = [f"# {inert(', '.join(run_dirs))}", ""]
     figures = {name: draw_curves(runs, panels) for name, panels in CURVES.items()}
     for name, figure in (figures | {"acts": draw_acts(runs), "search": draw_search(runs)}).items():
         if figure is not None:
@@ -48,9 +49,9 @@ def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
     for title, cells_of in TABLES.items():
         lines += markdown_table(title, {run.name: cells_of(run) for run in runs})
     for run in runs:
-        lines += [f"## Last rollouts of {run.name}", ""] if run.samples else []
+        lines += [f"## Last rollouts of {inert(run.name)}", ""] if run.samples else []
         lines += [line for row in run.samples[:N_SAMPLES] for line in sample_lines(row)]
-    lines += ["## Left out", "", *(f"- {run.name}: {missing(run)}" for run in runs)]
+    lines += ["## Left out", "", *(f"- {inert(run.name)}: {missing(run)}" for run in runs)]
     report = out / "report.md"
     report.write_text("\n".join(lines) + "\n", encoding="utf-8")
     write_page(runs, out, n_samples=N_SAMPLES)
@@ -114,15 +115,26 @@ def markdown_table(title: str, cells: Mapping[str, dict[str, str]]) -> list[str]
         return []
     rows = [["run", *columns], ["---"] * (len(columns) + 1)]
     rows += [[name, *(row.get(c, "") for c in columns)] for name, row in cells.items() if row]
-    lines = ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(inert, row)) + " |" for row in rows]
     return [f"## {title}", "", *lines, ""]
+
+
+def inert(text: str) -> str:
+    """Return a foreign text, such as a level, in one line that is neither markup nor a link."""
+    safe = escape(one_line(text, 1000), quote=False).replace("](", "]\\(")
+    return safe.replace("|", "\\|").replace("`", "\\`")
+
+
+def label_of(text: str) -> str:
+    """Return a foreign text as the label of a plot, in which a dollar sign starts no formula."""
+    return one_line(text).replace("$", "\\$")
 
 
 def sample_lines(row: Row) -> list[str]:
     """Format a rollout: figures in a line, texts fenced so that model output is never markup."""
     figures = [f"{key} {number(x)}" for key, x in row.items() if isinstance(x, int | float)]
     lists = {key: ", ".join(map(str, x)) for key, x in row.items() if isinstance(x, list)}
-    texts = [f"{key}: {x}" for key, x in (row | lists).items() if isinstance(x, str)]
+    texts = [printable(f"{key}: {x}") for key, x in (row | lists).items() if isinstance(x, str)]
     longest = max((len(run) for text in texts for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [", ".join(figures), "", f"{fence}text", *texts, fence, ""]
@@ -159,7 +171,9 @@ def draw_curves(runs: Sequence[Run], panels: Sequence[Panel]) -> Figure | None:
                 steps, values = run.series(key)
                 if steps:
                     label = run.name if key == keys[0] else f"{run.name}, {key}"
-                    ax.plot(steps, values, style, color=f"C{i}", lw=1.4, ms=3, label=label)
+                    ax.plot(
+                        steps, values, style, color=f"C{i}", lw=1.4, ms=3, label=label_of(label)
+                    )
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.legend(frameon=False, fontsize=8)
     return figure
@@ -177,7 +191,9 @@ def draw_acts(runs: Sequence[Run]) -> Figure | None:
         shares = [[row.get(key) or 0.0 for row in rows] for key in keys]
         colors = [f"C{i}" for i in range(len(ACTS))]
         ax.stackplot([row["step"] for row in rows], shares, labels=ACTS, colors=colors)
-        ax.set(title=f"Acts of {name}", xlabel="step", ylabel="share of steps", ylim=(0, 1))
+        ax.set(
+            title=f"Acts of {label_of(name)}", xlabel="step", ylabel="share of steps", ylim=(0, 1)
+        )
         ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
     return figure
 
@@ -201,11 +217,11 @@ def draw_search(runs: Sequence[Run]) -> Figure | None:
             )
             x = tokens if ax is right else [n for n, _ in points]
             label = run.name if kind == "search" else f"{run.name}, {kind}"
-            ax.plot(x, mean, style, color=color, label=label)
+            ax.plot(x, mean, style, color=color, label=label_of(label))
             ax.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
         if run.summary.get("greedy"):
             greedy = run.summary["greedy"]["mean"]
-            left.axhline(greedy, color=color, ls=":", label=f"{run.name}, greedy")
+            left.axhline(greedy, color=color, ls=":", label=label_of(f"{run.name}, greedy"))
     left.set(title="Search at inference", xlabel="simulations", ylabel="accuracy")
     right.set(title="Search and plain majority", xlabel="generated tokens per problem")
     for ax in (left, right):
@@ -231,5 +247,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error, 1000)}\n")
         raise SystemExit(2) from None

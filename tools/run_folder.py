@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rftt.run.files import Row
+from rftt.run.files import Row, decode_text, parse_json, parse_lines, read_bytes
 from rftt.types import UserError
 
 Panel = tuple[str, str, tuple[str, ...]]
@@ -68,13 +67,21 @@ def read_run(name: str, path: Path) -> Run:
 
 def whole_rows(path: Path) -> list[Row]:
     """Return the rows of a file that may be in use: an unfinished last line is ignored."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    text = decode_text(read_bytes(path), path) if path.is_file() else ""
+    return [row for _, row in parse_lines(text[: text.rfind("\n") + 1], path)]
 
 
 def read_json(path: Path) -> Row:
-    """Return the value of a JSON file, or {} if the file does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return a JSON object, or {} if the file does not exist. Raises UserError if it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        value = parse_json(decode_text(read_bytes(path), path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore or remove it.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must contain a JSON object; restore or remove it.")
+    return value
 
 
 def missing(run: Run) -> str:

@@ -29,6 +29,7 @@ from rftt.engines.vocabulary import (
     end_ids,
 )
 from rftt.prompts import Messages, question_messages
+from rftt.run.files import one_line
 from rftt.types import UserError
 
 if TYPE_CHECKING:
@@ -55,13 +56,13 @@ def load_tokenizer(
     except (OSError, ValueError) as error:
         raise UserError(
             f"model_name_or_path must be a folder with a tokenizer or a reachable hub name, got "
-            f"{path!r} ({str(error).splitlines()[0]})."
+            f"{path!r} ({one_line(error)})."
         ) from error
     except Exception as error:
         if type(error) is Exception:  # tokenizers raises nothing narrower for a file it cannot read
             raise UserError(
                 f"the tokenizer.json of {path} was written by another version of tokenizers "
-                f"({str(error)[:100]}); install that version, or save the tokenizer again."
+                f"({one_line(error, 100)}); install that version, or save the tokenizer again."
             ) from error
         raise
     if chat:
@@ -104,10 +105,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         cure = "set system_prompt: null" if "system" in roles else "set chat_template to another"
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} must accept the roles {roles} "
-            f"({reason}); {cure}."
+            f"({one_line(error)}); {cure}."
         ) from error
     bos = tokenizer.bos_token_id
     if bos is not None and list(ids[:2]) == [bos, bos]:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from rftt.run.files import one_line
 from rftt.types import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ BROKEN = (
 def check_files(path: str, *, trust_remote_code: bool = False, quantized: bool = False) -> None:
     """Raise UserError if a model folder or hub id holds what no code here reads.
 
-    Adapters beside weights are not applied. Quantised weights are refused unless `quantized`.
+    Pickles are not read. Adapters beside weights are not applied. Quantised weights are refused
+    unless `quantized`.
     """
     config = open_config(path, trust_remote_code=trust_remote_code)
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
@@ -49,9 +51,14 @@ def check_files(path: str, *, trust_remote_code: bool = False, quantized: bool =
                 f"{path} holds an adapter ({name}) that is not applied; merge it into the weights "
                 "(peft: merge_and_unload, save_pretrained) or move the adapter files away."
             )
-    for file in sorted(Path(path).glob("*")) if Path(path).is_dir() else ():
-        if file.suffix in (".safetensors", ".bin"):
-            _check_weight_file(file)
+    for file in sorted(Path(path).glob("*.safetensors")):
+        _check_weight_file(file)
+    pickles = sorted(Path(path).glob("*.bin"))
+    if pickles and not any(Path(path).glob("*.safetensors")):
+        raise UserError(
+            f"{pickles[0]} is a pickle, which is never read, because it can run code; convert the "
+            "weights to safetensors (transformers: save_pretrained)."
+        )
     method = getattr(config, "quantization_config", None)
     if method and not quantized:
         kind = method.get("quant_method") if isinstance(method, dict) else type(method).__name__
@@ -67,7 +74,7 @@ def open_config(path: str, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except BROKEN as error:
         raise UserError(
-            f"no model at {path!r}: {first_line(error)}; set model_name_or_path to a Hugging Face "
+            f"no model at {path!r}: {one_line(error)}; set model_name_or_path to a Hugging Face "
             "folder or hub name."
         ) from error
 
@@ -79,8 +86,6 @@ def _check_weight_file(file: Path) -> None:
             raise UserError(
                 f"{file} is a git-lfs pointer and not the weights; run `git lfs pull` there."
             )
-        if file.suffix != ".safetensors":
-            return
         size, n_header = file.stat().st_size, int.from_bytes(head[:8], "little")
         opened.seek(8)
         whole = 8 + n_header <= size
@@ -117,7 +122,7 @@ def check_savable(path: str) -> None:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.startswith("-")]
         raise UserError(
             f"transformers refuses to save {path}/generation_config.json "
-            f"({(lines or [first_line(error)])[0]}); set do_sample: true in that file, or remove "
+            f"({(lines or [one_line(error)])[0]}); set do_sample: true in that file, or remove "
             "these settings."
         ) from error
 
@@ -198,12 +203,13 @@ def open_model(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                use_safetensors=True,  # a .bin file is a pickle
                 ignore_mismatched_sizes=check,
             )
     except BROKEN as error:
         raise UserError(
-            f"no model at {path!r}: {first_line(error)}; check model_name_or_path and "
-            "the files there."
+            f"no model at {path!r}: {one_line(error)}; check model_name_or_path and the files "
+            "there."
         ) from error
     if check:
         _check_weights(path, info, extra)
@@ -374,7 +380,7 @@ def check_same(
     except BROKEN as error:
         raise UserError(
             f"{name} ({model.config.model_type}) is not supported by the {place}: "
-            f"{type(error).__name__}: {first_line(error)}; {cure}."
+            f"{type(error).__name__}: {one_line(error)}; {cure}."
         ) from error
     difference = float((ours.float() - own.float()).abs().max())
     if not difference <= LIMIT:  # a NaN is a difference
@@ -393,8 +399,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, at most 200 characters."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rftt.engines.base import Counters, Sampling, check_request, checksum
 from rftt.engines.loop import StepLoop
+from rftt.run.files import one_line
 from rftt.types import Completion, UserError
 
 ENVIRONMENT = {
@@ -78,7 +79,7 @@ class VLLMEngine:
                     **self._platform_arguments(cfg),
                 )
         except ValueError as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error, 1000)
             raise UserError(f"vLLM cannot open {model_path}: {reason}; set engine=hf.") from error
         if not self._gpu:
             self._check_heads(model_path)

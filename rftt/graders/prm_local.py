@@ -259,7 +259,7 @@ def read_head(path: str) -> Head:
     """Return the layers of a PRM's head, in order. A plain language model has none."""
     from huggingface_hub import snapshot_download
 
-    kept = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
+    kept = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     folder = (
         Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=kept))
     )

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 
 from rftt.batch import Batch
 from rftt.learner.prefix_tree import tree_microbatches
+from rftt.run.files import one_line
 from rftt.types import UserError
 
 TIMEOUT = timedelta(hours=4)
@@ -157,7 +158,7 @@ def _meet_others() -> tuple[Any, int, int]:
             store.set_timeout(TIMEOUT)
             met.append((store, rank, size))
         except (RuntimeError, ValueError) as error:  # DistStoreError, or an invalid port
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error, 120)
 
     if os.environ["RANK"] == "0" or _answers(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]):
         thread = Thread(target=meet, daemon=True)

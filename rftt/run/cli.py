@@ -5,47 +5,58 @@ config.py reads the configuration. torch is imported only after the configuratio
 
 from __future__ import annotations
 
+import errno
 import importlib
 import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rftt.run.config import RUNTIME_KEYS, describe, load_config
+from rftt.run.config import RUNTIME_KEYS, describe, load_config, typed_yaml
+from rftt.run.files import decode_text, one_line, read_bytes
 from rftt.types import Problem, UserError
 
 C = TypeVar("C")
 
 OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory")
 """Parts of torch's messages. Its exception types are not used, because torch is not imported."""
-STOPPED = 128 + signal.SIGTERM
-"""Exit code of a script that SIGTERM has stopped. It continues when it is started again."""
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+"""Exit codes of a script that was stopped. It continues when it is started again."""
+DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "the disk is full; free space"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "use a writable output_dir"),
+    errno.EIO: "the disk has a fault; use another output_dir",
+}
+"""Errors of a file system -> what to do."""
 
 
 def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None = None) -> None:
     """Run a script. `--help` lists the fields. A UserError becomes one line and exit code 2.
 
-    The same holds for a lack of memory. SIGTERM ends the script at once, unless it has called
-    `stop_on_sigterm`. Work that is in a journal is not lost.
+    The same holds for a lack of memory and for a disk that is full or read-only. SIGTERM and Ctrl-C
+    end the script at once, unless it has called `stop_on_signals`. Work in a journal is not lost.
     """
     # Set before torch and transformers are imported: no progress bars for files, no NUMA notes.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(describe(schema))
+        from rftt.run.log import say
+
+        say(describe(schema).rstrip("\n"))
         raise SystemExit(0 if argv else 2)
     asked = threading.Event()
 
     def exit_now(_signal: int, _frame: object) -> None:
         asked.set()
-        raise SystemExit(STOPPED)
+        raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, exit_now)
     try:
@@ -58,30 +69,71 @@ def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None =
             config = settle_date(config)
         main(config)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _complain(str(error))
         raise SystemExit(2) from None
     except BaseException as error:
-        if asked.is_set():  # libraries wrap what a handler raises (torch's CheckpointException)
-            raise SystemExit(STOPPED) from None
+        causes = list(_causes(error))  # libraries wrap errors (torch's CheckpointException)
+        if asked.is_set():
+            raise SystemExit(TERMINATED) from None
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            _complain("interrupted; start the same command again to continue.")
+            raise SystemExit(INTERRUPTED) from None
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-            reason = " ".join(str(error).split())[:200]
-            sys.stderr.write(
-                "error: not enough memory; set gradient_checkpointing: true, fsdp_cpu_offload: "
-                "true, a smaller max_tokens_per_microbatch or a smaller max_num_seqs. "
-                f"tools/doctor.py prints an estimate ({reason}).\n"
+            _complain(
+                "not enough memory; set gradient_checkpointing: true, fsdp_cpu_offload: true, a "
+                "smaller max_tokens_per_microbatch or a smaller max_num_seqs. tools/doctor.py "
+                f"prints an estimate ({one_line(error)})."
             )
             raise SystemExit(2) from None
+        for cause in causes:
+            if isinstance(cause, OSError) and cause.errno in DISK:
+                _complain(
+                    f"a file cannot be written ({one_line(cause)}); {DISK[cause.errno]} and start "
+                    "the same command again to continue."
+                )
+                raise SystemExit(2) from None
         raise
 
 
-def stop_on_sigterm() -> threading.Event:
-    """Return an event that SIGTERM sets instead of ending the script.
+def _complain(message: str) -> None:
+    """Write an error in one line. Without a terminal only the exit code remains."""
+    with suppress(OSError, ValueError, AttributeError):  # closed pipe, full disk, no stream
+        sys.stderr.write(f"error: {one_line(message, 10_000)}\n")
+        sys.stderr.flush()
 
-    A training loop reads it after each step, writes a checkpoint and ends.
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and the errors that caused it."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@dataclass
+class Stop:
+    """A request to stop after the current step."""
+
+    code: int = 0
+    """Exit code, INTERRUPTED or TERMINATED. 0 means that nobody has asked."""
+
+
+def stop_on_signals() -> Stop:
+    """Return a record of SIGTERM and of the first Ctrl-C, which no longer end the script.
+
+    A training loop reads it after each step, writes a checkpoint and ends. The second Ctrl-C ends
+    the script at once.
     """
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    return asked
+    stop = Stop()
+
+    def ask(name: int, _frame: object) -> None:
+        stop.code = 128 + name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, ask)
+    return stop
 
 
 def load_function(key: str, name: str) -> Callable[..., object]:
@@ -118,21 +170,19 @@ def own_reward(function: str, problem: Problem, text: str) -> float:
 
 def settle_date(config: Any) -> Any:
     """Return `config` with the date for chat templates: the run's first day, or today."""
-    before = _config_before(Path(config.output_dir) / "config.yaml")
+    before = recorded_config(Path(config.output_dir) / "config.yaml")
     if "template_date" in before:  # None where a program began the run, without this function
         return replace(config, template_date=before["template_date"])
     return replace(config, template_date=date.today().isoformat())
 
 
-def _config_before(config_file: Path) -> dict[str, Any]:
+def recorded_config(config_file: Path) -> dict[str, Any]:
     """Return the recorded config of a run directory, or {} for a new one."""
-    import yaml
-
     if not config_file.exists():
         return {}
     try:
-        before = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        before = typed_yaml(decode_text(read_bytes(config_file), config_file))
+    except ValueError as error:
         raise UserError(f"{config_file} is damaged; use a new output_dir.") from error
     if not isinstance(before, dict):
         raise UserError(f"{config_file} is damaged; use a new output_dir.")
@@ -141,7 +191,7 @@ def _config_before(config_file: Path) -> dict[str, Any]:
 
 def check_same_run(config_file: Path, config: dict[str, Any]) -> None:
     """Raise UserError if a run directory belongs to an experiment with other settings."""
-    before = _config_before(config_file)
+    before = recorded_config(config_file)
     for key, value in config.items():
         if key not in RUNTIME_KEYS and key in before and before[key] != value:
             raise UserError(

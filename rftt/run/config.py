@@ -31,6 +31,7 @@ from pydantic import (
     model_validator,
 )
 
+from rftt.run.files import one_line
 from rftt.tokens import ACTS
 from rftt.types import UserError
 
@@ -822,9 +823,25 @@ def structure(text: str) -> tuple[Any, dict[str, int]]:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         return value, {key.value: key.start_mark.line + 1 for key, _ in pairs}
     except yaml.YAMLError as error:
-        raise ValueError(f"it is not YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"it is not YAML ({one_line(error)})") from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def typed_yaml(text: str) -> Any:
+    """Return the value of YAML with its types, which a config's fields would convert themselves.
+
+    Raises ValueError, also if reading would take long.
+    """
+    import yaml
+
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it has {len(text)} characters, at most {MAX_BYTES} are allowed")
+    structure(text)  # bounds what aliases and depth can cost, and finds keys that are set twice
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"it is not YAML ({one_line(error)})") from error
 
 
 def _plain(node: Any, budget: list[int]) -> Any:

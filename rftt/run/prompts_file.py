@@ -9,11 +9,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from rftt.prompts import HOLES, Prompts
-from rftt.run.config import structure
+from rftt.run.config import typed_yaml
 from rftt.run.files import decode_text
 from rftt.tokens import ACTS, CLOSERS, FUNCTIONS, OPENERS, ROOT
 from rftt.types import UserError
@@ -42,13 +41,11 @@ def load_prompts(path: str | None = None) -> Prompts:
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         text = decode_text(Path(path).read_bytes(), path)
-        structure(text)  # bounds what aliases and depth can cost, and finds keys that are set twice
-        value = yaml.safe_load(text)  # unlike a config's, texts and numbers are told apart
+        value = typed_yaml(text)
     except OSError as error:
         raise UserError(f"prompts_file {path} cannot be read ({error.strerror}).") from None
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"prompts_file {path} cannot be read: {reason}.") from None
+    except ValueError as error:
+        raise UserError(f"prompts_file {path} cannot be read: {error}.") from None
     if not isinstance(value, dict):
         raise UserError(f"prompts_file {path} must be a mapping; see rftt/prompts.yaml.")
     return value

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from rftt.engines.chat import encode_chat
 from rftt.prompts import Messages, question_messages
+from rftt.run.files import one_line
 from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -82,9 +83,8 @@ def weights_digest(model: str) -> str:
         try:
             config, _ = PretrainedConfig.get_config_dict(model)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"the configuration of {model} cannot be read ({reason}); check the name."
+                f"the configuration of {model} cannot be read ({one_line(error)}); check the name."
             ) from error
         return digest([model, str(config.get("_commit_hash"))])
     found = hashlib.sha256()
@@ -94,10 +94,8 @@ def weights_digest(model: str) -> str:
                 found.update(f"{path.name} {path.stat().st_size}".encode())
                 if path.stat().st_size <= WHOLE:
                     found.update(file.read())
-                elif path.suffix == ".safetensors":
-                    _sample_tensors(file, found)
                 else:
-                    _sample(file, 0, path.stat().st_size, found, parts=64)
+                    _sample_tensors(file, found)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}); check the file.") from error
     return found.hexdigest()
@@ -105,7 +103,7 @@ def weights_digest(model: str) -> str:
 
 def weights_files(folder: Path) -> list[Path]:
     """Return the configuration and weight files of a model, in order. Others are ignored."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    weights = sorted(folder.glob("*.safetensors"))
     settings = [folder / name for name in ("config.json", "generation_config.json")]
     return [path for path in (*settings, *weights) if path.is_file()]
 
@@ -126,12 +124,12 @@ def _sample_tensors(file: BinaryIO, found: hashlib._Hash) -> None:
     for name, tensor in tensors.items():
         if name != "__metadata__":
             begin, end = tensor["data_offsets"]
-            _sample(file, 8 + size + begin, 8 + size + end, found, parts=3)
+            _sample(file, 8 + size + begin, 8 + size + end, found)
 
 
-def _sample(file: BinaryIO, begin: int, end: int, found: hashlib._Hash, *, parts: int) -> None:
-    """Hash `parts` samples of the bytes from `begin` to `end`, including the first and the last."""
+def _sample(file: BinaryIO, begin: int, end: int, found: hashlib._Hash) -> None:
+    """Hash the start, the middle and the end of the bytes from `begin` to `end`."""
     last = max(begin, end - SAMPLE)
-    for i in range(parts):
-        file.seek(begin + (last - begin) * i // (parts - 1))
+    for start in (begin, (begin + last) // 2, last):
+        file.seek(start)
         found.update(file.read(min(SAMPLE, end - begin)))

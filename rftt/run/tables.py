@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rftt.run.files import Row, decode_text, parse_json, parse_lines, read_bytes
+from rftt.run.files import Row, decode_text, one_line, parse_json, parse_lines, read_bytes
 from rftt.types import UserError
 
 HUB = "hf:"
@@ -200,8 +200,9 @@ def _read_parquet(data: bytes, path: str) -> list[Record]:
     try:
         rows = parquet.read_table(io.BytesIO(data)).to_pylist()
     except (ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read as Parquet ({reason}); copy it again.") from error
+        raise UserError(
+            f"{path} cannot be read as Parquet ({one_line(error)}); copy it again."
+        ) from error
     return [Record(i, f"{path} row {i}", row) for i, row in enumerate(rows, 1)]
 
 
@@ -223,9 +224,8 @@ def _read_hub(source: str) -> list[Record]:
     try:
         loaded = load_dataset(found["name"], found["config"], split=found["split"])
     except (OSError, ValueError, RuntimeError) as error:  # no network, no such config or split
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{source} cannot be loaded ({reason}); check its name, or use a file."
+            f"{source} cannot be loaded ({one_line(error)}); check its name, or use a file."
         ) from error
     if not isinstance(loaded, Dataset):
         if len(loaded) != 1:

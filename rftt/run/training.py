@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole
 from rftt.learner.fsdp import World
-from rftt.run.cli import STOPPED, check_same_run, stop_on_sigterm
+from rftt.run.cli import check_same_run, stop_on_signals
 from rftt.run.config import RLConfig, SFTConfig
 from rftt.run.files import write_json, write_jsonl
 from rftt.run.log import Clock, RunLog
@@ -71,7 +71,7 @@ class Run:
             best=best_score,
         )
         self._log.rewind(self.first_step)
-        self._asked_to_stop = stop_on_sigterm()
+        self._stop = stop_on_signals()
 
     @property
     def is_new(self) -> bool:
@@ -136,17 +136,19 @@ class Run:
             self.rate(n_steps, score)
 
     def save_if_due(self, step: int) -> None:
-        """Write a checkpoint after `step` if one is due, at the end, and on SIGTERM. Collective.
+        """Write a checkpoint after `step` if one is due, at the end, and when asked to stop.
 
-        After SIGTERM the process exits, and the run continues when it is started again.
+        After SIGTERM or Ctrl-C the process exits, and the run continues when it is started again.
+        Collective.
         """
-        stopped = self._world.max(float(self._asked_to_stop.is_set())) > 0
+        stopped = int(self._world.max(float(self._stop.code)))
         if stopped or self.is_due(step) or self.is_last(step):
             learner = self._learner
             self._checkpoints.save(step + 1, learner.modules, learner.optimizers, self.state)
         if stopped:
             self._checkpoints.close()
-            raise SystemExit(STOPPED)
+            self.info("stopped with a checkpoint; start the same command again to continue")
+            raise SystemExit(stopped)
 
     def write_examples_if_due(
         self, step: int, rollouts: list[Rollout], example: tuple[Tree, Problem] | None
