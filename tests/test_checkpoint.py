@@ -141,6 +141,25 @@ def test_a_checkpoint_holds_the_moment_of_the_call(world: World, tmp_path: Path)
         assert torch.equal(exported.state_dict()[name], wanted[name])
 
 
+def test_a_checkpoint_of_several_files_is_read_back(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rftt.learner.checkpoint.FILE_BYTES", 1000)
+    policy = shard(prepare(tiny_model()), world)
+    optimizer = build_optimizer(SCHEDULE, policy, 1e-3)
+    wanted = {name: weight.clone() for name, weight in full_weights(policy)}
+    checkpoints = Checkpoints(tmp_path, world, word_tokenizer(67))
+    checkpoints.save(1, {"policy": policy}, {"policy": optimizer}, {})
+    checkpoints.close()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    assert len(list(tmp_path.glob("checkpoints/step_000001/state/*"))) > 3
+    restore(tmp_path / "checkpoints/step_000001", {"policy": policy}, {"policy": optimizer})
+    for name, weight in full_weights(policy):
+        assert torch.equal(weight, wanted[name])
+
+
 @pytest.mark.faults
 def test_a_checkpoint_that_cannot_be_written_stops_the_run(world: World, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")

@@ -49,6 +49,8 @@ from rftt.run.files import write_json
 from rftt.types import UserError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+FILE_BYTES = 1 << 29
+"""Bytes after which the tensors of a checkpoint go on in another file."""
 Modules = Mapping[str, nn.Module]
 Optimizers = Mapping[str, Optimizer]
 
@@ -161,7 +163,8 @@ class Checkpoints:
             shutil.rmtree(temp, ignore_errors=True)
             write_json(temp / "extra.json", extra)
         dist.barrier(self._group)
-        writer = HuggingFaceStorageWriter(str(temp / "state"), save_distributed=True)
+        files = files_of(state)
+        writer = HuggingFaceStorageWriter(str(temp / "state"), files, save_distributed=True)
         state_dict_saver.save(state, storage_writer=writer, process_group=self._group)
         if self._world.is_main:
             export(temp / "hf")
@@ -178,6 +181,19 @@ class Checkpoints:
             _sync(self._folder)
             _point(self._folder, "latest", final.name)
             _prune(self._folder, self._keep)
+
+
+def files_of(state: dict[str, Tensor]) -> dict[str, int]:
+    """Return the number of the file that each tensor is written to, from 1.
+
+    The writer holds the bytes of a whole file twice, so that files are small.
+    """
+    numbers: dict[str, int] = {}
+    total = 0
+    for name, tensor in state.items():
+        numbers[name] = 1 + total // FILE_BYTES
+        total += tensor.numel() * tensor.element_size()
+    return numbers
 
 
 def restore(
