@@ -165,8 +165,9 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(world: World, tmp_pat
     (tmp_path / "checkpoints").write_text("in the way")
     policy = shard(prepare(tiny_model()), world)
     checkpoints = Checkpoints(tmp_path, world, word_tokenizer(67))
+    checkpoints.save(1, {"policy": policy}, {}, {})
     with pytest.raises(NotADirectoryError):
-        checkpoints.save(1, {"policy": policy}, {}, {})
+        checkpoints.save(2, {"policy": policy}, {}, {})
 
 
 def test_nothing_on_disk_is_a_pickle(world: World, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ default format is not used because its metadata is a pickle. Hyper-parameters of
 not saved, because they follow from the config and the step.
 
 Training waits only for the copy to host memory. A thread writes the copy, with its own collectives.
-On a CPU the state is in host memory already: training waits for the files, and there is no copy.
 COMPLETE is written last and contains a checksum of every file. All files are forced to the disk
 before it. The ranks must share one file system.
 """
@@ -116,17 +115,13 @@ class Checkpoints:
         """
         self.wait()
         state = _tensors(modules, optimizers)
-        on_host = all(tensor.device.type == "cpu" for tensor in state.values())
-        if not on_host:
-            state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
         policy = cast(PreTrainedModel, modules["policy"])
         weights = _whole_weights(policy, self._world, self._dtype)
         export = partial(_save_model, policy, weights, self._dtype)
         score = {"best_score": self._best} if math.isfinite(self._best) else {}
         extra = {"step": step, **score, **extra}
         self._pending.append(self._thread.submit(self._write, step, state, export, extra))
-        if on_host:  # a copy would double the memory: the next step waits for the file
-            self.wait()
 
     def rate(self, step: int, score: float) -> None:
         """Mark the checkpoint of `step` as `best` if its score is the highest.
