@@ -99,7 +99,7 @@ def test_rows_carry_the_line_on_which_they_begin(tmp_path) -> None:
         ("a.jsonl", lines(*ROWS).encode("utf-16-be"), "must be UTF-8, got UTF-16"),
         ("a.jsonl", lines(*ROWS).encode("utf-32"), "must be UTF-8, got UTF-16 or UTF-32"),
         ("a.csv", CSV.encode("latin-1"), r"a\.csv:3 must be UTF-8"),
-        ("a.jsonl.gz", gzip.compress(CSV.encode())[:-9], "must be a complete gzip file"),
+        ("a.jsonl.gz", gzip.compress(CSV.encode(), mtime=0)[:-9], "must be a complete gzip file"),
         ("a.gz", b"\x1f\x8bnonsense", "must be a complete gzip file"),
         ("a.parquet", b"PAR1nonsense", "cannot be read as Parquet"),
         ("a.json", '[{"question": "1?"},\n {"question": }]', r"a\.json:2 is not JSON"),
