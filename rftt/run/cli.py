@@ -102,13 +102,20 @@ def _complain(message: str) -> None:
         sys.stderr.flush()
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and the errors that caused it."""
     seen = set[int]()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
+    left: list[BaseException | None] = [error]
+    while left:
+        found = left.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        left += [found.__context__, found.__cause__]
+        if type(found).__name__ == "CheckpointException":  # torch, which is not imported here
+            failures = getattr(found, "failures", {})  # rank -> (error, stack)
+            left += [failure[0] for failure in failures.values()]
 
 
 @dataclass
