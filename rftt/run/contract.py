@@ -213,18 +213,29 @@ def leaks(text: str, answer: str, known: str) -> bool:
 def nameable(wrong: str, correct: str, known: str) -> set[str]:
     """Return the numbers and calculations that only the wrong steps contain.
 
+    A calculation whose result the right steps contain is no mistake.
+
     >>> sorted(nameable("48 + 30 = 78 rolls", "48 - 30 = 18 rolls", "30 of 48 rolls"))
     ['48+30', '48+30=78', '78']
     """
-    return _things(wrong) - _things(correct) - _things(known)
+    right = _things(correct)
+    found = {thing for thing in _written(wrong) if thing.rpartition("=")[2] not in right}
+    return _with_sums(found) - right - _things(known)
 
 
 def _things(text: str) -> set[str]:
     """Return the numbers and calculations of a text, these with and without their results."""
+    return _with_sums(_written(text))
+
+
+def _written(text: str) -> set[str]:
     text = text.replace("\\boxed{", "").replace("\\times", "*")
     calculations = {re.sub(r"[\s$]", "", found) for found in CALCULATION.findall(text)}
-    calculations |= {found.split("=")[0] for found in calculations}
     return {thing.strip(".,") for thing in calculations | set(NUMBER.findall(text))}
+
+
+def _with_sums(things: set[str]) -> set[str]:
+    return things | {thing.split("=")[0] for thing in things}
 
 
 def best_check(checks: Sequence[str], mistakes: set[str]) -> str | None:
