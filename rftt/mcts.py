@@ -1,6 +1,6 @@
 """Monte Carlo tree search over reasoning acts, independent of any model, text or reward.
 
-One simulation is select -> expand -> evaluate -> backup. `expand` and `value` are awaited, so many
+One simulation is select -> expand -> evaluate -> backup. `expand` and `value` are awaited, so that
 simulations of many trees run at once and the engine batches them. Both phases use this file (arXiv
 2502.13389). Unexplored acts come first, by prior where there is one. Departures from the textbook:
 

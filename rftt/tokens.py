@@ -26,7 +26,7 @@ class Function:
 
     description: str  # new vocabulary rows start as the mean of this text's token embeddings
     max_tokens: int  # budget of a reply, in tokens (arXiv 2502.13389)
-    max_sentences: int | None = None  # clarify's is the paper's, the others keep an act to itself
+    max_sentences: int | None = None  # clarify's is the paper's, the others are ours
     one_line: bool = False
     next_in_phase_1: tuple[str, ...] = ()  # acts that may follow: the allowed transitions
     next_in_phase_2: tuple[str, ...] = ()

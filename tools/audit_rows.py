@@ -29,11 +29,12 @@ from rftt.prompts import Prompts
 from rftt.run.cli import cli
 from rftt.run.columns import steps_in
 from rftt.run.config import LocalPath, Share, config_class
-from rftt.run.files import Row, decode_text, parse_json, read_bytes, read_jsonl
+from rftt.run.files import Row, read_jsonl
 from rftt.run.log import number, say
 from rftt.run.prompts_file import load_prompts
 from rftt.tokens import ACTS
 from rftt.types import UserError
+from tools.run_folder import read_json
 
 KINDS = ("merged", "plain")
 RUN = 8
@@ -55,7 +56,7 @@ class AuditConfig:
     max_instruction: Share = 0.0
     """Rows that repeat an instruction, a role, an example or a fixed part of a prompt."""
     max_prompt_talk: Share = 0.0
-    """Rows that speak of the prompt, of a continuation or to the user."""
+    """Rows that mention the prompt or a continuation, or address the user."""
     max_control_text: Share = 0.0
     """Rows that contain functional tokens or control text of a chat template as text."""
     max_incomplete_merge: Share = 0.0
@@ -134,12 +135,8 @@ def read_stats(rows_file: Path) -> Row | None:
     path = rows_file.absolute().parents[1] / "stats.json"
     if not path.exists():
         return None
-    try:
-        stats = parse_json(decode_text(read_bytes(path), path))
-        well = isinstance(stats["problems"], int) and isinstance(stats["counts"], dict)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); run search.py again.") from None
-    if not well:
+    stats = read_json(path)
+    if not (isinstance(stats.get("problems"), int) and isinstance(stats.get("counts"), dict)):
         raise UserError(f"{path} must contain problems and counts; run search.py again.")
     return stats
 
@@ -495,9 +492,9 @@ def spread(texts: Sequence[str]) -> str:
     return f"{number(median(lengths))} / {max(lengths)}"
 
 
-def refusals_by_act(stats: Row | None) -> list[tuple[str, int, str]]:
+def refusals_by_act(stats: Row) -> list[tuple[str, int, str]]:
     """Return (act, refused replies, number by reason) for each act that was refused a reply."""
-    counts: Row = (stats or {"counts": {}})["counts"]
+    counts: Row = stats["counts"]
     lines = []
     for act in ACTS:
         start = f"contract_{act}_"

@@ -4,7 +4,7 @@ r"""Normalize answers: LaTeX, unicode and plain text become one sequence of toke
    one notation of several tokens. Each has one worked example.
 2. `tokens` splits the text and replaces every token by the first spelling in `SPELLINGS`.
 
-There is no LaTeX grammar. Every pattern runs in linear time, and `tokens` reads at most 500
+This is not a grammar of LaTeX. Every pattern runs in linear time, and `tokens` reads at most 500
 characters, so no text can make the grader hang.
 """
 

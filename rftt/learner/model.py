@@ -46,7 +46,7 @@ def load_policy(
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or hub id, on the CPU.
 
-    Raises UserError if there is no model, or (with `check`) if its files are not those of one.
+    Raises UserError if no model is found, or (with `check`) if its files are not those of one.
     Whether its packed log-probs are right is for check.py:check_policy.
     """
     model = open_model(

@@ -113,7 +113,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(found))
         yield found
         left += [found.__context__, found.__cause__]
-        if type(found).__name__ == "CheckpointException":  # torch, which is not imported here
+        if type(found).__name__ == "CheckpointException":  # torch's; torch is not imported
             failures = getattr(found, "failures", {})  # rank -> (error, stack)
             left += [failure[0] for failure in failures.values()]
 

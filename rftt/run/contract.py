@@ -2,7 +2,7 @@
 
 A small instruct model apologises, solves the whole problem when it is asked to restate it, or
 repeats its instruction. Rows made of such replies teach exactly that. So every reply is cleaned
-(`clean`), checked (`breach`), and counted under the reason for which it is refused. The form of a
+(`clean`), checked (`breach`), and counted under the reason for which it is rejected. The form of a
 good reply comes from the examples in the prompt. Its truth comes from choice: of several checks
 `best_check` takes one that names what only the wrong steps contain.
 """
@@ -17,7 +17,7 @@ from rftt.prompts import ActPrompt, Prompts, sentences
 from rftt.tokens import FUNCTIONS
 
 RUN = 8
-"""So many words in a row that stand in the instruction or in an example are a repetition."""
+"""Consecutive words in common with an instruction or an example that count as a repetition."""
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 CALCULATION = re.compile(r"(?<![\d.,])[.,]*+\d[\d.,]*+(?:\s*+[-+*/×÷=]\s*+\$?\d[\d.,]*+)+")
 """Numbers joined by signs. It reads each number once, so that long digits take linear time."""
@@ -68,7 +68,7 @@ def breach(
     question: str,
     so_far: str = "",
 ) -> str | None:
-    """Return the reason for which a clean reply is refused; None if it keeps its act's contract.
+    """Return the reason to reject a clean reply, or None if it keeps its act's contract.
 
     `control` finds control text, `so_far` is all that the model was shown of its solution.
     """
@@ -82,30 +82,31 @@ def breach(
     for reason, phrases in (prompts.refuse | prompt.refuse).items():
         if _any_of(tuple(phrases)).search(text):
             return reason
-    if _repeats(prompt, text, f"{question}\n{so_far}"):
+    known = f"{question}\n{so_far}"
+    if _repeats(prompt, text, known):
         return "repeats_prompt"
     if not _new_sentences(text, so_far):
         return "repeats_step"
-    if _borrowed(prompt, text, f"{question}\n{so_far}"):
+    if _borrowed(prompt, text, known):
         return "borrows_example"
     if reason := _breach_of_form(act, text):
         return reason
     for reason, phrases in prompt.require.items():
         if phrases and not _any_of(tuple(phrases)).search(text):
             return reason
-    return None if _keeps_to_numbers(prompt, text, question, so_far) else "wrong_numbers"
+    return None if _keeps_to_numbers(prompt, text, question, known) else "wrong_numbers"
 
 
-def _keeps_to_numbers(prompt: ActPrompt, text: str, question: str, so_far: str) -> bool:
+def _keeps_to_numbers(prompt: ActPrompt, text: str, question: str, known: str) -> bool:
     """Return whether `text` contains only, or all, the numbers that its act may (prompts.yaml)."""
-    said, given = set(NUMBER.findall(text)), set(NUMBER.findall(question))
+    said = set(NUMBER.findall(text))
     match prompt.numbers:
         case "none":
             return not said
         case "given":
-            return said == given
+            return said == set(NUMBER.findall(question))
         case "known":
-            return said <= given | set(NUMBER.findall(so_far))
+            return said <= set(NUMBER.findall(known))
         case "any":
             return True
 
@@ -127,10 +128,10 @@ def _breach_of_form(act: str, text: str) -> str | None:
 def trimmed(
     text: str, refused: Callable[[str], str | None], *, whole: bool = True
 ) -> tuple[str, str | None]:
-    """Return the longest beginning of a reply that is not refused, in sentences, and None.
+    """Return the longest beginning of a reply, in sentences, that is not rejected, and None.
 
     A model that has done what it was asked often goes on: to a calculation, or to the answer. If
-    every beginning is refused, return the reply and its reason. A reply that ran into its limit of
+    every beginning is rejected, return the reply and its reason. A reply that ran into its limit of
     tokens is not `whole`, so that its last sentence does not count.
     """
     reason = refused(text) if whole else "cut_off"
@@ -213,7 +214,7 @@ def leaks(text: str, answer: str, known: str) -> bool:
 def nameable(wrong: str, correct: str, known: str) -> set[str]:
     """Return the numbers and calculations that only the wrong steps contain.
 
-    A calculation whose result the right steps contain is no mistake.
+    A calculation whose result the right steps contain is not a mistake.
 
     >>> sorted(nameable("48 + 30 = 78 rolls", "48 - 30 = 18 rolls", "30 of 48 rolls"))
     ['48+30', '48+30=78', '78']
