@@ -150,7 +150,7 @@ async def grow_and_curate(
     write_json(Path(cfg.output_dir) / name, tree_record(tree, problem))
     return {
         "rows": [row | {"tree": name} for row in rows],
-        "counts": counts,
+        "counts": dict(sorted(counts.items())),  # replies come in any order
         "solved": tree.root.q,
         "generated_tokens": ctx.spent.generated_tokens,
     }

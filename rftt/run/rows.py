@@ -93,7 +93,7 @@ def write_data(
         "solved": fmean(row["solved"] for row in raw),
         "generated_tokens": generated,
         "tokens_per_row": generated / max(1, len(rows)),
-        "counts": dict(counts),
+        "counts": dict(sorted(counts.items())),
     }
     write_json(out / "stats.json", stats)
     log.info(
