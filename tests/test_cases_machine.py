@@ -13,7 +13,7 @@ from rftt.engines.http import proxy_of
 from rftt.learner import fsdp
 from rftt.learner.fsdp import process_group
 from rftt.run import log as log_module
-from rftt.run.config import EvalConfig, RLConfig, SFTConfig, load_config
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.run.data import read_rows
 from rftt.run.files import file_name, write_jsonl
 from rftt.run.log import RunLog
@@ -123,6 +123,24 @@ def test_a_proxy_does_not_stand_before_loopback(monkeypatch) -> None:
     for url in ("http://127.0.0.1:8008", "http://localhost:8008", "http://[::1]:8008"):
         assert proxy_of(url) is None
     assert proxy_of("http://example.com") == "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("localhost:8000/v1", "must start with http:// or https:// and a host"),
+        ("ftp://a/v1", "must start with http"),
+        ("http:///v1", "must start with http"),
+        ("http://a b/v1", "must start with http"),
+        ("http://a:x/v1", "must have a host and a port"),
+        ("http://user:secret@a/v1", "the URL of a must not contain a password"),
+    ],
+)
+def test_a_url_that_nobody_can_call_is_one_line(url, message) -> None:
+    for key in ("api_url", "prm_url"):
+        with pytest.raises(UserError, match=message) as error:
+            load_config(SearchConfig, ["model_name_or_path=m", *TRAIN[1:3], f"{key}={url}"])
+        assert "secret" not in str(error.value)
 
 
 # ---- Command lines (cases/command_line.txt) and numbers (cases/numbers.txt) ----

@@ -21,9 +21,9 @@ import pytest
 import search
 from rftt.engines import http as http_module
 from rftt.engines.base import Reply, Sampling, for_each
-from rftt.engines.openai import Spending, open_api
+from rftt.engines.openai import Account, Metered, Order, Spending, open_api, priced
 from rftt.run.config import Api, EvalConfig, RLConfig, SearchConfig
-from rftt.run.files import read_jsonl, write_jsonl
+from rftt.run.files import Journal, read_jsonl, write_jsonl
 from rftt.run.prompts_file import load_prompts
 from rftt.types import UserError
 from tests.conftest import HANG_LIMIT
@@ -319,6 +319,7 @@ def test_budget_is_never_exceeded(server: Server, ask: Ask, budget: dict[str, An
         {"prompt_tokens": 0, "completion_tokens": 0},
         {"prompt_tokens": "10", "completion_tokens": True},
         {"prompt_tokens": 10**18, "completion_tokens": 10**18},
+        {"prompt_tokens": True, "completion_tokens": 1.5},
     ],
 )
 def test_an_implausible_usage_costs_the_worst_case(server: Server, ask: Ask, usage: Any) -> None:
@@ -332,7 +333,10 @@ def test_an_implausible_usage_costs_the_worst_case(server: Server, ask: Ask, usa
 
 @pytest.mark.parametrize(
     ("finish", "whole"),
-    [("stop", True), ("eos", True), ("eos_token", True), ("length", False), ("tool_calls", False)],
+    [
+        *((finish, True) for finish in ("stop", "eos", "eos_token", "stop_sequence", "end_turn")),
+        *((finish, False) for finish in ("length", "tool_calls", "content_filter", None, 3, [])),
+    ],
 )
 def test_finish_reasons_of_other_servers(
     server: Server, ask: Ask, finish: str, whole: bool
@@ -424,6 +428,51 @@ def test_a_key_that_the_server_echoes_is_not_shown(
     assert "secr" not in str(raised.value)
 
 
+def test_a_key_in_a_reply_reaches_no_file(
+    server: Server, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret-12345")
+    server.script = [completion("Bearer secret-12345 says 4")]
+    assert ask(0, key_env="SOME_KEY")[0][0].text == "Bearer [key] says 4"
+    assert all(b"secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_usage_that_is_too_small_for_the_text_costs_the_worst_case(
+    server: Server, ask: Ask
+) -> None:
+    server.script = [completion("word " * 100, usage={"prompt_tokens": 10, "completion_tokens": 1})]
+    [reply], _ = ask(0)
+    assert (reply.n_prompt, reply.n_generated) == (10, 50)
+
+
+def test_a_request_that_is_cancelled_is_booked(tmp_path: Path) -> None:
+    """SIGTERM cancels the requests under way, which the server may bill all the same."""
+
+    class Endless:
+        async def handle_async_request(self, request: Any) -> Any:
+            await asyncio.sleep(HANG_LIMIT)
+
+        async def aclose(self) -> None: ...
+
+    cfg = Api(api_url="http://a/v1", api_model="big", api_max_tokens=10**6)
+
+    async def cancelled() -> Account:
+        account = Account(cfg, Journal(tmp_path / "own.jsonl"))
+        endless: Any = Endless()
+        metered: Any = Metered(account, endless, "")
+        order = Order("k", priced(cfg, "", False, 7, 9))
+        await account.reserve(order.worst)
+        task = asyncio.create_task(metered._send(None, order))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return account
+
+    account = asyncio.run(cancelled())
+    assert (account.spending.unanswered, account.spending.tokens) == (1, 16)
+    assert account.flying == []
+
+
 def test_a_proxy_of_the_environment_is_named_and_never_used_for_loopback(
     server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,7 +505,9 @@ def solver(asked: Request) -> Answer:
     for act, reply in REPLIES.items():
         if asked["messages"][-1]["content"].endswith(PROMPTS.acts[act].instruction):
             text = reply
-    return completion(text.format(7 + asked["seed"] % 2))
+    n_prompt = sum(len(message["content"].encode()) for message in asked["messages"]) // 16
+    usage = {"prompt_tokens": n_prompt, "completion_tokens": 5}
+    return completion(text.format(7 + asked["seed"] % 2), usage=usage)
 
 
 @pytest.fixture
@@ -505,10 +556,11 @@ def test_search_out_of_budget_stops_cleanly_and_goes_on_with_more(
     whole = searching("whole")
     n_requests = len(server.seen)
     server.seen.clear()
-    with pytest.raises(UserError, match="api_max_tokens=4500 is used up"):
-        searching("broken", api_max_tokens=4500, problems_in_flight=2)
-    spent = len(server.seen)
-    assert 300 < 15 * spent <= 4500  # one worst case is up to 2,730
+    with pytest.raises(UserError, match="api_max_tokens=8000 is used up"):
+        searching("broken", api_max_tokens=8_000, problems_in_flight=2)
+    ledger = [row for _, row in read_jsonl(tmp_path / "broken" / "data" / "api.jsonl")]
+    spent = sum(row["n_prompt"] + row["n_generated"] for row in ledger)
+    assert 4_000 < spent <= 8_000  # one worst case is up to 4,000
     so_far = json.loads((tmp_path / "broken" / "stats.json").read_text())
     assert 0 < so_far["problems"] < 8
     assert so_far["rows"] == len(read_jsonl(tmp_path / "broken" / "data" / "sft.jsonl"))

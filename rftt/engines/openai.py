@@ -22,7 +22,7 @@ from asyncio import Task
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,10 @@ MESSAGE_OVERHEAD = 64
 """Upper bound on the tokens that a chat template adds to one message."""
 PLAUSIBLE = 16
 """A usage up to this multiple of the worst case is accepted: servers add their own prompts."""
+MAX_TOKEN_BYTES = 64
+"""Bound on the bytes of a token on average. A usage of fewer tokens than that is not accepted."""
+MIN_KEY = 12
+"""Shortest key, in characters, that is a secret and cannot be a word of a reply."""
 FINISHED = frozenset({"stop", "eos", "eos_token", "stop_sequence", "end_turn"})
 """Finish reasons of a complete reply. Others mean that it was cut off or withheld."""
 
@@ -178,17 +182,28 @@ def read_reply(cfg: Api, body: bytes, worst: Reply) -> Reply:
     # Half of a surrogate pair cannot be written to any file.
     text = (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     usage = usage if isinstance(usage, dict) else {}
-    n_prompt = plausible(usage.get("prompt_tokens"), worst.n_prompt)
-    n_generated = plausible(usage.get("completion_tokens"), worst.n_generated)
+    n_prompt = plausible(
+        usage.get("prompt_tokens"), worst.n_prompt // MAX_TOKEN_BYTES, worst.n_prompt
+    )
+    least = len(text.encode()) // MAX_TOKEN_BYTES
+    n_generated = plausible(usage.get("completion_tokens"), least, worst.n_generated)
     whole = isinstance(finish, str) and finish in FINISHED
     return priced(cfg, text, whole, n_prompt, n_generated)
 
 
-def plausible(tokens: object, worst: int) -> int:
+def plausible(tokens: object, least: int, worst: int) -> int:
     """Return a server's token count, or the worst case if the count is implausible."""
-    if type(tokens) is int and 0 < tokens <= PLAUSIBLE * worst:
+    if type(tokens) is int and max(1, least) <= tokens <= PLAUSIBLE * worst:
         return tokens
     return worst
+
+
+def without_key(text: str, key: str) -> str:
+    """Return a server's text without the key, which it may echo.
+
+    Placeholders of servers without a key, such as EMPTY, are short and remain.
+    """
+    return text.replace(key, "[key]") if len(key) >= MIN_KEY else text
 
 
 class Metered(httpx2.AsyncBaseTransport):
@@ -217,11 +232,12 @@ class Metered(httpx2.AsyncBaseTransport):
         try:
             response = await self.inner.handle_async_request(request)
             if response.is_success:
-                account.book(order.key, read_reply(account.cfg, response.content, worst))
+                reply = read_reply(account.cfg, response.content, worst)
+                account.book(order.key, replace(reply, text=without_key(reply.text, self._key)))
             return response
         except UNSENT:
             raise
-        except httpx2.TransportError:
+        except (httpx2.TransportError, asyncio.CancelledError):  # the server may bill it
             account.book(None, worst)
             raise
         except ValueError as error:  # a status that the client retries

@@ -19,6 +19,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, dataclass_transform
+from urllib.parse import urlsplit
 
 import pydantic.dataclasses
 from pydantic import (
@@ -55,6 +56,24 @@ Temperature = Annotated[float, Field(ge=0, le=10)]
 Reward = Annotated[float, Field(ge=-100, le=100)]
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path in which `~` means the home folder. Names on the Hugging Face hub stay unchanged."""
+
+
+def _checked_url(url: str) -> str:
+    """Return a URL without a password. Raises UserError for what no client can call."""
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half of an IPv6 address
+        raise UserError(f"a URL must have a host and a port, got {url!r}; correct it.") from None
+    if not whole or not url.isprintable() or " " in url:
+        raise UserError(f"a URL must start with http:// or https:// and a host, got {url!r}.")
+    if parts.username or parts.password:
+        raise UserError(f"the URL of {parts.hostname} must not contain a password; remove it.")
+    return url
+
+
+Url = Annotated[str, AfterValidator(_checked_url)]
+"""The address of a server. It is stored in config.yaml and shown in errors."""
 Script = Literal[
     "latin", "cyrillic", "greek", "cjk", "hiragana", "katakana", "hangul", "arabic", "thai"
 ]
@@ -267,7 +286,7 @@ class Process(StepModel):
 
     use_prm: bool = False
     """Score every step with a process reward model."""
-    prm_url: Runtime[str | None] = None
+    prm_url: Runtime[Url | None] = None
     """URL of a server (official name: remote_rm_url): POST {"input": …} -> {"score": […]}."""
     prm_reduce: Literal["min", "mean", "last", "prod"] = "mean"
     """Reduction of step scores to a path's score (arXiv 2502.13389 chooses pairs by the mean)."""
@@ -292,7 +311,7 @@ class Process(StepModel):
 class Api:
     """Settings of an OpenAI-compatible server, for engine=api."""
 
-    api_url: str | None = None
+    api_url: Url | None = None
     """engine=api: base URL of an OpenAI-compatible server, up to and including /v1."""
     api_model: str | None = None
     """Name of the model on that server."""
