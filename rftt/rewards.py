@@ -14,7 +14,7 @@ from rftt.engines.chat import decode
 from rftt.graders.math import grade
 from rftt.graders.prm import ProcessModel, Unscored, score_paths, segment_text
 from rftt.mcts import Value
-from rftt.run.cli import own_reward
+from rftt.run.own_rewards import own_rewards, weighted
 from rftt.types import Problem, Rollout, Step, UserError
 
 if TYPE_CHECKING:
@@ -38,23 +38,30 @@ class Reward:
 
         Raise UserError when the PRM is down.
         """
-        if self.prm is None:
-            return [self._score_one(rollout, None) for rollout in rollouts]
-        paths = []
-        for rollout in rollouts:
-            texts = [segment_text(self.tokenizer, ids, self.ids) for ids in rollout.step_ids()]
-            paths.append((rollout.problem.question, texts))
+        texts = [decode(self.tokenizer, rollout.response_ids) for rollout in rollouts]
+        parts = await own_rewards(self.cfg, rollouts, texts)
+        process = await self._process_scores(rollouts)
+        functional = self.ids is not None
         found: list[Rollout | Unscored] = []
-        for rollout, scores in zip(rollouts, await score_paths(self.prm, paths), strict=True):
+        for rollout, text, own, scores in zip(rollouts, texts, parts, process, strict=True):
             if isinstance(scores, Unscored):
                 found.append(scores)
-            else:
-                found.append(self._score_one(rollout, scores))
+                continue
+            scored = score_rollout(self.cfg, rollout, text, scores, own, functional=functional)
+            found.append(scored)
         return found
 
-    def _score_one(self, rollout: Rollout, process: Sequence[float] | None) -> Rollout:
-        text = decode(self.tokenizer, rollout.response_ids)  # the grader reads text
-        return score_rollout(self.cfg, rollout, text, process, functional=self.ids is not None)
+    async def _process_scores(
+        self, rollouts: Sequence[Rollout]
+    ) -> Sequence[list[float] | Unscored | None]:
+        """Return the (S,) scores of each rollout, None for all of them without a PRM."""
+        if self.prm is None:
+            return [None] * len(rollouts)
+        paths = []
+        for rollout in rollouts:
+            steps = [segment_text(self.tokenizer, ids, self.ids) for ids in rollout.step_ids()]
+            paths.append((rollout.problem.question, steps))
+        return await score_paths(self.prm, paths)
 
 
 def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed") -> bool:
@@ -82,13 +89,15 @@ def score_rollout(
     rollout: Rollout,
     text: str,
     process: Sequence[float] | None = None,
+    parts: dict[str, float] | None = None,
     *,
     functional: bool = True,
 ) -> Rollout:
     """Grade a rollout and give every step its reward; a truncated one has no answer.
 
     `text` is the decoded response. `process` holds (S,) scores in [0, 1], or None without a PRM.
-    Only a `functional` policy, one with functional tokens, can be required to write whole segments.
+    `parts` are the numbers of the user's functions, which replace the paper's amounts. Only a
+    `functional` policy, one with functional tokens, can be required to write whole segments.
     """
     if rollout.problem.answer is None:
         raise UserError(f"problem {rollout.problem.id} has no gold answer, which its reward needs.")
@@ -98,14 +107,20 @@ def score_rollout(
         correct, answer = False, None  # it earns what no answer earns
     scores = tuple(process or ())  # (S,)
     rewards = [*scores] or [0.0] * len(rollout.acts)  # (S,)
-    if cfg.reward_function is not None:  # the user's own instead of the paper's amounts
-        rewards[-1] = own_reward(cfg.reward_function, rollout.problem, text)
+    if parts:
+        rewards[-1] = weighted(cfg, parts)
     else:
         rewards[-1] = last_reward(cfg, correct, answer, scores[-1] if scores else None)
     if cfg.reward_scheme == "gain":  # what the step adds to the one before it; the sum telescopes
         before = [0.0, *rewards[:-1]]
         rewards = [reward - old for reward, old in zip(rewards, before, strict=True)]
-    return replace(rollout, outcome=float(correct), step_rewards=tuple(rewards), step_scores=scores)
+    return replace(
+        rollout,
+        outcome=float(correct),
+        step_rewards=tuple(rewards),
+        step_scores=scores,
+        reward_parts=parts or {},
+    )
 
 
 def last_reward(cfg: RLConfig, correct: bool, answer: str | None, process: float | None) -> float:

@@ -95,6 +95,7 @@ class Rollout:
     outcome: float = 0.0  # 1 if the grader accepts the answer, else 0
     step_scores: tuple[float, ...] = ()  # (S,) process scores in [0, 1]; empty without a PRM
     step_rewards: tuple[float, ...] = ()  # (S,) on the last token of each step (rewards.py)
+    reward_parts: dict[str, float] = field(default_factory=dict)  # numbers of the user's functions
     nodes: tuple[int, ...] = ()  # ids of the tree nodes on its path; empty without a tree
 
     @property

@@ -273,7 +273,7 @@ def rl_config(warm: Path, work: Path, out: str) -> RLConfig:
         f"output_dir={work / out}", "max_steps=2", "rollout_batch_size=2", "num_generations=2",
         "train_batch_size=4", "max_completion_length=32", "max_model_len=256", "max_num_seqs=8",
         "advantage_estimator=grpo", "learning_rate=1e-4", "save_steps=1", "allow_cold_start=true",
-        "reward_function=tests.test_real:share_of_words",
+        "reward_functions=[tests.test_real:share_of_words]",
     ])  # fmt: skip
 
 

@@ -2,14 +2,21 @@
 
 import asyncio
 from dataclasses import replace
+from decimal import Decimal
+from fractions import Fraction
+from importlib import import_module
 from itertools import accumulate
 
+import numpy as np
 import pytest
+import torch
 
 from rftt.engines.chat import eos_id
 from rftt.graders.prm import Unscored, accepted
 from rftt.rewards import Reward, score_rollout, solves
 from rftt.run.config import RLConfig
+from rftt.run.own_rewards import check_functions
+from rftt.run.stats import rollout_metrics
 from rftt.tokens import add_function_tokens, function_ids, render
 from rftt.types import Problem, Rollout, UserError
 from tools.tiny_world import build_tokenizer
@@ -87,34 +94,134 @@ def test_a_problem_without_gold_answer_cannot_be_rewarded():
         score_rollout(PAPER, rollout("4", gold=None), text("4"))
 
 
+# ---- The user's own functions ----
+
+
+class Words:
+    """A tokenizer whose ids are words, for decoding only."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(f"word{i}" for i in ids)
+
+
+HERE = "tests.test_rewards"
+
+
 def shortness(problem: Problem, response: str) -> float:
     return len(problem.question) / len(response)
 
 
+async def later(problem: Problem, response: str) -> float:
+    await asyncio.sleep(0)
+    return 0.25
+
+
+def ranks(problem: Problem, responses: list[str]) -> list[int]:
+    """Place of each response among those to its problem, by length."""
+    return [sorted(map(len, responses)).index(len(response)) for response in responses]
+
+
+async def ranks_later(problem: Problem, responses: list[str]) -> np.ndarray:
+    return np.array(ranks(problem, responses), np.float32)
+
+
+def rate(names, *, weights=(), rollouts=None):
+    """The rewards that functions of this file give to two rollouts of each of two problems."""
+    functions = [f"{HERE}:{name}" for name in names]
+    own = config(reward_functions=functions, reward_weights=list(weights))
+    group = [
+        replace(rollout("4"), group=g, response_ids=ids, step_ends=(0, len(ids) - 1))
+        for g in (0, 1)
+        for ids in ((2, 3), (2, 3, 4))
+    ]
+    return asyncio.run(Reward(own, Words(), None, None).score(rollouts or group))
+
+
+def test_functions_of_a_rollout_and_of_a_group_are_weighted_and_logged():
+    names = ["shortness", "later", "ranks", "ranks_later"]
+    scored = rate(names, weights=[2.0, 1.0, 10.0, 100.0])
+    for place, found in enumerate(scored):
+        text = " ".join(f"word{i}" for i in found.response_ids)
+        values = [4 / len(text), 0.25, place % 2, place % 2]
+        assert found.reward_parts == {f"{HERE}:{n}": v for n, v in zip(names, values, strict=True)}
+        paid = 2 * values[0] + values[1] + 110 * values[2]
+        assert found.step_rewards == (0.0, pytest.approx(paid))
+    metrics = rollout_metrics(scored)
+    assert metrics[f"rewards/{HERE}:ranks"] == 0.5
+    assert metrics[f"rewards/{HERE}:later"] == 0.25
+    assert metrics["reward"] == pytest.approx(sum(found.reward for found in scored) / 4)
+
+
 def test_the_users_own_function_pays_the_last_step_and_leaves_the_outcome_to_the_grader():
-    own = config(reward_function="tests.test_rewards:shortness")
-    scored = score_rollout(own, rollout("4"), text("4"), [0.7, 0.2])
-    assert scored.step_rewards == (0.7, 4 / len(text("4")))
+    own = config(reward_functions=[f"{HERE}:shortness"])
+    scored = score_rollout(own, rollout("4"), text("4"), [0.7, 0.2], {f"{HERE}:shortness": 0.5})
+    assert scored.step_rewards == (0.7, 0.5)
     assert scored.outcome == 1.0
 
 
-def nothing(problem, response):
-    return None
+def define(monkeypatch, **functions):
+    """Add functions to this file, as a reward function's name finds it."""
+    for name, function in functions.items():
+        monkeypatch.setattr(import_module(HERE), name, function, raising=False)
 
 
-def words(problem, response):
-    return "1"
+RETURNED = {
+    "numpy": np.float32(0.5),
+    "a numpy integer": np.int64(1),
+    "an array": np.array(0.5),
+    "torch": torch.tensor(0.5, dtype=torch.bfloat16),
+    "a tensor with a gradient": torch.tensor(0.5, requires_grad=True),
+    "Decimal": Decimal("0.5"),
+    "Fraction": Fraction(1, 2),
+    "a bool": True,
+}
 
 
-def no_number(problem, response):
-    return float("nan")
+@pytest.mark.cases
+@pytest.mark.parametrize("kind", RETURNED)
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
+def test_numbers_of_other_libraries_are_numbers(kind, monkeypatch):
+    define(monkeypatch, own=lambda problem, response: RETURNED[kind])
+    define(monkeypatch, group=lambda problem, responses: [RETURNED[kind]] * 2)
+    for name in ("own", "group"):
+        rewards = {found.step_rewards[-1] for found in rate([name])}
+        assert rewards == {float(RETURNED[kind])}
 
 
-@pytest.mark.parametrize("name", ["nothing", "words", "no_number"])
-def test_a_users_function_must_return_a_number(name):
-    own = config(reward_function=f"tests.test_rewards:{name}")
-    with pytest.raises(UserError, match=r"reward_function must return .* for problem p"):
-        score_rollout(own, rollout("4"), text("4"))
+BAD = [None, "1", b"1", float("nan"), float("inf"), [1.0], {}, 1j, np.zeros(2), torch.zeros(2)]
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("value", BAD, ids=repr)
+def test_what_is_not_a_number_is_one_line(value, monkeypatch):
+    define(monkeypatch, own=lambda problem, response: value)
+    define(monkeypatch, group=lambda problem, responses: [value] * 2)
+    for name in ("own", "group"):
+        with pytest.raises(UserError, match=rf"{name} must return a finite number, got") as error:
+            rate([name])
+        assert "for problem p" in str(error.value)
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("value", [None, 1.0, "12", {0: 1, 1: 2}, [1.0], [1.0] * 3, np.zeros(3)])
+def test_a_group_gets_one_number_for_each_response(value, monkeypatch):
+    define(monkeypatch, group=lambda problem, responses: value)
+    with pytest.raises(UserError, match="must return one number for each of 2 responses, got"):
+        rate(["group"])
+
+
+def nobody(problem):
+    return 1.0
+
+
+@pytest.mark.cases
+def test_mistakes_in_the_list_of_functions_are_one_line():
+    with pytest.raises(UserError, match=r"nobody must have the parameters .*but it has .problem."):
+        check_functions(config(reward_functions=[f"{HERE}:nobody"]))
+    with pytest.raises(UserError, match="one weight for each of 1 reward_functions, got 2"):
+        config(reward_functions=["a:b"], reward_weights=[1, 2])
+    with pytest.raises(UserError, match="must not name a function twice"):
+        config(reward_functions=["a:b", "a:b"])
 
 
 # ---- With a process reward model ----

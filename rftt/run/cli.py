@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import math
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 from rftt.run.config import RUNTIME_KEYS, describe, load_config, typed_yaml
 from rftt.run.files import decode_text, one_line, read_bytes
-from rftt.types import Problem, UserError
+from rftt.types import UserError
 
 C = TypeVar("C")
 
@@ -162,17 +161,6 @@ def load_function(key: str, name: str) -> Callable[..., object]:
             f"{type(function).__name__}; write module:function."
         )
     return function
-
-
-def own_reward(function: str, problem: Problem, text: str) -> float:
-    """Return the user's reward. Raises UserError if it is not a finite number."""
-    value = load_function("reward_function", function)(problem, text)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(
-            f"reward_function must return a finite number, got {value!r} for problem {problem.id}; "
-            "correct the function."
-        )
-    return float(value)
 
 
 def settle_date(config: Any) -> Any:

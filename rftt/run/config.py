@@ -572,9 +572,12 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     """Reward of a wrong answer (arXiv 2502.13389)."""
     no_answer_reward: Reward = 0.0
     """Reward without an answer (arXiv 2502.13389). With a PRM the last step earns its score."""
-    reward_function: str | None = None
-    """module:function called with the Problem and the decoded response. It returns the reward of
-    the last step, instead of the three rewards above."""
+    reward_functions: list[str] = field(default_factory=list)
+    """module:function of each part of the reward of the last step, which replace the three rewards
+    above (TRL: reward_funcs). Each is called with the Problem and the decoded response or, if its
+    second parameter is named responses, once with all responses to a problem."""
+    reward_weights: list[Reward] = field(default_factory=list)
+    """Weight of each function in the sum. An empty list weighs all of them with 1 (TRL's name)."""
     reward_scheme: Literal["paper", "blend", "gain"] = "paper"
     """paper: a step earns its process score, 0 without a PRM (arXiv 2502.13389). blend: as paper,
     but the last step earns 0.6 x correct + 0.4 x score, as in the official code. gain: a step earns
@@ -658,6 +661,14 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
                 "reward_scheme=gain rewards single steps, but grpo sums the rewards of a response; "
                 "use reinforce++ or ppo."
             )
+        n_functions, n_weights = len(self.reward_functions), len(self.reward_weights)
+        if n_weights not in (0, n_functions):
+            raise UserError(
+                f"reward_weights must have one weight for each of {n_functions} reward_functions, "
+                f"got {n_weights}; correct the list."
+            )
+        if len(set(self.reward_functions)) < n_functions:
+            raise UserError("reward_functions must not name a function twice; use reward_weights.")
         if self.kl_target is not None and self.kl_coef <= 0:
             raise UserError("kl_target needs a kl_coef above 0, got 0; set kl_coef.")
         if self.top_p != 1:

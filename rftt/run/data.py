@@ -13,7 +13,6 @@ from rftt.engines.templates import holds_control_text
 from rftt.engines.vocabulary import turn_end
 from rftt.graders.math import parse_gold, same_answer
 from rftt.prompts import question_messages
-from rftt.run.cli import load_function
 from rftt.run.columns import (
     gold_texts,
     label_of,
@@ -24,6 +23,7 @@ from rftt.run.columns import (
     solution_of,
 )
 from rftt.run.files import Row
+from rftt.run.own_rewards import check_functions
 from rftt.run.tables import Record, name_of, read_table
 from rftt.tokens import ALIASES, FUNCTIONS, FunctionIds, function_ids, render
 from rftt.types import Problem, UserError
@@ -113,7 +113,7 @@ def _no_gold(unread: list[Record], n_rows: int, key: str | None) -> str:
 def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to explore and those to evaluate on.
 
-    The reward_function is imported here, so that a mistake in its name appears at startup.
+    The reward_functions are imported here, so that a mistake in a name appears at startup.
     """
     keys, system_prompt = (cfg.prompt_key, cfg.answer_key), cfg.system_prompt
     problems = load_problems(cfg.train_file, keys=keys, system_prompt=system_prompt)
@@ -123,8 +123,7 @@ def read_problems(cfg: RLConfig) -> tuple[list[Problem], list[Problem]]:
         keys=keys,
         system_prompt=system_prompt,
     )
-    if cfg.reward_function is not None:
-        load_function("reward_function", cfg.reward_function)
+    check_functions(cfg)
     return problems, eval_problems
 
 

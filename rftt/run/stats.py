@@ -17,6 +17,7 @@ import numpy as np
 
 from rftt.engines.chat import decode
 from rftt.mcts import Node, Tree
+from rftt.run.own_rewards import part_metrics
 from rftt.tokens import ACTS
 from rftt.types import Problem, Rollout, Step
 
@@ -98,6 +99,7 @@ def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
             "groups_equal": sum(len(rewards) == 1 for rewards in groups.values()) / len(groups),
         }
         | {f"acts/{act}": acts.count(act) / max(len(acts), 1) for act in ACTS}
+        | part_metrics(rollouts)
     )
 
 
