@@ -185,10 +185,17 @@ def test_a_data_set_of_the_hub_is_refused_in_one_line(hub) -> None:
         ("data/gsm8k_test.jsonl.gz", "gsm8k_test"),
         ("data/v1.5.parquet", "v1.5"),
         ("hf:openai/gsm8k:main@train[:10]", "openai-gsm8k-main-train-10"),
+        ("数据.csv", "数据"),
     ],
 )
 def test_a_data_set_has_a_name_that_fits_a_file(source, name) -> None:
     assert name_of(source) == name
+
+
+@pytest.mark.parametrize("source", ["数" * 80 + ".csv", f"hf:owner/{'n' * 300}", "x" * 251])
+def test_a_long_name_of_a_data_set_is_bounded(source) -> None:
+    assert len(name_of(source).encode()) <= 120
+    assert name_of(source) != name_of("y" + source.removeprefix("hf:"))
 
 
 # ---- Published data sets ----

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import train_sft
 from rftt.engines import build_engine, slots, vocabulary_size
 from rftt.engines.base import Sampling
 from rftt.engines.chat import load_tokenizer, open_tokenizer, reply_ends
@@ -25,7 +26,7 @@ from rftt.engines.vocabulary import check_free, check_question, check_text, end_
 from rftt.graders.prm_local import LocalPRM, check_padding
 from rftt.learner import attention, logprobs
 from rftt.learner.check import check_policy
-from rftt.learner.checkpoint import export_hf
+from rftt.learner.checkpoint import export_hf, try_saving
 from rftt.learner.fsdp import process_group
 from rftt.learner.model import Critic, load_critic, load_policy, prepare
 from rftt.prompts import question_messages
@@ -39,6 +40,7 @@ from tests.learners import tiny_model
 from tests.small_world import make_world, settings
 from tools import doctor, model_matrix
 from tools.model_matrix import FAMILIES, VOCABULARY, build
+from tools.tiny_world import build_tokenizer
 
 pytestmark = pytest.mark.cases
 
@@ -521,3 +523,31 @@ def test_a_good_model_passes_in_every_script(world: Path, tmp_path: Path) -> Non
     config = load_config(RLConfig, settings("train_rl", world, tmp_path, "skip_model_check=true"))
     assert doctor.model(config).level == "warn"
     open_tokenizer(config)
+
+
+# ---- Saving ----
+
+
+def test_what_fails_at_saving_ends_a_training_before_its_first_step(
+    world: Path, tmp_path: Path
+) -> None:
+    """Also where the checks of the model are off."""
+    folder = copied(world, tmp_path, FAULTS["temperature without do_sample"][0])
+    more = [f"model_name_or_path={folder}", f"train_file={world / 'rows.jsonl'}"]
+    arguments = settings("train_sft", world, tmp_path / "out", *more, "skip_model_check=true")
+    with pytest.raises(UserError, match=r"the model cannot be saved .*; correct"):
+        train_sft.main(load_config(SFTConfig, [*arguments, "dtype=float32"]))
+    assert (tmp_path / "out/metrics.jsonl").read_text() == ""
+    assert not list((tmp_path / "out").glob(".try-*"))
+
+
+@pytest.mark.parametrize("name", ["hf", "checkpoints", "samples"])
+def test_a_file_where_a_folder_will_be_written_is_found_first(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=rf"{name} must be a folder, but is a file; remove it"):
+        try_saving(tiny_model(), build_tokenizer(), tmp_path)
+
+
+def test_trying_to_save_leaves_nothing(tmp_path: Path) -> None:
+    try_saving(tiny_model(), build_tokenizer(), tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -163,7 +163,7 @@ class Account:
 def priced(cfg: Api, text: str, whole: bool, n_prompt: int, n_generated: int) -> Reply:
     """Return a reply with its cost."""
     cost = (n_prompt * cfg.api_prompt_price + n_generated * cfg.api_completion_price) / 1e6
-    return Reply(valid_unicode(text), whole, n_prompt, n_generated, cost)
+    return Reply(text, whole, n_prompt, n_generated, cost)
 
 
 def read_reply(cfg: Api, body: bytes, worst: Reply) -> Reply:
@@ -179,8 +179,7 @@ def read_reply(cfg: Api, body: bytes, worst: Reply) -> Reply:
         content = "".join(part for part in parts if isinstance(part, str))
     if not isinstance(content, str | None):
         raise ValueError(f"content must be text, got {type(content).__name__}")
-    # Half of a surrogate pair cannot be written to any file.
-    text = (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    text = valid_unicode(content or "")
     usage = usage if isinstance(usage, dict) else {}
     n_prompt = plausible(
         usage.get("prompt_tokens"), worst.n_prompt // MAX_TOKEN_BYTES, worst.n_prompt

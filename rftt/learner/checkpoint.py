@@ -25,6 +25,7 @@ from copy import deepcopy
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -43,8 +44,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rftt.engines.opened import BROKEN
 from rftt.learner.fsdp import TIMEOUT, World, full_weights, own_tensors
-from rftt.run.files import write_json
+from rftt.run.files import one_line, write_json
 from rftt.types import UserError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -75,6 +77,25 @@ def _save_model(model: PreTrainedModel, weights: dict[str, Tensor], dtype: str, 
     config = deepcopy(model.config)
     config.dtype = dtype
     config.save_pretrained(path)
+
+
+def try_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> None:
+    """Write a model's folder without its weights and delete it again.
+
+    What the last step would fail at is found before the first one. Raises UserError for it.
+    """
+    for name in ("checkpoints", "hf", "samples", "trees"):
+        if (run_dir / name).exists() and not (run_dir / name).is_dir():
+            raise UserError(f"{run_dir / name} must be a folder, but is a file; remove it.")
+    try:
+        with TemporaryDirectory(dir=run_dir, prefix=".try-") as folder:
+            _save_model(model, {}, "float32", Path(folder))
+            tokenizer.save_pretrained(folder)
+    except BROKEN as error:
+        raise UserError(
+            f"the model cannot be saved ({one_line(error)}); correct its configuration files, such "
+            "as generation_config.json."
+        ) from error
 
 
 class Checkpoints:

@@ -16,7 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rftt.run.files import Row, decode_text, one_line, parse_json, parse_lines, read_bytes
+from rftt.run.files import (
+    MAX_NAME,
+    Row,
+    decode_text,
+    file_name,
+    one_line,
+    parse_json,
+    parse_lines,
+    read_bytes,
+)
 from rftt.types import UserError
 
 HUB = "hf:"
@@ -64,8 +73,10 @@ def read_table(source: str) -> list[Record]:
 def name_of(source: str) -> str:
     """Return a short name of a data set that can be part of a file name."""
     if source.startswith(HUB):
-        return re.sub(r"[^\w.-]+", "-", source.removeprefix(HUB)).strip("-")
-    return Path(_without_gz(source)).stem
+        name = re.sub(r"[^\w.-]+", "-", source.removeprefix(HUB)).strip("-")
+    else:
+        name = Path(_without_gz(source)).stem
+    return name if len(name.encode()) <= MAX_NAME else file_name(name)
 
 
 def _without_gz(path: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole
+from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole, try_saving
 from rftt.learner.fsdp import World
 from rftt.run.cli import check_same_run, stop_on_signals
 from rftt.run.config import RLConfig, SFTConfig
@@ -71,6 +71,7 @@ class Run:
             best=best_score,
         )
         self._log.rewind(self.first_step)
+        self._world.gather_or_raise(self._try_saving)
         self._stop = stop_on_signals()
 
     @property
@@ -168,6 +169,11 @@ class Run:
         policy = cast(PreTrainedModel, self._learner.modules["policy"])
         export_hf(policy, self._tokenizer, self.folder / "hf", self._world, self._cfg.dtype)
         self.info(f"model written to {self.folder / 'hf'}")
+
+    def _try_saving(self) -> None:
+        if self._world.is_main:
+            policy = cast(PreTrainedModel, self._learner.modules["policy"])
+            try_saving(policy, self._tokenizer, self.folder)
 
     def _is_spent(self) -> bool:
         return self.state.get("tokens_generated", 0.0) >= self._max_tokens
