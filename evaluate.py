@@ -9,8 +9,9 @@ its problems do not contain one. The value of a path is its agreement with other
 or the score of a process reward model (use_prm). Accuracy after k simulations is that of the
 majority answer over the first k paths of one tree.
 
-Output is eval/<set>.jsonl, with one line per problem, and eval/summary.json in output_dir. If the
-script is started again, it evaluates only the remaining problems.
+Output is eval/<set>.jsonl, with one line per problem, and eval/summary.json in output_dir. With
+lm_eval_samples it is also eval/samples_<set>.jsonl. If the script is started again, it evaluates
+only the remaining problems.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -45,7 +47,8 @@ from rftt.run.audit import audit_gold
 from rftt.run.checks import check_prompts
 from rftt.run.cli import check_same_run
 from rftt.run.data import load_problems
-from rftt.run.files import Row, gather_parts, open_part, write_json
+from rftt.run.files import Row, gather_parts, open_part, write_json, write_jsonl
+from rftt.run.harness import Judge, agreement, lm_eval_rows, open_judge
 from rftt.run.log import RunLog
 from rftt.run.provenance import made_from
 from rftt.run.stats import majority, mean_ci, paired_bootstrap, pass_at_k
@@ -85,12 +88,13 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
     engine = build_engine(cfg, cfg.model_name_or_path, vocabulary_size(tokenizer))
     prm = asyncio.run(open_prm(cfg, log.info))
     policy = sampler_of(cfg, engine, tokenizer, ids, answer_format=cfg.answer_format)
+    mark = partial(verdict, cfg, policy, open_judge(cfg))
 
     async def run() -> None:
         with log.bar(len(todo), "problem", name) as bar:
 
             async def finish(problem: Problem) -> None:
-                row = await answer(cfg, policy, prm, problem)
+                row = await answer(cfg, policy, prm, problem, mark)
                 journal.append(row)
                 bar.advance(greedy=row["greedy"]["correct"])
 
@@ -107,13 +111,23 @@ def evaluate(cfg: EvalConfig, world: World) -> None:
         rows = [by_id[problem.id] for problem in problems]
         summary = {"set": name, **summarise(rows, cfg.num_samples, cfg.simulations, cfg.seed)}
         write_json(out / "eval" / "summary.json", summary)
+        if cfg.lm_eval_samples:
+            samples = lm_eval_rows(cfg, tokenizer, problems, rows)
+            write_jsonl(out / "eval" / f"samples_{name}.jsonl", samples)
         log.info(summary_table(summary))
 
 
 async def answer(
-    cfg: EvalConfig, policy: Sampler, prm: ProcessModel | None, problem: Problem
+    cfg: EvalConfig,
+    policy: Sampler,
+    prm: ProcessModel | None,
+    problem: Problem,
+    mark: Callable[..., Row],
 ) -> Row:
-    """Return a line of eval/<set>.jsonl: greedy, samples and search, without the gold answer."""
+    """Return a line of eval/<set>.jsonl: greedy, samples and search, without the gold answer.
+
+    `mark` is `verdict` with its first arguments.
+    """
     hidden = replace(problem, answer=None, solution=None)
     task = pose(policy, hidden, cfg.system_prompt)
     greedy = replace(task, sampler=replace(policy, temperature=0.0))
@@ -128,11 +142,9 @@ async def answer(
         "level": problem.level,
         "gold": problem.answer,
         "response": decode(policy.tokenizer, best[0].response_ids),
-        "greedy": verdict(cfg, policy, problem, best[0]),
+        "greedy": mark(problem, best[0]),
         "acts": list(best[0].acts),  # of the greedy response; "" is text outside any segment
-        "samples": [
-            verdict(cfg, policy, problem, *one) for one in zip(samples, scores, strict=True)
-        ],
+        "samples": [mark(problem, *one) for one in zip(samples, scores, strict=True)],
     }
     if cfg.simulations:
         tree = await learned_tree(
@@ -145,7 +157,7 @@ async def answer(
         )
         paths = tree_rollouts(task, tree, mask_forced=False)
         row["search"] = [
-            verdict(cfg, policy, problem, rollout, leaf.q if prm else None)
+            mark(problem, rollout, leaf.q if prm else None)
             for rollout, leaf in zip(paths, tree.leaves(), strict=True)
         ]
     return row
@@ -175,17 +187,27 @@ def steps_of(rollout: Rollout) -> list[Step]:
 
 
 def verdict(
-    cfg: EvalConfig, policy: Sampler, problem: Problem, rollout: Rollout, score: float | None = None
+    cfg: EvalConfig,
+    policy: Sampler,
+    judge: Judge | None,
+    problem: Problem,
+    rollout: Rollout,
+    score: float | None = None,
 ) -> Row:
     """Grade a finished response. Only this function uses the gold answer."""
     text = decode(policy.tokenizer, rollout.response_ids)
-    return {
+    row = {
         "answer": rollout.answer,
         "correct": solves(problem, text, rollout.finish, cfg.answer_format),
         "tokens": rollout.n_generated,
         "logprob": fmean(rollout.sampling_logprobs),
         "score": score,
     }
+    if judge:
+        row["math_verify"] = rollout.finish != "length" and judge(text, str(problem.answer))
+    if cfg.lm_eval_samples:
+        row["text"] = text
+    return row
 
 
 def summarise(
@@ -200,6 +222,8 @@ def summarise(
         "n": len(rows),
         "greedy": interval([float(row["greedy"]["correct"]) for row in rows]),
     }
+    if compared := agreement(rows):
+        summary["math_verify"] = compared
     acts = [row["acts"] for row in rows]
     if any(any(written) for written in acts):  # the model writes functional segments
         whole = [float("" not in written and written[-1] == "output") for written in acts]
@@ -280,6 +304,12 @@ def summary_table(summary: dict[str, Any]) -> str:
         f"{summary['set']}: {summary['n']} problems",
         f"greedy      {percent(summary['greedy'])}",
     ]
+    if "math_verify" in summary:
+        found = summary["math_verify"]
+        lines.append(
+            f"Math-Verify {100 * found['greedy']:5.1f} %  greedy; the same verdict on "
+            f"{100 * found['agreement']:.1f} % of {found['responses']} responses"
+        )
     if "whole_segments" in summary:
         lines.append(f"segments    {percent(summary['whole_segments'])}  responses of whole ones")
         written = ", ".join(f"{act} {n:.2f}" for act, n in summary["acts"].items())

@@ -1,16 +1,26 @@
 """Test evaluate.py's figures on made-up responses with known choices."""
 
 import asyncio
+import json
+import sys
 from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from evaluate import main as evaluate_main
 from evaluate import processed, steps_of, summarise, summary_table
 from rftt.engines.sampler import Task
 from rftt.graders.prm import Unscored
 from rftt.rollout import learned_tree, sample, tree_rollouts
-from rftt.types import Problem
+from rftt.run.config import EvalConfig, load_config
+from rftt.run.files import read_jsonl
+from rftt.run.harness import agreement, open_judge
+from rftt.types import Problem, UserError
+from tests.small_world import make_world, settings
 from tests.test_rollout import CLOSE, PROBLEM, learned, segment
 
 
@@ -117,3 +127,59 @@ def test_a_plain_response_is_one_step_to_the_process_model() -> None:
     value = processed(ctx, judge, PROBLEM, "mean")
     assert asyncio.run(value(steps_of(rollout))) == pytest.approx(0.4)
     assert judge.asked == [(PROBLEM.question, ["It is \\boxed{4}"])]
+
+
+# ---- What other harnesses read ----
+
+
+@pytest.mark.cases
+def test_samples_are_written_as_lm_evaluation_harness_logs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = SimpleNamespace(parse=lambda text: text, verify=lambda gold, answer: gold in answer)
+    monkeypatch.setitem(sys.modules, "math_verify", judge)
+    world = make_world(tmp_path / "world")
+    more = ["num_samples=2", "max_problems=3", "lm_eval_samples=true", "math_verify=true"]
+    arguments = settings("evaluate", world, tmp_path / "out", *more, "dtype=float32")
+    evaluate_main(load_config(EvalConfig, arguments))
+    samples = [row for _, row in read_jsonl(tmp_path / "out/eval/samples_train.jsonl")]
+    rows = [row for _, row in read_jsonl(tmp_path / "out/eval/train.jsonl")]
+    by_id = {row["id"]: row for row in rows}
+    assert [(row["doc_id"], row["filter"]) for row in samples] == [
+        (i, name) for i in range(3) for name in ("greedy", "sampled")
+    ]
+    for line in samples:
+        row, doc = by_id[line["doc"]["id"]], line["doc"]
+        found = [row["greedy"]] if line["filter"] == "greedy" else row["samples"]
+        assert line["resps"] == [[one["text"] for one in found]]
+        assert line["target"] == doc["answer"] == row["gold"]
+        assert line["exact_match"] == sum(one["correct"] for one in found) / len(found)
+        assert doc["question"] in line["arguments"]["gen_args_0"]["arg_0"]
+        assert line["target_hash"] == sha256(doc["answer"].encode()).hexdigest()
+    greedy = [line for line in samples if line["filter"] == "greedy"]
+    assert {line["resps"][0][0] for line in greedy} == {row["response"] for row in rows}
+    summary = json.loads((tmp_path / "out/eval/summary.json").read_text())
+    assert summary["math_verify"]["responses"] == 9
+    assert "Math-Verify" in (tmp_path / "out/log.txt").read_text()
+
+
+@pytest.mark.cases
+def test_the_other_verdict_stands_beside_ours() -> None:
+    def judged(correct: bool, other: bool) -> dict[str, bool]:
+        return {"correct": correct, "math_verify": other}
+
+    rows = [
+        {"greedy": judged(True, True), "samples": [judged(False, True)]},
+        {"greedy": judged(False, True), "samples": [judged(False, False)]},
+    ]
+    assert agreement(rows) == {"greedy": 1.0, "agreement": 0.5, "responses": 4}
+    assert agreement([{"greedy": {"correct": True}, "samples": []}]) is None
+
+
+@pytest.mark.cases
+def test_a_missing_math_verify_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    needed = ["model_name_or_path=m", "eval_file=e", "output_dir=o"]
+    assert open_judge(load_config(EvalConfig, needed)) is None
+    with pytest.raises(UserError, match="needs the package math-verify; pip install math-verify"):
+        open_judge(load_config(EvalConfig, [*needed, "math_verify=true"]))

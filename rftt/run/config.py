@@ -706,6 +706,11 @@ class EvalConfig(Common, Graded, EngineKeys, Beam, Process, Acts):
     """Problems evaluated concurrently."""
     answer_format: Literal["boxed", "gsm8k", "auto"] = "boxed"
     """How responses state their answer."""
+    math_verify: bool = False
+    """Also judge every response with Math-Verify, an optional package. Its verdict stands beside
+    ours in eval/<set>.jsonl and in the summary."""
+    lm_eval_samples: bool = False
+    """Also write eval/samples_<set>.jsonl, the samples in the format of lm-evaluation-harness."""
     audit: bool = False
     """Only audit the gold answers, without opening a model: how many parse, which respelled
     answers the grader rejects, and which near misses it accepts."""
