@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from rftt.engines.openai import priced
+from rftt.engines.openai import priced, read_reply
 from rftt.run.columns import as_text, pair_in, question_of, response_in
 from rftt.run.config import SearchConfig, load_config
 from rftt.run.data import load_problems
@@ -435,7 +435,9 @@ def test_a_journal_holds_any_reply_and_is_read_as_it_was_written(tmp_path) -> No
 
 def test_a_reply_with_a_lone_surrogate_can_be_sent_again(tmp_path) -> None:
     cfg = load_config(SearchConfig, ["model_name_or_path=m", "output_dir=o", "train_file=t"])
-    assert priced(cfg, "half \ud83d of a smile", True, 1, 1).text == "half \ufffd of a smile"
+    body = json.dumps({"choices": [{"message": {"content": "half \ud83d of a smile"}}]}).encode()
+    worst = priced(cfg, "", False, 1000, 1000)
+    assert read_reply(cfg, body, worst).text == "half \ufffd of a smile"
 
 
 def test_nuls_of_a_power_cut_are_skipped_and_other_damage_is_named(tmp_path) -> None:
