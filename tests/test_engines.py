@@ -70,7 +70,7 @@ def build(name: str, folder: Path) -> Engine:
         dtype="float32",
         device="cpu",
         max_model_len=128,
-        max_num_seqs=32,
+        max_num_seqs=36,
     )
     return build_engine(cfg, str(folder), N_TOKENS)
 
@@ -118,6 +118,16 @@ def test_greedy_tokens_are_the_argmax_of_an_unpadded_forward(engine: Engine) -> 
         assert len(completion.token_ids) == 20
         assert agrees_with_model(model, prompt, completion, 1.0) < 1e-4
     assert len({completion.token_ids for completion in got}) > 20
+
+
+def test_many_long_prompts_at_once_are_sampled_as_each_alone(engine: Engine) -> None:
+    """36 prompts of 120 tokens are more than vLLM reads in one step (4,096 on a CPU)."""
+    generator = torch.Generator().manual_seed(9)
+    prompts = torch.randint(16, N_TOKENS, (36, 120), generator=generator).tolist()
+    requests = [(prompt, Sampling(max_tokens=5, seed=i)) for i, prompt in enumerate(prompts)]
+    together = sample(engine, *requests)
+    alone = [sample(engine, request)[0] for request in requests]
+    assert [got.token_ids for got in together] == [got.token_ids for got in alone]
 
 
 @pytest.mark.oracle
@@ -183,7 +193,7 @@ def test_positions_draw_independently(engine: Engine) -> None:
 
 @pytest.mark.invariant
 def test_a_request_does_not_depend_on_its_batch(engine: Engine) -> None:
-    prompts = random_prompts(36, seed=2)
+    prompts = random_prompts(40, seed=2)
     how = [
         Sampling(
             max_tokens=5 + 7 * i % 31,
@@ -194,7 +204,7 @@ def test_a_request_does_not_depend_on_its_batch(engine: Engine) -> None:
             watch_ids=OPENERS if i % 4 else (),
             watch_after=CLOSERS[i % 3 :],
         )
-        for i in range(36)
+        for i in range(40)
     ]
     requests = list(zip(prompts, how, strict=True))
     together = sample(engine, *requests)

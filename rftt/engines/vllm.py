@@ -97,7 +97,13 @@ class VLLMEngine:
         # reload silently keeps the old weights of a tied head. Packing is therefore disabled.
         vllm_layers.dispatch_cpu_unquantized_gemm = _keep_linear
         current_platform.simple_compile_backend = "eager"  # avoids 10 s of C++ compilation
-        return {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_BYTES, "block_size": 32}
+        return {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": CPU_KV_BYTES,
+            "block_size": 32,
+            # A part of a prompt makes vLLM rewind the request's generator, which a CPU's cannot.
+            "enable_chunked_prefill": False,
+        }
 
     def _check_heads(self, model_path: str) -> None:
         """Check the head size now: the CPU build would fail only at the first request."""
