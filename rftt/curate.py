@@ -18,7 +18,7 @@ from rftt.mcts import Tree
 from rftt.prompted import visible
 from rftt.prompts import sentences
 from rftt.run.config import SearchConfig
-from rftt.run.contract import best_check, leaks, nameable
+from rftt.run.contract import best_check, leaks, miscalculation, nameable
 from rftt.run.files import Row
 from rftt.tokens import successors
 from rftt.types import Problem, Trace
@@ -201,6 +201,8 @@ async def curate(
             counts["path_repeats"] += 1
         elif trace.answer is not None and answers_early(trace):
             counts["path_answers_early"] += 1
+        elif trace.correct and any(miscalculation(step.text) for step in trace.steps):
+            counts["path_miscalculates"] += 1  # right by luck
         else:
             usable.append(trace)
     rows = [plain(trace) for trace in disjoint_correct(usable, cfg)]

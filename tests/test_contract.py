@@ -16,6 +16,7 @@ from rftt.run.contract import (
     clean,
     fresh,
     leaks,
+    miscalculation,
     nameable,
     trimmed,
 )
@@ -164,6 +165,23 @@ def test_the_best_check_quotes_the_mistake_first() -> None:
     assert best_check([blind, late], mistakes) == late
     assert best_check([late, f"{good} Really.", good, blind], mistakes) == good
     assert best_check([], mistakes) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("She has 40 + 50 - 4 = 96 points.", "40 + 50 - 4 = 96"),
+        ("19 / 9 = 2 loads", "19 / 9 = 2"),
+        ("2 + 3 = 5 * 2 = 10.", "2 + 3 = 5 * 2 = 10"),
+        ("8 * $3 = $24, then 24 + 6 = 31", "24 + 6 = 31"),
+        ("1,200 * 3 = 3,600, 45 / 2 = 22.5, 10 - 12 = -2, 15 ÷ 3 = 5, 5 × 3 = 15", None),
+        ("(2 + 3) * 4 = 20, 2 * (3 + 4) = 14, 5 x 3 - 2 = 13, \\frac{80}{2} = 40", None),
+        ("10% of 50 = 5, x = 3, 5 = 5, half of 10 = 5", None),
+        ("1 + " * 100 + "1 = 5", None),  # longer than any that is checked
+    ],
+)
+def test_a_wrong_calculation_is_found_where_it_stands_for_itself(text: str, wrong: str) -> None:
+    assert miscalculation(text) == wrong
 
 
 def test_a_check_that_makes_the_mistake_again_explains_nothing() -> None:

@@ -151,6 +151,13 @@ def test_a_path_whose_analysis_states_its_answer_is_left_out():
     assert counts["path_answers_early"] == 2
 
 
+def test_a_right_path_with_a_wrong_calculation_is_left_out():
+    lucky = [PLAN, ("next_step", "19 * 3 = 58."), ("direct_answer", "58 - 3 = 54. \\boxed{54}")]
+    rows, counts = asyncio.run(curate(build(lucky, OTHER), PROBLEM, says(), RULES))
+    assert [row["path_nodes"] for row in rows] == [[4, 5]]
+    assert counts["path_miscalculates"] == 1
+
+
 def test_row_that_does_not_end_in_the_right_answer_is_left_out():
     other = Problem("p", PROBLEM.question, "55")
     tree = build(RIGHT, WRONG)

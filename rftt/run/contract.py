@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from rftt.graders.math import same_answer
 from rftt.prompts import ActPrompt, Prompts, sentences
 from rftt.tokens import FUNCTIONS
 
@@ -21,6 +22,10 @@ RUN = 8
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 CALCULATION = re.compile(r"(?<![\d.,])[.,]*+\d[\d.,]*+(?:\s*+[-+*/×÷=]\s*+\$?\d[\d.,]*+)+")
 """Numbers joined by signs. It reads each number once, so that long digits take linear time."""
+OPEN = tuple("()[]{}+-*/×÷x^%\\=")
+"""Signs beside a calculation that make it a part of a larger one, such as (2 + 3) * 4 = 20."""
+MAX_CALCULATION = 100
+"""Characters of the longest calculation that is checked."""
 QUOTED = re.compile(f"{CALCULATION.pattern}|{NUMBER.pattern}")
 MAX_TRIMMED = 4
 """Sentences of the longest beginning of a refused reply that may be kept."""
@@ -197,7 +202,26 @@ def _borrowed(prompt: ActPrompt, text: str, known: str) -> set[str]:
     return foreign & set(_words(text)) - set(_words(f"{known} {prompt.system}"))
 
 
-# ---- Choose among checks ----
+# ---- Choose among paths and checks ----
+
+
+def miscalculation(text: str) -> str | None:
+    """Return the first calculation of numbers whose stated result is wrong, or None.
+
+    >>> miscalculation("They pay 8 * 3 + 2 * 3 = 24 + 6 = 30 dollars, 30 / 4 = 7 each.")
+    '30 / 4 = 7'
+    """
+    for found in CALCULATION.finditer(text):
+        before, after = text[: found.start()][-2:].strip(), text[found.end() :][:2].strip()
+        calculation = found[0].rstrip(".,")
+        first, *others = calculation.split("=")
+        if before.endswith(OPEN) or after.startswith(OPEN) or first.strip().isdecimal():
+            continue
+        if len(calculation) > MAX_CALCULATION:
+            continue
+        if not all(same_answer(first, other) for other in others):
+            return calculation
+    return None
 
 
 def mentions(text: str, answer: str) -> bool:
