@@ -113,6 +113,7 @@ async def generate(
             prompts=load_prompts(cfg.prompts_file),
             contract_tries=cfg.contract_tries,
             control=partial(holds_control_text, tokenizer, functional=True),
+            continues=cfg.engine != "api",
         )
         with log.bar(len(todo), "problem", cfg.method) as bar:
 

@@ -39,6 +39,8 @@ class Prompted:
     contract_tries: int
     """Replies asked for, each with another seed, until one keeps its act's contract."""
     control: Callable[[str], bool]  # finds control text, which no step may contain
+    continues: bool = False
+    """Whether the chat continues a reply that the messages begin, which an API cannot."""
     spent: Counters = field(default_factory=Counters)
     """Replies and their tokens; each problem gets a copy of its own."""
     refusals: Counter[str] = field(default_factory=Counter)
@@ -106,7 +108,7 @@ async def _child(
 
 async def _ask_step(ctx: Prompted, problem: Problem, so_far: str, act: str, *key: object) -> Step:
     """Ask for one act, up to `contract_tries` times, until a reply keeps its contract."""
-    messages = ctx.prompts.ask(act, problem.question, so_far)
+    messages = ctx.prompts.ask(act, problem.question, so_far, continues=ctx.continues)
     refused = partial(ctx.breach, act, problem, so_far)
     text, reason = "", None
     for number in range(ctx.contract_tries):

@@ -22,6 +22,7 @@ HOLES = {
     "act": {"question", "so_far", "instruction"},
     "verify": {"question", "so_far", "wrong", "correct", "instruction"},
     "refine": {"question", "so_far", "check", "instruction"},
+    "continued": {"question", "instruction"},
 }
 """The placeholders of each template."""
 
@@ -48,6 +49,7 @@ class ActPrompt(Part):
     refuse: Reasons = {}
     require: Reasons = {}
     numbers: Literal["any", "known", "given", "none"] = "any"
+    continues: bool = False
 
 
 class Prompts(Part):
@@ -60,28 +62,40 @@ class Prompts(Part):
     acts: dict[str, ActPrompt]
 
     def ask(
-        self, act: str, question: str, so_far: str, parts: Mapping[str, str] | None = None
+        self,
+        act: str,
+        question: str,
+        so_far: str,
+        parts: Mapping[str, str] | None = None,
+        *,
+        continues: bool = False,
     ) -> Messages:
         """Return messages that ask for one act as the continuation of the solution `so_far`.
 
         `parts` are the other placeholders of the act's template: `wrong` and `correct` of verify,
-        `check` of refine.
+        `check` of refine. If the model `continues` a reply, the last message may be the beginning
+        of its reply (prompts.yaml).
         """
         prompt = self.acts[act]
+        opened = continues and prompt.continues and so_far != ""
+        template = "continued" if opened else act if act in self.templates else "act"
         messages = [{"role": "system", "content": prompt.system}]
         for example in prompt.examples:
             shown = example.model_dump(exclude_none=True, exclude={"reply"})
-            messages.append({"role": "user", "content": self._fill(act, shown)})
-            messages.append({"role": "assistant", "content": example.reply})
-        asked = self._fill(act, {"question": question, "so_far": so_far, **(parts or {})})
-        return [*messages, {"role": "user", "content": asked}]
+            begun = f"{example.so_far}\n" if opened and example.so_far else ""
+            messages.append({"role": "user", "content": self._fill(template, act, shown)})
+            messages.append({"role": "assistant", "content": begun + example.reply})
+        asked = {"question": question, "so_far": so_far, **(parts or {})}
+        messages.append({"role": "user", "content": self._fill(template, act, asked)})
+        if opened:
+            messages.append({"role": "assistant", "content": f"{so_far}\n"})
+        return messages
 
-    def _fill(self, act: str, parts: Mapping[str, str]) -> str:
-        template = self.templates[act if act in self.templates else "act"]
+    def _fill(self, template: str, act: str, parts: Mapping[str, str]) -> str:
         values = dict(parts)
         values["so_far"] = parts["so_far"] or self.nothing_yet
         values["instruction"] = self.acts[act].instruction
-        return re.sub(r"\{(\w+)\}", lambda hole: values[hole[1]], template)
+        return re.sub(r"\{(\w+)\}", lambda hole: values[hole[1]], self.templates[template])
 
 
 def question_messages(question: str, system_prompt: str | None = None) -> Messages:

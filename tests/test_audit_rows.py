@@ -154,6 +154,8 @@ def test_duplicates_and_repeated_texts() -> None:
     assert found["repeated"] == [0, 1, 2]
     assert "repeated" not in broken(rows[0], rows[3])
     assert "duplicate" not in broken(rows[0], rows[2])
+    bare = "The answer is \\boxed{54}."
+    assert "repeated" not in broken(step(bare), step(bare, other))
 
 
 # ---- The command ----

@@ -548,6 +548,7 @@ def test_every_search_method_runs_against_a_url(
     assert stats["rows"] == len(rows) >= 8
     assert stats["generated_tokens"] == 5 * len(server.seen)  # the server's own count
     assert {row["kind"] for _, row in rows} <= {"merged", "plain", "sample"}
+    assert {body["messages"][-1]["role"] for body in server.seen} == {"user"}
 
 
 def test_search_out_of_budget_stops_cleanly_and_goes_on_with_more(

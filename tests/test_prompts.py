@@ -37,6 +37,20 @@ def test_all_requests_of_an_act_begin_alike() -> None:
     assert PROMPTS.nothing_yet in one[-1]["content"]
 
 
+def test_the_solution_so_far_opens_a_reply_that_the_model_can_continue() -> None:
+    messages = PROMPTS.ask("next_step", "A?", "One.\nTwo.", continues=True)
+    *_, shown, asked, begun = messages
+    examples = PROMPTS.acts["next_step"].examples
+    assert shown["content"] == f"{examples[-1].so_far}\n{examples[-1].reply}"
+    assert asked["role"] == "user"
+    assert "One." not in asked["content"]
+    assert begun == {"role": "assistant", "content": "One.\nTwo.\n"}
+    for act, so_far, can in (("next_step", "", True), ("analysis", "x", True), ("output", "x", 0)):
+        messages = PROMPTS.ask(act, "A?", so_far, continues=bool(can))
+        assert messages == PROMPTS.ask(act, "A?", so_far)
+        assert messages[-1]["role"] == "user"
+
+
 @pytest.mark.invariant
 @pytest.mark.parametrize("act", ACTS)
 def test_every_example_keeps_the_contract_that_it_teaches(act: str) -> None:

@@ -315,6 +315,16 @@ def test_encode_chat_never_doubles_the_bos(family: str, system: str | None) -> N
     assert text.rstrip("\n").endswith(("assistant", "assistant<|end_header_id|>"))
 
 
+@families
+def test_a_reply_can_be_begun(family: str) -> None:
+    tokenizer, _ = extended(family)
+    messages = question_messages("What is 12 + 7?")
+    begun = {"role": "assistant", "content": "12 + 7\n"}
+    ids = encode_chat(tokenizer, [*messages, begun])
+    assert ids[: len(encode_chat(tokenizer, messages))] == encode_chat(tokenizer, messages)
+    assert tokenizer.decode(ids).endswith("12 + 7\n")
+
+
 def test_encode_chat_refuses_a_template_that_doubles_the_bos() -> None:
     tokenizer = llama3()
     tokenizer.chat_template = "{{ bos_token }}" + str(tokenizer.chat_template)

@@ -424,12 +424,19 @@ def duplicates(rows: Sequence[Row]) -> list[Finding]:
     return found
 
 
+BARE_ANSWER = re.compile(r"(?:so )?(?:the (?:final )?answer is )?\$?\\boxed\{[^{}]*\}\$?\.?", re.I)
+"""A step that only states an answer."""
+
+
 def problems_by_text(rows: Sequence[Row]) -> dict[tuple[str, str], set[str]]:
-    """Return (act, text) -> questions of the rows that contain it. Outputs are alike by nature."""
+    """Return (act, text) -> questions of the rows that contain it.
+
+    Outputs and other steps that only state an answer are alike by nature and left out.
+    """
     problems: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         for step in row["steps"]:
-            if step["act"] != "output":
+            if step["act"] != "output" and not BARE_ANSWER.fullmatch(step["text"]):
                 problems.setdefault((step["act"], step["text"]), set()).add(row["question"])
     return problems
 

@@ -88,11 +88,15 @@ def open_tokenizer(cfg: Common) -> PreTrainedTokenizerBase:
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Return the prompt ids up to the start of the reply. Prompts are encoded only here.
+    """Return the prompt ids up to the reply, or up to the end of the beginning of a reply.
 
-    A user's text that reads like a control token stays text. Raises UserError where the template
+    If the last message is the assistant's, it is such a beginning. Prompts are encoded only here. A
+    user's text that reads like a control token stays text. Raises UserError where the template
     refuses the messages or doubles the BOS token.
     """
+    begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+    if begun:
+        messages = messages[:-1]
     cut = apart(tokenizer, messages)
     try:
         if cut is None:
@@ -115,7 +119,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
             f"a prompt must start with one BOS token, got two BOS tokens from the chat template of "
             f"{tokenizer.name_or_path}; remove one from the template or from system_prompt."
         )
-    return cast(list[int], list(ids))
+    return [*cast(list[int], ids), *tokenizer.encode(begun, add_special_tokens=False)]
 
 
 def decode(
