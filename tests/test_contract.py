@@ -159,7 +159,7 @@ def test_only_what_the_wrong_steps_alone_contain_can_be_named() -> None:
 def test_the_best_check_quotes_the_mistake_first() -> None:
     mistakes = nameable("19 * 2 = 38, 38 - 3 = 35", "19 * 3 = 57, 57 - 3 = 54", QUESTION)
     blind = "Wait, I wrote 19 * 3 = 57, but it is more."
-    late = "Wait, I wrote 19 * 3 = 57, but then 19 * 2 = 38 is wrong."
+    late = "Wait, I wrote 19 * 3 = 57, but then 19 * 2 = 38 is less than three times 19."
     good = "Wait, I wrote 19 * 2 = 38, but she triples them, so there are more than that."
     assert best_check([blind], mistakes) is None
     assert best_check([blind, late], mistakes) == late
@@ -188,7 +188,10 @@ def test_a_check_that_makes_the_mistake_again_explains_nothing() -> None:
     mistakes = nameable("43 - 44 = 9 problems left", "43 + 12 = 55, 55 - 44 = 11", "43, 12, 44")
     again = "Wait, I wrote 43 - 44, but she has done 44, so 43 - 44 = 9 are left."
     assert best_check([again], mistakes) is None
+    last = "Wait, I wrote 43 math problems, but she has done 44. So there are 43 - 44 = 9 left."
+    assert best_check([last], mistakes) is None
     assert best_check([again, "Wait, I wrote 43 - 44 = 9, but 12 more are given."], mistakes)
+    assert best_check(["43 and 12 is 55, not 9."], mistakes)
 
 
 def test_a_reply_is_cut_where_it_breaks_its_contract() -> None:

@@ -27,6 +27,8 @@ OPEN = tuple("()[]{}+-*/×÷x^%\\=")
 MAX_CALCULATION = 100
 """Characters of the longest calculation that is checked."""
 QUOTED = re.compile(f"{CALCULATION.pattern}|{NUMBER.pattern}")
+MIN_REASON = 5
+"""Words of the shortest reason that follows a quoted calculation."""
 MAX_TRIMMED = 4
 """Sentences of the longest beginning of a refused reply that may be kept."""
 
@@ -267,7 +269,8 @@ def best_check(checks: Sequence[str], mistakes: set[str]) -> str | None:
     """Return the shortest check that names a mistake, best as the first that it quotes.
 
     None if no check names one: a model that compares a wrong with a right solution often finds
-    fault with what both contain. A check that goes on with another mistake explains nothing.
+    fault with what both contain. A check that ends with a wrong calculation, or goes on with
+    another mistake, explains nothing.
     """
     named = [check for check in checks if _names_one(check, mistakes)]
 
@@ -279,9 +282,12 @@ def best_check(checks: Sequence[str], mistakes: set[str]) -> str | None:
 
 
 def _names_one(check: str, mistakes: set[str]) -> bool:
-    """Return whether a mistake is quoted and none is calculated in the reason that follows."""
+    """Return whether a mistake is quoted and a reason follows that calculates none."""
     for quoted in QUOTED.finditer(check):
         if _things(quoted[0]) & mistakes:
-            calculated = " ".join(CALCULATION.findall(check[quoted.end() :]))
+            reason = check[quoted.end() :]
+            if "=" in quoted[0] and len(_words(reason)) < MIN_REASON:
+                return False  # it is not quoted but made again
+            calculated = " ".join(CALCULATION.findall(reason))
             return not _things(calculated) & mistakes
     return False
