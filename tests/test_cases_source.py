@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import search
 import train_rl
+import train_sft
+from rftt.graders import prm_local
 from rftt.run import provenance
-from rftt.run.config import EvalConfig, RLConfig, SearchConfig, load_config
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.run.files import read_jsonl, write_jsonl
 from rftt.run.provenance import digest, weights_digest
 from rftt.types import UserError
@@ -83,6 +86,78 @@ def test_what_is_changed_at_the_same_path_is_refused_or_begun_anew(script, world
     change_gold(world)
     start(script, world, "overwrite_output_dir=true")
     start(script, world)  # and from then on it is the run of the new gold answers
+
+
+def start_warm_up(world: Path, *more: str) -> None:
+    small = ["dtype=float32", "num_train_epochs=1", "eval_ratio=0"]
+    rows = f"train_file={world / 'rows.jsonl'}"
+    train_sft.main(
+        load_config(SFTConfig, settings("train_sft", world, world / "sft", *small, rows, *more))
+    )
+
+
+@pytest.fixture
+def warm_world(world: Path) -> Path:
+    rows = [{"question": f"Tom has {i} pens.", "response": "So \\boxed{4}."} for i in range(4)]
+    write_jsonl(world / "rows.jsonl", rows)
+    return world
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_a_finished_warm_up_is_not_exported_for_other_weights(loss, warm_world) -> None:
+    world, more = warm_world, [f"loss={loss}"]
+    if loss == "dpo":
+        rows = [{"question": f"Tom has {i} pens.", "chosen": "4", "rejected": "5"} for i in "1234"]
+        write_jsonl(world / "rows.jsonl", rows)
+    start_warm_up(world, *more)
+    first = (world / "sft" / "hf" / "model.safetensors").read_bytes()
+    start_warm_up(world, *more)  # a finished run may be started again
+    assert (world / "sft" / "hf" / "model.safetensors").read_bytes() == first
+    nudge_weights(world)
+    with pytest.raises(UserError, match="other weights"):
+        start_warm_up(world, *more)
+    start_warm_up(world, *more, "overwrite_output_dir=true")
+    assert (world / "sft" / "hf" / "model.safetensors").read_bytes() != first
+    start_warm_up(world, *more)
+
+
+def test_a_finished_warm_up_is_not_exported_for_another_initial_state(warm_world) -> None:
+    world = warm_world
+    start_warm_up(world)
+    state = next(world.glob("sft/checkpoints/step_*"))
+    more = [f"output_dir={world / 'second'}", f"initial_state={state}"]
+    start_warm_up(world, *more)
+    for path in state.glob("state/*.safetensors"):
+        tensors = load_file(path)
+        next(t for t in tensors.values() if t.is_floating_point() and t.numel()).view(-1)[0] += 1
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UserError, match="other weights"):
+        start_warm_up(world, *more)
+
+
+class EqualScores:
+    """A PRM without a model."""
+
+    async def score(self, question: str, steps: list[str]) -> list[float]:
+        return [0.5] * len(steps)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_prm_at_the_same_path_is_refused(script, world, monkeypatch) -> None:
+    """The reference of train_rl.py needs no digest: it is the initial model."""
+    monkeypatch.setattr(prm_local, "LocalPRM", lambda cfg: EqualScores())
+    shutil.copytree(world / "base", world / "prm" / "model")  # not among the models of `start`
+    more = ["use_prm=true", f"prm_model_name_or_path={world / 'prm' / 'model'}"]
+    start(script, world, *more)
+    start(script, world, *more)
+    nudge_weights(world / "prm")
+    with pytest.raises(UserError, match="other weights"):
+        start(script, world, *more)
 
 
 def test_a_results_journal_from_before_the_digests_is_refused(world) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rftt.run.config import SFTConfig, load_config
-from rftt.run.files import read_jsonl, write_jsonl
+from rftt.run.files import Journal, read_jsonl, write_jsonl
 from rftt.types import UserError
 from tools.self_improve import (
     MAX_VALUE,
@@ -21,7 +21,9 @@ from tools.self_improve import (
     arguments,
     best_of,
     check_steps,
+    is_done,
     iterate,
+    made_from,
     rounds_table,
     value_at,
 )
@@ -347,9 +349,65 @@ def test_loop_killed_in_iteration_2_ends_in_the_same_table(world: Path) -> None:
 def test_loop_names_the_step_that_failed(world: Path) -> None:
     done = run(*loop_command(world, "failed", "target_file=nowhere.jsonl"), check=False)
     assert done.returncode == 2
-    assert "nowhere.jsonl does not exist" in done.stderr
-    line = "error: iteration 0: eval-nowhere ended with code 2; correct the error above and "
+    line = "error: iteration 0: eval-nowhere: nowhere.jsonl does not exist; check the path.\n"
+    assert done.stderr.endswith(line)
+    write_jsonl(world / "ungraded.jsonl", [{"problem": "Which is larger, 3 or 8?"}])
+    ungraded = f"target_file={world / 'ungraded.jsonl'}"
+    done = run(*loop_command(world, "ungraded", ungraded), check=False)
+    assert done.returncode == 2
+    assert "ungraded.jsonl:1" in done.stderr
+    line = "error: iteration 0: eval-ungraded ended with code 2; correct the error above and "
     assert done.stderr.endswith(f"{line}start the loop again.\n")
+
+
+@pytest.mark.cases
+def test_loop_skips_no_step_that_was_made_from_something_else(world: Path, tmp_path: Path) -> None:
+    """Weights, tokenizer, data and the step's own config file count; moving the folder does not."""
+    path = shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("*killed*"))
+    yaml = tmp_path / "evaluate.yaml"
+    yaml.write_text((ROOT / "configs/tiny/evaluate.yaml").read_text(), encoding="utf-8")
+    cfg = config(
+        f"model_name_or_path={path / 'base'}", f"output_dir={tmp_path}", f"evaluate.config={yaml}"
+    )
+    chosen = {"model_name_or_path": str(path / "base"), "eval_file": str(path / "test.jsonl")}
+    row = {"iteration": 0, "step": "eval-test"}
+    journal = Journal(tmp_path / "steps.jsonl")
+    before = made_from(cfg, "evaluate", 0, chosen)
+    assert not is_done(row | {"made_from": before}, journal)
+    journal.append(row | {"made_from": before})
+    assert is_done(row | {"made_from": made_from(cfg, "evaluate", 0, chosen)}, journal)
+    moved = shutil.copytree(path, tmp_path / "moved")
+    elsewhere = {key: value.replace(str(path), str(moved)) for key, value in chosen.items()}
+    assert is_done(row | {"made_from": made_from(cfg, "evaluate", 0, elsewhere)}, journal)
+    files = {
+        "data": path / "test.jsonl",
+        "weights": path / "base" / "model.safetensors",
+        "settings": yaml,
+    }
+    texts = {"data": b"\n", "weights": b"\0", "settings": b"max_problems: 3\n"}
+    for name, file in [*files.items(), ("weights", path / "base" / "tokenizer.json")]:
+        whole = file.read_bytes()
+        file.write_bytes(whole + texts[name])
+        with pytest.raises(UserError, match=f"eval-test of iteration 0 .* other {name} than these"):
+            is_done(row | {"made_from": made_from(cfg, "evaluate", 0, chosen)}, journal)
+        file.write_bytes(whole)
+    old = Journal(tmp_path / "old.jsonl")
+    old.append(row)  # from before the digests
+    with pytest.raises(UserError, match="other settings and data and weights"):
+        is_done(row | {"made_from": before}, old)
+
+
+@pytest.mark.cases
+def test_a_finished_loop_is_not_reported_for_another_base(world: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(world, tmp_path / "world")
+    done = run(*loop_command(path, "other", "iterations=1", "guard_files=[]"))
+    assert "best: iteration" in done.stdout
+    with (path / "base" / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\x3f")  # one weight, as a training into the same folder changes many
+    done = run(*loop_command(path, "other", "iterations=1", "guard_files=[]"), check=False)
+    assert done.returncode == 2
+    assert "eval-test of iteration 0 was made from other weights than these" in done.stderr
 
 
 @pytest.mark.invariant

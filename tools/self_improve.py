@@ -7,8 +7,9 @@ Every model is evaluated on a target set and on guard sets. The best one on the 
 unless a guard set has dropped too far. Models are never deleted. Output is iteration_<n>/<step>/
 (0 is the evaluation of the base model), table.md and best.json in output_dir.
 
-An interrupted loop continues: finished steps are in steps.jsonl, an unfinished script resumes by
-itself, and all decisions of the loop depend on the evaluations only.
+An interrupted loop continues: finished steps are in steps.jsonl with digests of what they were made
+from, an unfinished script resumes by itself, and all decisions of the loop depend on the
+evaluations only.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pydantic import model_validator
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.run.cli import check_same_run, cli
 from rftt.run.config import (
+    RUNTIME_KEYS,
     Count,
     EvalConfig,
     LocalPath,
@@ -42,7 +44,8 @@ from rftt.run.config import (
     config_class,
     load_config,
 )
-from rftt.run.files import Journal, read_jsonl, write_json
+from rftt.run.files import Journal, Row, read_jsonl, write_json
+from rftt.run.provenance import MadeFrom, data_digest, digest, model_digest
 from rftt.run.stats import mean_ci, paired_bootstrap
 from rftt.run.tables import name_of
 from rftt.types import UserError
@@ -100,6 +103,12 @@ STEPS: dict[str, tuple[str, type, tuple[str, ...]]] = {
     "evaluate": ("evaluate.py", EvalConfig, ("eval_file",)),
 }
 """Name of a step in LoopConfig -> its script, its config class, and the keys that the loop sets."""
+MODELS = ("model_name_or_path", "prm_model_name_or_path", "initial_state")
+FILES = (
+    *("train_file", "eval_file", "mix_file", "raw_file", "prompts_file", "prm_check_file"),
+    "chat_template",
+)
+"""Keys of scripts with a model or checkpoint, and those with a file."""
 NUMBERS = (int, float, int | None, float | None)
 Run = Callable[[int, str, str, dict[str, Any]], Path]
 """(iteration, step, name of its folder, keys that the loop sets) -> its folder, after its end."""
@@ -140,8 +149,12 @@ def main(cfg: LoopConfig) -> None:
 
         def run(n: int, step: str, name: str, chosen: dict[str, Any]) -> Path:
             folder = out / f"iteration_{n}" / name
-            row = {"iteration": n, "step": name}
-            if row not in done.rows:
+            try:
+                digests = made_from(cfg, step, n, chosen)
+            except UserError as error:  # such as a missing file
+                raise UserError(f"iteration {n}: {name}: {error}") from error
+            row = {"iteration": n, "step": name, "made_from": digests}
+            if not is_done(row, done):
                 log.info(f"== iteration {n} of {cfg.iterations}: {name}")
                 script = Path(__file__).parents[1] / STEPS[step][0]
                 own = arguments(cfg, step, n, chosen | {"output_dir": str(folder)})
@@ -198,6 +211,42 @@ def iterate(cfg: LoopConfig, run: Run, n: int, rounds: list[Round]) -> Round:
         else:
             scores[name] = [fmean(s["correct"] for s in row["samples"]) for row in rows]
     return Round(n, model, state, n_rows, scores)
+
+
+# ---- Finished steps ----
+
+
+def is_done(row: Row, done: Journal) -> bool:
+    """Return whether a step is finished. Raises UserError if it was made from other inputs."""
+    for before in done.rows:
+        if (before["iteration"], before["step"]) != (row["iteration"], row["step"]):
+            continue
+        digests = before.get("made_from", {})
+        changed = [name for name, value in row["made_from"].items() if digests.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{done.path}: {row['step']} of iteration {row['iteration']} was made from other "
+                f"{' and '.join(changed)} than these; use a new output_dir."
+            )
+        return True
+    return False
+
+
+def made_from(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> MadeFrom:
+    """Return the digests of a step's inputs: settings, data files and models.
+
+    Paths are no settings, so that a loop's folder may be moved.
+    """
+    line = arguments(cfg, step, n, chosen | {"output_dir": "-"})
+    keys = asdict(load_config(STEPS[step][1], line))
+    models = [keys[key] for key in MODELS if keys.get(key) and (key in chosen or keys["use_prm"])]
+    data = [keys[key] for key in FILES if keys.get(key)]
+    settings = {k: v for k, v in keys.items() if k not in {*RUNTIME_KEYS, *MODELS, *FILES}}
+    return {
+        "settings": digest([json.dumps(settings, sort_keys=True)]),
+        "data": digest(map(data_digest, data)),
+        "weights": digest(map(model_digest, models)),
+    }
 
 
 # ---- Settings of a step ----

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from rftt.engines.chat import encode_chat
 from rftt.prompts import Messages, question_messages
-from rftt.run.files import one_line
+from rftt.run.files import one_line, read_bytes
+from rftt.run.tables import HUB, read_table
 from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rftt.run.config import EvalConfig, RLConfig, SearchConfig
+    from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
 
 MadeFrom = dict[str, str]
 """Input of a result -> its digest."""
@@ -31,6 +32,8 @@ SAMPLE = 4096
 """Bytes that are read at the start, middle and end of each tensor of a larger file."""
 MAX_HEADER = 100 << 20
 """Largest header of a safetensors file, in bytes (the format's own limit)."""
+TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Files of a model folder that contain its tokenizer, its template and its settings."""
 
 
 def made_from(
@@ -53,6 +56,30 @@ def made_from(
         "prompts": digest([prompt_digest(tokenizer, questions), instructions]),
         "weights": digest(map(weights_digest, models)),
     }
+
+
+def trained_from(cfg: SFTConfig, rows: Sequence[object]) -> MadeFrom:
+    """Return the digests of an offline training on `rows`, which are token ids."""
+    models = [cfg.model_name_or_path]
+    if cfg.initial_state:
+        models.append(f"{cfg.initial_state}/state")
+    return {"rows": digest(map(repr, rows)), "weights": digest(map(weights_digest, models))}
+
+
+def data_digest(source: str) -> str:
+    """Return the digest of a data file, or of the rows of a data set on the hub."""
+    if source.startswith(HUB):
+        return digest(repr(record.row) for record in read_table(source))
+    return hashlib.sha256(read_bytes(source)).hexdigest()
+
+
+def model_digest(model: str) -> str:
+    """Return the digest of a model's weights, configuration and tokenizer, or of a checkpoint."""
+    folder = Path(model)
+    if (folder / "state").is_dir():
+        return weights_digest(str(folder / "state"))
+    texts = sorted(path for kind in TOKENIZER for path in folder.glob(kind) if path.is_file())
+    return digest([weights_digest(model), *(data_digest(str(path)) for path in texts)])
 
 
 def digest(texts: Iterable[str]) -> str:

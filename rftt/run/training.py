@@ -22,7 +22,7 @@ from rftt.run.cli import check_same_run, stop_on_signals
 from rftt.run.config import RLConfig, SFTConfig
 from rftt.run.files import write_json, write_jsonl
 from rftt.run.log import Clock, RunLog
-from rftt.run.provenance import MadeFrom, digest, made_from
+from rftt.run.provenance import MadeFrom, made_from, trained_from
 from rftt.run.stats import examples, tree_record
 from rftt.types import Problem, Rollout, UserError
 
@@ -80,8 +80,9 @@ class Run:
         return self._checkpoint is None
 
     def require_same_rows(self, rows: Sequence[object]) -> None:
-        """Raise UserError where the run was begun with other rows than these."""
-        self._require_same("source", {"rows": digest(map(repr, rows))})
+        """Raise UserError if the run started with other rows, or from other weights."""
+        assert isinstance(self._cfg, SFTConfig), "online training has problems"
+        self._require_same("source", trained_from(self._cfg, rows))
 
     def require_same_source(
         self, problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase
