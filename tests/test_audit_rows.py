@@ -235,6 +235,7 @@ def test_too_few_merged_rows_fail(
         ({"prompt": "1+1?", "completion": "2"}, "kind plain or merged, got None"),
         (merged() | {"kind": "response"}, "kind plain or merged, got 'response'"),
         ({k: v for k, v in merged().items() if k != "answer"}, "must have 'answer'"),
+        (merged() | {"answer": {"value": 4}}, r":2: 'answer' must be text.*answer\.value"),
         (merged() | {"question": 7}, "'question' must be text"),
         (merged() | {"steps": "none"}, "'steps' must be a list"),
         (merged() | {"steps": [{"act": "think", "text": "x"}]}, "'act' must be one of clarify"),

@@ -290,6 +290,13 @@ def test_a_column_whose_name_has_dots_or_braces_is_itself(tmp_path) -> None:
          r"a\.jsonl:1: 'problem' must be text or a number.*such as problem\.text"),
         ({"problem": "length?", "answer": {"value": 5, "unit": "cm"}}, (None, None),
          r"a\.jsonl:1: 'answer' must be text.*got \{'value': 5.*such as answer\.value"),
+        ({"problem": "1+1?", "solution": {"text": "So \\boxed{2}."}}, (None, None),
+         r"a\.jsonl:1: 'solution' must be text.*got \{'text'.*such as solution\.text"),
+        ({"problem": "1+1?", "solution": [{"step": "So \\boxed{2}."}]}, (None, None),
+         r"a\.jsonl:1: 'solution\.0' must be text.*such as solution\.0\.step"),
+        ({"problem": "1+1?", "solution": True}, (None, None), "'solution' must be text"),
+        ({"problem": "1+1?", "solution": ["\\boxed{2}", "\\boxed{3}"]}, (None, None),
+         r"in 'solution\.0' \(2\) and 'solution\.1' \(3\). Set answer_key: solution\.0 or"),
         ({"problem": ["1+1?"], "answer": "2"}, (None, None), "'problem' must be text"),
         ({"problem": "1+1?", "answer": True}, (None, None), "'answer' must be text"),
         ({"problem": "1+1?", "answer": float("nan")}, (None, None), "'answer' must be text"),
@@ -319,6 +326,22 @@ def test_what_cannot_be_meant_is_refused_with_line_and_key(tmp_path, row, keys, 
     path = written(tmp_path / "a.jsonl", lines(row))
     with pytest.raises(UserError, match=message):
         load_problems(path, keys=keys)
+
+
+@pytest.mark.parametrize(
+    ("solution", "gold"),
+    [
+        (["By hand: \\boxed{2}.", "By heart: \\boxed{2.0}."], "2"),
+        (["\\boxed{\\frac{1}{2}}"], "\\frac{1}{2}"),  # a repr would double the backslash
+        (["2"], "2"),
+        (["", "2"], "2"),
+        (2.0, "2"),
+    ],
+)
+def test_solutions_in_a_list_are_texts_with_one_answer(tmp_path, solution, gold) -> None:
+    path = written(tmp_path / "a.jsonl", lines({"problem": "1+1?", "solution": solution}))
+    (problem,) = load_problems(path)
+    assert problem.answer == gold
 
 
 def test_a_system_message_is_read_where_it_is_the_system_prompt(tmp_path) -> None:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.graders.math import grade
 from rftt.prompts import Prompts
 from rftt.run.cli import cli
-from rftt.run.columns import steps_in
+from rftt.run.columns import as_text, steps_in
 from rftt.run.config import LocalPath, Share, config_class
 from rftt.run.files import Row, read_jsonl
 from rftt.run.log import number, say
@@ -120,6 +120,7 @@ def read_rows(path: str) -> list[Row]:
             raise UserError(f"{place} must have {missing[0]!r}, which is missing; correct the row.")
         if not isinstance(row["question"], str):
             raise UserError(f"{place}: 'question' must be text; correct the row.")
+        row["answer"] = as_text(row["answer"], "answer", place) or ""
         for step in steps_in(row["steps"], place):
             if step["act"] not in ACTS:
                 raise UserError(
@@ -252,7 +253,7 @@ def operations(text: str) -> set[str]:
 
 
 def gold_value(row: Row) -> float | None:
-    text = str(row["answer"]).replace(",", "").strip()
+    text = row["answer"].replace(",", "").strip()
     return float(text) if re.fullmatch(r"-?\d+(?:\.\d+)?", text) else None
 
 
@@ -269,7 +270,7 @@ def known_answer(place: Place) -> str | None:
     """Return the gold answer if a step is the first text that contains it."""
     gold = gold_value(place.row)
     if gold is None:
-        answer = str(place.row["answer"]).strip()
+        answer = place.row["answer"].strip()
         new = len(answer) > 2 and answer in place.text and answer not in place.before
         return answer if new else None
     return number(gold) if abs(gold) in numbers(place.text) - numbers(place.before) else None
@@ -378,7 +379,7 @@ def incomplete_merge(row: Row) -> str | None:
 def wrong_answer(row: Row) -> str | None:
     if row["steps"][-1:] == [] or row["steps"][-1]["act"] != "output":
         return "no output at the end"
-    verdict = grade(row["steps"][-1]["text"], str(row["answer"]), row["question"])
+    verdict = grade(row["steps"][-1]["text"], row["answer"], row["question"])
     return None if verdict.correct else f"{verdict.extracted!r} instead of {row['answer']!r}"
 
 

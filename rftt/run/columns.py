@@ -234,8 +234,11 @@ def gold_texts(row: Row, key: str | None, place: str) -> dict[str, str]:
     if not found and not key:
         for name in SOLUTIONS:
             value = value_at(row, name)
-            if value not in (None, "", []):
-                found[name] = str(value)  # a list of solutions (OlympiadBench) has one answer
+            parts = {name: value}
+            if isinstance(value, list):  # OlympiadBench's solutions must all have one answer
+                parts = {f"{name}.{i}": part for i, part in enumerate(value)}
+            texts = {part: as_text(content, part, place) for part, content in parts.items()}
+            found |= {part: text for part, text in texts.items() if text is not None}
     return found
 
 

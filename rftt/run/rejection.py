@@ -70,13 +70,26 @@ def load_responses(path: str) -> list[Row]:
     rows: dict[str, Row] = {}
     for number, row in read_jsonl(path):
         lacking = {"id", "question", "answer", "responses"} - set(row)
-        for response in row.get("responses", []):
+        responses = row.get("responses", [])
+        if not isinstance(responses, list) or not all(isinstance(r, dict) for r in responses):
+            raise UserError(
+                f"{path}:{number}: 'responses' must be a list of objects, got {responses!r:.80}; "
+                "correct the row."
+            )
+        for response in responses:
             lacking |= {"text", "tokens", "finish"} - set(response)
         if lacking or not row["responses"]:
             raise UserError(
                 f"{path}:{number} lacks {', '.join(sorted(lacking)) or 'any response'}; "
                 "search.py method=sample writes such a cache to data/raw.jsonl."
             )
+        texts = [(name, row[name]) for name in ("id", "question", "answer")]
+        texts += [(name, said[name]) for said in responses for name in ("text", "finish")]
+        for name, value in texts:
+            if not isinstance(value, str):
+                raise UserError(
+                    f"{path}:{number}: {name!r} must be text, got {value!r:.80}; correct the row."
+                )
         if row["id"] in rows:
             raise UserError(
                 f"{path}:{number} repeats the problem {row['id']!r}; ids must be unique, so remove "
