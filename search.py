@@ -42,7 +42,7 @@ from rftt.run.data import load_problems
 from rftt.run.files import Journal, Row, file_name, gather_parts, open_part, write_json
 from rftt.run.log import RunLog
 from rftt.run.prompts_file import load_prompts
-from rftt.run.rejection import sample_responses, score_responses
+from rftt.run.rejection import mark_control, sample_responses, score_responses
 from rftt.run.rows import open_log, score_cache, search_source, write_data
 from rftt.run.stats import tree_record
 from rftt.types import Problem, UserError
@@ -80,7 +80,9 @@ def search(cfg: SearchConfig, world: World) -> None:
     raw = [by_id[problem.id] for problem in problems if problem.id in by_id]
     if raw and world.is_main:  # no collectives: a closed vLLM has ended the process group
         if cfg.method == "sample":
-            write_data(cfg, log, asyncio.run(score_responses(cfg, log, raw)))
+            scored = asyncio.run(score_responses(cfg, log, raw))
+            control = partial(holds_control_text, tokenizer, functional=True)
+            write_data(cfg, log, [mark_control(row, control) for row in scored])
         else:
             write_data(cfg, log, raw, lambda text: len(tokenizer.encode(text)))
     if failure:

@@ -15,14 +15,15 @@ NEEDED = {"output_dir": "o", "model_name_or_path": "m", "train_file": "t"}
 
 
 def config(**changes):
-    process = {"use_prm": "true", "prm_url": "u"} if "prm_threshold" in changes else {}
+    process = {"use_prm": "true", "prm_url": "http://u"} if "prm_threshold" in changes else {}
     given = NEEDED | {"method": "sample"} | process | changes
     return load_config(SearchConfig, [f"{key}={value}" for key, value in given.items()])
 
 
 def row(text="So 4. \\boxed{4}", **changes):
     made = {"text": text, "steps": text.splitlines(), "tokens": len(text), "finish": "stop"}
-    return made | {"correct": True, "score": None, "refused": None} | changes
+    made |= {"control_text": False, "correct": True, "score": None, "refused": None}
+    return made | changes
 
 
 def reasons(rows, **changes):
@@ -73,6 +74,7 @@ def test_similarity_on_trigrams_counted_by_hand():
     ("bad", "changes", "reason"),
     [
         ({"finish": "length"}, {}, "unfinished"),
+        ({"control_text": True}, {}, "control_text"),
         ({"correct": False}, {}, "wrong"),
         ({"refused": "too long"}, {}, "unscored"),
         ({"score": 0.89}, {"prm_threshold": 0.9}, "low_process_score"),

@@ -32,7 +32,8 @@ def answer(process, i, *, right=True):
 
 
 def response(text, finish="stop", **more):
-    return {"text": text, "tokens": len(text.split()), "finish": finish, "logprob": -1.5, **more}
+    found = {"text": text, "tokens": len(text.split()), "finish": finish, "logprob": -1.5}
+    return found | {"control_text": False} | more
 
 
 CACHE = [
@@ -99,14 +100,18 @@ def cache(tmp_path):
     return tmp_path / "raw.jsonl"
 
 
-def score(tmp_path, cache, **changes):
-    """search.py method=score, with a model that does not exist; its stats.json."""
+def scoring(tmp_path, cache, **changes):
+    """The config of a scoring, whose model does not exist."""
     given = {
         "output_dir": tmp_path / "out", "model_name_or_path": "no/such/model", "method": "score",
         "train_file": "no-such-file", "raw_file": cache, "max_repeats": 3,
     } | changes  # fmt: skip
-    cfg = settle_dtype(load_config(SearchConfig, [f"{k}={v}" for k, v in given.items()]))
-    search.main(cfg)
+    return settle_dtype(load_config(SearchConfig, [f"{k}={v}" for k, v in given.items()]))
+
+
+def score(tmp_path, cache, **changes):
+    """search.py method=score, with a model that does not exist; its stats.json."""
+    search.main(scoring(tmp_path, cache, **changes))
     gc.collect()  # the log, and with it the lock on the folder
     return json.loads((tmp_path / "out" / "stats.json").read_text())
 
@@ -258,6 +263,44 @@ def test_steps_are_segments_or_lines():
     assert step_texts("a\n\n b \n") == ["a", " b "]
 
 
+@pytest.mark.cases
+def test_responses_with_control_text_become_no_rows(tmp_path):
+    """Neither as the chosen nor as the rejected side: those of the template, and functional ones.
+
+    A cache that does not mark them needs the tokenizer. The tags of whole segments are allowed.
+    """
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    texts = [
+        "So \\boxed{4}.",
+        "So \\boxed{4}. <|user|>",
+        "<next_step>So \\boxed{4}.",
+        "<next_step>2 + 2 = 4 <|user|></next_step><output>\\boxed{4}</output>",
+        "<next_step>2 + 2 = 4</next_step><output>\\boxed{4}</output>",
+        "So \\boxed{5}. <|user|>",
+        "So \\boxed{5}.",
+    ]
+    responses = [
+        response(text, control_text="<|" in text or i == 2) for i, text in enumerate(texts)
+    ]
+    write_jsonl(tmp_path / "marked.jsonl", [CACHE[0] | {"responses": responses}])
+    for said in responses:
+        del said["control_text"]
+    write_jsonl(tmp_path / "raw.jsonl", [CACHE[0] | {"responses": responses}])
+    with pytest.raises(UserError, match=r"raw\.jsonl does not mark .* set it \("):
+        score(tmp_path, tmp_path / "raw.jsonl", output_dir=tmp_path / "refused")
+    gc.collect()
+    opened = {"model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "opened"}
+    score(tmp_path, tmp_path / "marked.jsonl", max_pairs=9)
+    search.main(scoring(tmp_path, tmp_path / "raw.jsonl", max_pairs=9, **opened))
+    for folder in ("out", "opened"):
+        stats = json.loads((tmp_path / folder / "stats.json").read_text())
+        assert nonzero(stats["counts"]) == {"control_text": 4, "wrong": 1, "kept": 2}
+        written = (tmp_path / folder / "data" / "sft.jsonl").read_text()
+        written += (tmp_path / folder / "data" / "dpo.jsonl").read_text()
+        assert "<|user|>" not in written
+        assert written.count("boxed{5}") == 1
+
+
 def test_a_refused_response_is_counted_not_guessed():
     cfg = load_config(SearchConfig, ["output_dir=o", "model_name_or_path=m", "train_file=t"])
     told = {"correct": True, "process": None, "refused": "of 9000 tokens"}
@@ -316,6 +359,7 @@ def teacher():
             asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
             seen.append(asked)
             text = answer([0.9], asked["seed"] % 1000, right=asked["seed"] % 2 == 0)
+            text = "<|user|>\n" * (asked["seed"] % 3 == 0) + text
             choice = {"message": {"content": text}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 20, "completion_tokens": 12}
             reply(self, 200, {"choices": [choice], "usage": usage})
@@ -350,6 +394,9 @@ def test_distilling_goes_from_a_url_to_rows_that_train(tmp_path, teacher, prm):
     assert sum(asked["seed"] % 2 == 0 for asked in seen) == n_right > 0
     assert stats["generated_tokens"] == 12 * 30
     assert {r["logprob"] for row in raw for r in row["responses"]} == {None}
+    n_control = sum(asked["seed"] % 3 == 0 for asked in seen)
+    assert stats["counts"]["control_text"] == n_control > 0
+    assert "<|user|>" not in (tmp_path / "teacher" / "data" / "sft.jsonl").read_text()
 
     search.main(load_config(SearchConfig, [*arguments, "n_best_to_keep=1"]))  # nothing is paid
     assert len(seen) == 30

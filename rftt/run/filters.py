@@ -22,8 +22,8 @@ from rftt.types import UserError
 
 Filter = Callable[[Sequence[Row], SearchConfig], list[bool]]
 """Maps rows to whether each is kept. A row is a scored response with the keys text, steps (their
-texts), tokens, finish and correct. `score` is the PRM's score or None. `refused` is the reason why
-the PRM did not score it, or None."""
+texts), tokens, finish, control_text and correct. `score` is the PRM's score or None. `refused` is
+the reason why the PRM did not score it, or None."""
 
 
 NOT_PROSE = re.compile(
@@ -104,6 +104,7 @@ FILTERS: dict[str, Filter] = {
     "too_easy": lambda rows, cfg: [share_solved(rows) <= cfg.easy_query_threshold] * len(rows),
     "too_hard": lambda rows, cfg: [share_solved(rows) >= cfg.hard_query_threshold] * len(rows),
     "unfinished": each(lambda row, _: row["finish"] == "stop"),
+    "control_text": each(lambda row, _: not row["control_text"]),
     "wrong": each(lambda row, _: row["correct"]),
     "unscored": each(lambda row, _: row["refused"] is None),
     "low_process_score": each(lambda row, cfg: (row["score"] or 0.0) >= cfg.prm_threshold),

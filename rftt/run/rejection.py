@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -49,6 +49,7 @@ async def sample_responses(cfg: SearchConfig, ctx: Prompted, problem: Problem) -
             "tokens": said.n_generated,
             "finish": "stop" if said.whole else "length",
             "logprob": said.logprob,
+            "control_text": holds_control(said.text, ctx.control),
             "answer": extract(said.text),
             "correct": said.whole and grade(said.text, gold, problem.question).correct,
         }
@@ -60,6 +61,25 @@ async def sample_responses(cfg: SearchConfig, ctx: Prompted, problem: Problem) -
         "responses": responses,
         "solved": fmean(response["correct"] for response in responses),
     }
+
+
+def holds_control(text: str, control: Callable[[str], bool]) -> bool:
+    """Return whether a response contains control text, beside the tags of its segments."""
+    return any(map(control, [part for _, part in segments(text)] or [text]))
+
+
+def is_marked(rows: Sequence[Row]) -> bool:
+    """Return whether all responses have `control_text`, which older caches lack."""
+    return all("control_text" in response for row in rows for response in row["responses"])
+
+
+def mark_control(row: Row, control: Callable[[str], bool]) -> Row:
+    """Return a row whose responses all have `control_text`."""
+    marked = [
+        {"control_text": holds_control(response["text"], control)} | response
+        for response in row["responses"]
+    ]
+    return row | {"responses": marked}
 
 
 # ---- Score: from the cache to data/scored.jsonl ----
@@ -200,7 +220,8 @@ def curate_responses(problem: Row, cfg: SearchConfig) -> Row:
         for i, response in enumerate(problem["responses"])
     ]
     kept, counts = select(responses, cfg)
-    wrong = [r for r in responses if r["finish"] == "stop" and not r["correct"]]
+    whole = [r for r in responses if r["finish"] == "stop" and not r["control_text"]]
+    wrong = [r for r in whole if not r["correct"]]
     worst = sorted((r for r in wrong if r["tokens"] <= cfg.max_row_tokens), key=rank)
     source = {key: problem[key] for key in ("id", "question", "answer")}
     rows = []

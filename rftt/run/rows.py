@@ -6,17 +6,27 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from rftt.engines.chat import open_tokenizer
+from rftt.engines.templates import holds_control_text
 from rftt.run.cli import check_same_run, load_function
 from rftt.run.config import Filters
 from rftt.run.files import Row, write_json, write_jsonl
 from rftt.run.log import RunLog
 from rftt.run.prompts_file import load_prompts
 from rftt.run.provenance import MadeFrom, made_from
-from rftt.run.rejection import RESPONSES, curate_responses, load_responses, score_responses
+from rftt.run.rejection import (
+    RESPONSES,
+    curate_responses,
+    is_marked,
+    load_responses,
+    mark_control,
+    score_responses,
+)
 from rftt.types import Problem, UserError
 
 if TYPE_CHECKING:
@@ -61,9 +71,22 @@ def score_cache(cfg: SearchConfig, log: RunLog, world: World) -> None:
     """Score and filter the responses in `raw_file` (method=score). Collective."""
     raw = load_responses(str(cfg.raw_file))[: cfg.max_problems]
     log.info(f"{len(raw)} problems in {cfg.raw_file}; no model is opened, nothing is sampled")
+    control = None if is_marked(raw) else _open_control(cfg)
     scored = asyncio.run(score_responses(cfg, log, raw, world))
     if world.is_main:
-        write_data(cfg, log, scored)
+        write_data(cfg, log, [mark_control(row, control) for row in scored] if control else scored)
+
+
+def _open_control(cfg: SearchConfig) -> Callable[[str], bool]:
+    """Return a function that finds control text, for a cache that does not mark it."""
+    try:
+        tokenizer = open_tokenizer(cfg)
+    except UserError as error:
+        raise UserError(
+            f"{cfg.raw_file} does not mark responses with control_text, so that "
+            f"model_name_or_path must be the model that sampled them; set it ({error})."
+        ) from error
+    return partial(holds_control_text, tokenizer, functional=True)
 
 
 def write_data(
