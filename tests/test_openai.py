@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 import json
+import math
 import socket
 import sys
 import threading
@@ -16,12 +17,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import search
 from rftt.engines import http as http_module
 from rftt.engines.base import Reply, Sampling, for_each
-from rftt.engines.openai import Account, Metered, Order, Spending, open_api, priced
+from rftt.engines.openai import ORDER, Account, Metered, Order, Spending, open_api, priced
 from rftt.run.config import Api, EvalConfig, RLConfig, SearchConfig
 from rftt.run.files import Journal, read_jsonl, write_jsonl
 from rftt.run.prompts_file import load_prompts
@@ -320,6 +324,7 @@ def test_budget_is_never_exceeded(server: Server, ask: Ask, budget: dict[str, An
         {"prompt_tokens": "10", "completion_tokens": True},
         {"prompt_tokens": 10**18, "completion_tokens": 10**18},
         {"prompt_tokens": True, "completion_tokens": 1.5},
+        {"prompt_tokens": 14 + 64 + 1, "completion_tokens": 51},
     ],
 )
 def test_an_implausible_usage_costs_the_worst_case(server: Server, ask: Ask, usage: Any) -> None:
@@ -329,6 +334,92 @@ def test_an_implausible_usage_costs_the_worst_case(server: Server, ask: Ask, usa
     assert spending.tokens == WORST
     with pytest.raises(UserError, match="used up"):
         ask(1, max_tokens=2 * WORST - 1)
+
+
+TOKENS = st.one_of(st.integers(-(10**20), 10**20), st.integers(0, 40), st.none(), st.text())
+
+
+@pytest.mark.cases
+@pytest.mark.invariant
+@given(
+    replies=st.lists(
+        st.one_of(
+            st.fixed_dictionaries({"prompt_tokens": TOKENS, "completion_tokens": TOKENS}),
+            st.sampled_from([None, [], "", "not a completion", "no connection", "rejected"]),
+        ),
+        min_size=1,
+        max_size=30,
+    ),
+    tokens=st.integers(0, 300),
+    cost=st.one_of(st.none(), st.floats(0.01, 1.0)),
+)
+def test_whatever_a_server_says_the_bookings_stay_within_the_budget(
+    tmp_path_factory: pytest.TempPathFactory, replies: list[Any], tokens: int, cost: float | None
+) -> None:
+    """No request starts that could exceed it, and the sum of the bookings never does."""
+    cfg = Api(
+        api_url="http://a/v1", api_model="big", api_max_tokens=max(1, tokens), api_max_cost=cost,
+        api_prompt_price=1000.0, api_completion_price=4000.0, api_max_concurrent=4,
+    )  # fmt: skip
+    left = list(replies)
+
+    def check(account: Account) -> None:
+        spent, flying = account.spending, account.flying
+        assert spent.tokens + sum(reply.tokens for reply in flying) <= cfg.api_max_tokens
+        assert spent.cost + sum(reply.cost for reply in flying) <= (cost or math.inf) + 1e-9
+
+    class Liar:
+        account: Any = None
+
+        async def handle_async_request(self, request: Any) -> Any:
+            check(self.account)
+            said = left.pop()
+            await asyncio.sleep(0)
+            match said:
+                case "no connection":
+                    raise httpx2.ReadError("gone")
+                case "rejected":
+                    return httpx2.Response(400)
+                case "not a completion":
+                    return httpx2.Response(200, content=b"{}")
+            body = {"choices": [{"message": {"content": "4"}}], "usage": said}
+            return httpx2.Response(200, content=json.dumps(body).encode())
+
+        async def aclose(self) -> None: ...
+
+    async def ask_all() -> Account:
+        liar: Any = Liar()
+        account = Account(cfg, Journal(tmp_path_factory.mktemp("liar") / "api.jsonl"))
+        liar.account = account
+        metered = Metered(account, liar, "")
+
+        async def ask_one(n: int) -> None:
+            ORDER.set(Order(str(n), priced(cfg, "", False, 7, 9)))
+            await metered.handle_async_request(httpx2.Request("POST", "http://a/v1"))
+            check(account)
+
+        await asyncio.gather(*map(ask_one, range(len(replies))), return_exceptions=True)
+        await metered.aclose()
+        account.ledger.close()
+        return account
+
+    account = asyncio.run(ask_all())
+    check(account)
+    assert account.flying == []
+    n_sent = len(replies) - len(left)
+    again = Account(cfg, Journal(account.ledger.path))  # and the next run knows all of it
+    again.ledger.close()
+    assert again.spending.tokens == account.spending.tokens
+    assert n_sent >= min(len(replies), cfg.api_max_tokens // 16, int((cost or 99) / 0.043))
+
+
+@pytest.mark.cases
+def test_a_usage_above_the_worst_case_is_counted_and_shown(server: Server, ask: Ask) -> None:
+    usage = {"prompt_tokens": 10 * WORST, "completion_tokens": 1}
+    server.script = [completion(usage=usage)]
+    _, spending = ask(0)
+    assert (spending.prompt_tokens, spending.generated_tokens) == (14 + 64, 1)
+    assert str(spending).endswith("the server reported more for 1 of them")
 
 
 @pytest.mark.parametrize(

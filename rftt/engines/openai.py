@@ -7,7 +7,8 @@ to this module. They are part of the transport, because it handles every attempt
 1. A reply is written to disk before it is used. When a run stops, requests under way are awaited.
    The same command therefore never pays twice for a reply.
 2. The budget is a hard limit. A request waits, or fails, while its worst case does not fit. An
-   attempt without a reply, or with an implausible usage, is booked at its worst case.
+   attempt without a reply, or with an implausible usage, is booked at its worst case. No server
+   can make a booking larger than that, so that the bookings never exceed the budget.
 3. Only the key and the body are sent. Other headers of the client come from the environment and are
    dropped.
 """
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
 MESSAGE_OVERHEAD = 64
 """Upper bound on the tokens that a chat template adds to one message."""
-PLAUSIBLE = 16
-"""A usage up to this multiple of the worst case is accepted: servers add their own prompts."""
 MAX_TOKEN_BYTES = 64
 """Bound on the bytes of a token on average. A usage of fewer tokens than that is not accepted."""
 MIN_KEY = 12
@@ -73,6 +72,8 @@ class Spending:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     cost: float = 0.0
+    above: int = 0
+    """Replies of this process with a usage above the worst case, which was booked instead."""
 
     @property
     def tokens(self) -> int:
@@ -80,9 +81,10 @@ class Spending:
         return self.prompt_tokens + self.generated_tokens
 
     def __str__(self) -> str:
+        above = f"; the server reported more for {self.above} of them" if self.above else ""
         return (
             f"{self.requests} requests ({self.unanswered} unanswered), {self.prompt_tokens} prompt "
-            f"+ {self.generated_tokens} generated tokens, cost {self.cost:.4f}"
+            f"+ {self.generated_tokens} generated tokens, cost {self.cost:.4f}{above}"
         )
 
 
@@ -191,10 +193,21 @@ def read_reply(cfg: Api, body: bytes, worst: Reply) -> Reply:
 
 
 def plausible(tokens: object, least: int, worst: int) -> int:
-    """Return a server's token count, or the worst case if the count is implausible."""
-    if type(tokens) is int and max(1, least) <= tokens <= PLAUSIBLE * worst:
+    """Return a server's token count, or the worst case if the count is implausible.
+
+    More than the worst case is never booked, because only the worst case is reserved in the budget.
+    """
+    if type(tokens) is int and max(1, least) <= tokens <= worst:
         return tokens
     return worst
+
+
+def exceeds(body: bytes, worst: Reply) -> bool:
+    """Return whether a chat completion reports a usage above the worst case."""
+    usage = json.loads(body).get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    bounds = {"prompt_tokens": worst.n_prompt, "completion_tokens": worst.n_generated}
+    return any(type(usage.get(k)) is int and usage[k] > bound for k, bound in bounds.items())
 
 
 def without_key(text: str, key: str) -> str:
@@ -233,6 +246,7 @@ class Metered(httpx2.AsyncBaseTransport):
             if response.is_success:
                 reply = read_reply(account.cfg, response.content, worst)
                 account.book(order.key, replace(reply, text=without_key(reply.text, self._key)))
+                account.spending.above += exceeds(response.content, worst)
             return response
         except UNSENT:
             raise
