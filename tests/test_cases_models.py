@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +32,11 @@ from rftt.learner.checkpoint import export_hf, try_saving
 from rftt.learner.fsdp import process_group
 from rftt.learner.model import Critic, load_critic, load_policy, prepare
 from rftt.prompts import question_messages
+from rftt.run import provenance
 from rftt.run.config import RLConfig, ServeConfig, SFTConfig, load_config
 from rftt.run.data import load_rows
 from rftt.run.files import write_jsonl
+from rftt.run.provenance import weights_digest
 from rftt.tokens import add_function_tokens
 from rftt.types import UserError
 from tests.conftest import ROOT, run
@@ -114,6 +118,28 @@ def cut(folder: Path) -> None:
 def pointer(folder: Path) -> None:
     lines = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 269060552\n"
     (folder / "model.safetensors").write_text(lines)
+
+
+def headed(header: bytes) -> Fault:
+    """Replace the header of the weights; the rest of the file stays."""
+
+    def fault(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        whole = file.read_bytes()
+        tensors = whole[8 + int.from_bytes(whole[:8], "little") :]
+        file.write_bytes(len(header).to_bytes(8, "little") + header + tensors)
+
+    return fault
+
+
+def zeros(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def no_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
 
 
 def smaller_vocabulary(folder: Path) -> None:
@@ -266,6 +292,76 @@ def test_every_model_is_checked_when_it_is_opened(
     folder = copied(world, tmp_path, fault)
     with pytest.raises(UserError, match=r"(missing|adapter)"):
         OPENERS[opener](folder)
+
+
+DAMAGED = {
+    "zeros": zeros,
+    "empty": lambda f: (f / "model.safetensors").write_bytes(b""),
+    "seven bytes": lambda f: (f / "model.safetensors").write_bytes(b"1234567"),
+    "not JSON": headed(b"{" * 9),
+    "not UTF-8": headed(b"\xff" * 9),
+    "too deep": headed(b"[" * 100_000),
+    "a list": headed(b"[1]"),
+    "a number": headed(b'{"x": 3}'),
+    "no offsets": headed(b'{"x": {"dtype": "F32"}}'),
+    "offsets of text": headed(b'{"x": {"data_offsets": ["a", "b"]}}'),
+    "one offset": headed(b'{"x": {"data_offsets": [3]}}'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_header_is_one_line(
+    name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(world, tmp_path, DAMAGED[name])
+    with pytest.raises(UserError, match=r"model\.safetensors is cut off or damaged; copy or"):
+        check_files(str(folder))
+    monkeypatch.setattr(provenance, "WHOLE", 0)
+    weights_digest(str(folder))  # a journal's digest comes first, and leaves it to the check
+
+
+def test_an_unreadable_weight_file_is_named(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(world, tmp_path, no_file)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read .*its permissions"):
+        check_files(str(folder))
+    whole = Path.open
+
+    def closed(path: Path, *how: Any) -> Any:  # root, who may run the tests, may read anything
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return whole(path, *how)
+
+    monkeypatch.setattr(Path, "open", closed)
+    for look in (check_files, weights_digest):
+        with pytest.raises(UserError, match=r"base/model\.safetensors cannot be read .*; check"):
+            look(str(world / "base"))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", ["down_proj", "k_proj", "norm", "lm_head"])
+def test_a_missing_weight_is_refused_before_vllm_opens(
+    name: str, world: Path, tmp_path: Path
+) -> None:
+    """vLLM leaves a missing matrix at random values, or a part of a fused one."""
+    fault = partial(renamed, rename=lambda key: None if name in key else key)
+    folder = copied(world, tmp_path, fault)
+    with pytest.raises(UserError, match=rf"do not fit its config.json: \d missing .*{name}"):
+        engine_of(folder, engine="vllm")
+
+
+@pytest.mark.vllm
+def test_vllm_itself_reads_no_pickle(world: Path, tmp_path: Path) -> None:
+    """For a name on the hub only vLLM sees the files: here our own checks are skipped."""
+    folder = Path(shutil.copytree(world / "base", tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"vLLM cannot open .*annot find any model weights"):
+        engine_of(folder, engine="vllm", skip_model_check=True)
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()  # the failed start has opened a process group
 
 
 def test_checks_can_be_skipped(world: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_training_ends_after_its_step_and_a_second_ctrl_c_ends_it_at_once(name
         (errno.ENOSPC, "the disk is full; free space"),
         (errno.EDQUOT, "the disk is full; free space"),
         (errno.EROFS, "use a writable output_dir"),
-        (errno.EACCES, "use a writable output_dir"),
+        (errno.EACCES, "cannot be opened"),
         (errno.EIO, "the disk has a fault"),
     ],
 )

@@ -24,7 +24,7 @@ def build_engine(cfg: EngineConfig, model_path: str, n_tokens: int) -> Engine:
     sampled. Raises
     UserError if the model cannot be read or does not fit the tokenizer.
     """
-    from rftt.engines.opened import check_context, check_files, open_config
+    from rftt.engines.opened import check_complete, check_context, check_files, open_config
 
     if not cfg.skip_model_check:  # vLLM reads quantised weights
         trust, quantized = cfg.trust_remote_code, cfg.engine == "vllm"
@@ -32,6 +32,8 @@ def build_engine(cfg: EngineConfig, model_path: str, n_tokens: int) -> Engine:
     config = open_config(model_path, trust_remote_code=cfg.trust_remote_code)
     if not cfg.skip_model_check:
         check_context(model_path, config, cfg.max_model_len)
+        if cfg.engine == "vllm":
+            check_complete(model_path, config, trust_remote_code=cfg.trust_remote_code)
     if (n_rows := config.get_text_config().vocab_size) < n_tokens:
         raise UserError(
             f"the embedding of {model_path} must have a row for each of its tokenizer's "

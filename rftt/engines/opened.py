@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+)
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
@@ -80,19 +85,33 @@ def open_config(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def _check_weight_file(file: Path) -> None:
-    with file.open("rb") as opened:
-        head = opened.read(64)
-        if head.startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{file} is a git-lfs pointer and not the weights; run `git lfs pull` there."
-            )
-        size, n_header = file.stat().st_size, int.from_bytes(head[:8], "little")
-        opened.seek(8)
-        whole = 8 + n_header <= size
-        header = json.loads(opened.read(n_header)) if whole else {}
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    if not whole or 8 + n_header + max(ends, default=0) != size:
+    """Raise UserError if a safetensors file cannot be read, is a pointer, or is damaged."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            head = opened.read(64)
+            n_header = int.from_bytes(head[:8], "little")
+            opened.seek(8)
+            header = opened.read(n_header) if 8 + n_header <= size else b""
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read ({error}); check the file and its permissions."
+        ) from error
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{file} is a git-lfs pointer and not the weights; run `git lfs pull` there."
+        )
+    if _end_of_tensors(header) != size - 8 - n_header:
         raise UserError(f"{file} is cut off or damaged; copy or download it again.")
+
+
+def _end_of_tensors(header: bytes) -> int | None:
+    """Return where a header places the end of the last tensor, or None if it is not a header."""
+    try:
+        entries = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
 
 
 def _file(path: str, name: str) -> str | None:
@@ -214,6 +233,30 @@ def open_model(
     if check:
         _check_weights(path, info, extra)
     return model.eval()
+
+
+def check_complete(path: str, config: Any, *, trust_remote_code: bool = False) -> None:
+    """Raise UserError if a weight of an unquantised model is missing or has another shape.
+
+    vLLM leaves a missing matrix at random values. The model is opened with transformers and dropped
+    again. Models that transformers does not know are left to vLLM.
+    """
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or getattr(config, "quantization_config", None):
+        return
+    try:
+        with quiet():
+            _, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype="auto",  # that of the files, so that nothing is converted
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+            )
+    except BROKEN as error:
+        raise UserError(f"no model at {path!r}: {one_line(error)}; check the files.") from error
+    _check_weights(path, info | {"unexpected_keys": set()}, ())  # vLLM ignores extra ones
 
 
 def _check_weights(path: str, info: dict[str, Any], extra: tuple[str, ...]) -> None:

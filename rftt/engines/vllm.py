@@ -65,6 +65,7 @@ class VLLMEngine:
             with _undone_on_exit():
                 self._llm = LLM(
                     model_path,
+                    load_format="safetensors",  # "auto" would unpickle a .bin file of the hub
                     dtype=cfg.dtype,
                     max_model_len=cfg.max_model_len,
                     max_num_seqs=cfg.max_num_seqs,
@@ -78,7 +79,9 @@ class VLLMEngine:
                     ),
                     **self._platform_arguments(cfg),
                 )
-        except ValueError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:  # RuntimeError: it finds no weights
             reason = one_line(error, 1000)
             raise UserError(f"vLLM cannot open {model_path}: {reason}; set engine=hf.") from error
         if not self._gpu:

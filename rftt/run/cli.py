@@ -28,12 +28,22 @@ OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memo
 """Parts of torch's messages. Its exception types are not used, because torch is not imported."""
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes of a script that was stopped. It continues when it is started again."""
+AGAIN = "and start the same command again to continue"
+ACCESS = (
+    "a file cannot be opened ({}); give yourself access to it, or use a writable output_dir if it "
+    "is below that"
+)
 DISK = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "the disk is full; free space"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "use a writable output_dir"),
-    errno.EIO: "the disk has a fault; use another output_dir",
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        "a file cannot be written ({}); the disk is full; free space " + AGAIN,
+    ),
+    errno.EROFS: "a file cannot be written ({}); use a writable output_dir " + AGAIN,
+    errno.EIO: "a file cannot be written ({}); the disk has a fault; use another output_dir "
+    + AGAIN,
+    **dict.fromkeys((errno.EACCES, errno.EPERM), ACCESS),
 }
-"""Errors of a file system -> what to do."""
+"""Errors of a file system -> message. Without permission reading fails as well as writing."""
 
 
 def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None = None) -> None:
@@ -86,10 +96,7 @@ def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None =
             raise SystemExit(2) from None
         for cause in causes:
             if isinstance(cause, OSError) and cause.errno in DISK:
-                _complain(
-                    f"a file cannot be written ({one_line(cause)}); {DISK[cause.errno]} and start "
-                    "the same command again to continue."
-                )
+                _complain(f"{DISK[cause.errno].format(one_line(cause))}.")
                 raise SystemExit(2) from None
         raise
 

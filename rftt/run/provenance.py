@@ -145,12 +145,12 @@ def _sample_tensors(file: BinaryIO, found: hashlib._Hash) -> None:
     header = file.read(min(size, MAX_HEADER))
     found.update(head + header)
     try:
-        tensors = json.loads(header)
-    except ValueError:
+        entries = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        offsets = [(int(begin), int(end)) for begin, end in (e["data_offsets"] for e in entries)]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return
-    for name, tensor in tensors.items():
-        if name != "__metadata__":
-            begin, end = tensor["data_offsets"]
+    for begin, end in offsets:
+        if 0 <= begin <= end:
             _sample(file, 8 + size + begin, 8 + size + end, found)
 
 
