@@ -64,7 +64,8 @@ def train(cfg: RLConfig, world: World) -> None:
     needs_acts = cfg.sampling_method == "mcts" or bool(cfg.forbidden_acts)
     ids = functional_ids(tokenizer, required=needs_acts)
     run = Run(cfg, world, tokenizer, PRINTED)
-    engine = build_engine(cfg, cfg.model_name_or_path, vocabulary_size(tokenizer))  # before FSDP
+    n_tokens = vocabulary_size(tokenizer)
+    engine = build_engine(cfg, cfg.model_name_or_path, n_tokens, overwritten=True)  # before FSDP
     sampler = sampler_of(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
     explorer = Explorer(cfg, sampler)
     reward = Reward(cfg, tokenizer, ids, asyncio.run(open_prm(cfg, run.info)))

@@ -17,12 +17,14 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def build_engine(cfg: EngineConfig, model_path: str, n_tokens: int) -> Engine:
+def build_engine(
+    cfg: EngineConfig, model_path: str, n_tokens: int, *, overwritten: bool = False
+) -> Engine:
     """Open `model_path` for sampling with the engine that `cfg.engine` names.
 
     `n_tokens` is vocabulary_size(tokenizer). Higher ids exist only in the model and are never
-    sampled. Raises
-    UserError if the model cannot be read or does not fit the tokenizer.
+    sampled. `overwritten` weights are checked by the learner that overwrites them. Raises UserError
+    if the model cannot be read or does not fit the tokenizer.
     """
     from rftt.engines.opened import check_complete, check_context, check_files, open_config
 
@@ -32,7 +34,7 @@ def build_engine(cfg: EngineConfig, model_path: str, n_tokens: int) -> Engine:
     config = open_config(model_path, trust_remote_code=cfg.trust_remote_code)
     if not cfg.skip_model_check:
         check_context(model_path, config, cfg.max_model_len)
-        if cfg.engine == "vllm":
+        if cfg.engine == "vllm" and not overwritten:
             check_complete(model_path, config, trust_remote_code=cfg.trust_remote_code)
     if (n_rows := config.get_text_config().vocab_size) < n_tokens:
         raise UserError(
