@@ -93,11 +93,29 @@ def test_runs_are_compared_and_their_gaps_named(tmp_path: Path) -> None:
     )
     runs = {"search": tmp_path / "search", "base": plain, "rl": rl}
     report = write_report(runs, tmp_path / "out").read_text()
-    assert "| run | problems | rows | solved | kept_merged |" in report
-    assert "| search | 40 | 31 | 0.65 | 12 |" in report
+    assert "| run | problems | rows | solved |\n| --- | --- | --- | --- |\n| search | 40" in report
+    assert "| reason | search |\n| --- | --- |\n| kept_merged | 12 |\n" in report
     assert "- search: metrics.jsonl, eval/summary.json, samples/\n" in report
     assert "- base: metrics.jsonl, stats.json, samples/\n" in report
     assert "## Last rollouts of base" not in report
+
+
+def test_a_value_that_a_run_lacks_is_an_empty_cell(tmp_path: Path) -> None:
+    one, other = rl_run(tmp_path / "one"), rl_run(tmp_path / "other")
+    rows = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.dumps({k: v for k, v in row.items() if k != "reward"}) for row in rows]
+    (other / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    report = write_report({"one": one, "other": other}, tmp_path / "out").read_text()
+    assert " |  | " in next(line for line in report.splitlines() if line.startswith("| other | 20"))
+
+
+def test_problems_without_levels_have_no_table_of_levels(tmp_path: Path) -> None:
+    run = evaluation(tmp_path / "base")
+    assert "by level" in write_report({"base": run}, tmp_path / "out").read_text()
+    summary = json.loads((run / "eval/summary.json").read_text())
+    summary["levels"] = {"None": {"n": 80, "greedy": 0.5}}
+    (run / "eval/summary.json").write_text(json.dumps(summary))
+    assert "by level" not in write_report({"base": run}, tmp_path / "out").read_text()
 
 
 def test_inputs_are_only_read(tmp_path: Path) -> None:

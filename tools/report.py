@@ -48,6 +48,7 @@ def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
             lines += [f"![{name}](plots/{name}.png)", ""]
     for title, cells_of in TABLES.items():
         lines += markdown_table(title, {run.name: cells_of(run) for run in runs})
+    lines += counts_table(runs)
     for run in runs:
         lines += [f"## Last rollouts of {inert(run.name)}", ""] if run.samples else []
         lines += [line for row in run.samples[:N_SAMPLES] for line in sample_lines(row)]
@@ -81,10 +82,26 @@ def evaluation_cells(run: Run) -> dict[str, str]:
     return cells
 
 
+def level_cells(run: Run) -> dict[str, str]:
+    """Return the accuracy per level, unless the problems have no levels."""
+    levels = run.summary.get("levels", {})
+    if list(levels) == ["None"]:
+        return {}
+    return {name: f"{level['greedy']:.3f} (n={level['n']})" for name, level in levels.items()}
+
+
 def stats_cells(run: Run) -> dict[str, str]:
-    """Return the counts of a search."""
-    flat = run.stats | run.stats.get("counts", {})
-    return {key: number(value) for key, value in flat.items() if isinstance(value, int | float)}
+    """Return the figures of a search."""
+    return {key: number(x) for key, x in run.stats.items() if isinstance(x, int | float)}
+
+
+def counts_table(runs: Sequence[Run]) -> list[str]:
+    """Return a table of what searches kept, omitted and rejected, with one row per reason."""
+    cells: dict[str, dict[str, str]] = {}
+    for run in runs:
+        for reason, n in run.stats.get("counts", {}).items():
+            cells.setdefault(reason, {})[run.name] = number(n)
+    return markdown_table("What was kept, omitted and rejected", cells, "reason")
 
 
 def interval(value: Mapping[str, float]) -> str:
@@ -100,20 +117,19 @@ TABLES: dict[str, Callable[[Run], dict[str, str]]] = {
     "Accuracy over search simulations": lambda run: {
         n: interval(value) for n, value in run.summary.get("search", {}).items()
     },
-    "Greedy accuracy by level": lambda run: {
-        level: f"{value['greedy']:.3f} (n={value['n']})"
-        for level, value in run.summary.get("levels", {}).items()
-    },
+    "Greedy accuracy by level": level_cells,
     "Rows from search": stats_cells,
 }
 
 
-def markdown_table(title: str, cells: Mapping[str, dict[str, str]]) -> list[str]:
-    """Return Markdown lines with one row per run, or [] if no run has a cell."""
+def markdown_table(
+    title: str, cells: Mapping[str, dict[str, str]], first: str = "run"
+) -> list[str]:
+    """Return Markdown lines with one row per key of `cells`, or [] if no row has a cell."""
     columns = list(dict.fromkeys(column for row in cells.values() for column in row))
     if not columns:
         return []
-    rows = [["run", *columns], ["---"] * (len(columns) + 1)]
+    rows = [[first, *columns], ["---"] * (len(columns) + 1)]
     rows += [[name, *(row.get(c, "") for c in columns)] for name, row in cells.items() if row]
     lines = ["| " + " | ".join(map(inert, row)) + " |" for row in rows]
     return [f"## {title}", "", *lines, ""]

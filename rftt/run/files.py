@@ -46,8 +46,14 @@ def printable(text: str) -> str:
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """Return the beginning of a foreign text, such as a library's error, for a message."""
-    return printable(" ".join((str(text) or type(text).__name__).split()))[:limit]
+    """Return the beginning of a foreign text, such as a library's error, for a message.
+
+    An error without a text is named after its class.
+    """
+    said = str(text)
+    if not said and isinstance(text, BaseException):
+        said = type(text).__name__
+    return printable(" ".join(said.split()))[:limit]
 
 
 def read_bytes(path: str | Path) -> bytes:
