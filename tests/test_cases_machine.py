@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
+import subprocess
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+import evaluate
+import search
 from rftt.engines.http import proxy_of
 from rftt.learner import fsdp
 from rftt.learner.fsdp import process_group
@@ -18,9 +24,14 @@ from rftt.run.data import read_rows
 from rftt.run.files import file_name, write_jsonl
 from rftt.run.log import RunLog
 from rftt.types import UserError
+from tests.conftest import ROOT
+from tests.small_world import make_world, settings
 from tests.test_tokens import FAMILIES
+from tools import report, self_improve, tiny_world
+from tools.self_improve import LoopConfig
 
 pytestmark = pytest.mark.cases
+LOOP = "configs/tiny/self_improve.yaml"
 EVALUATE = ["model_name_or_path=m", "eval_file=e", "output_dir=o"]
 TRAIN = ["model_name_or_path=m", "train_file=t", "output_dir=o", "learning_rate=0.001"]
 
@@ -73,6 +84,77 @@ def test_a_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch, ca
     RunLog(tmp_path, {}, enabled=True).step(0, {"loss": 1.0}, ("loss",))
     assert "does not support locks" in capsys.readouterr().out
     assert "loss" in (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [
+        ("search", ["data", "trees", "stats.json", "data/raw.jsonl", "data/sft.jsonl"]),
+        ("evaluate", ["eval", "eval/train.jsonl", "eval/summary.json"]),
+    ],
+)
+def test_a_file_where_a_folder_is_needed_is_one_line(tmp_path, script, names) -> None:
+    """And a folder where a file is needed."""
+    world = make_world(tmp_path / "world")
+    main, schema = {
+        "search": (search.main, SearchConfig),
+        "evaluate": (evaluate.main, EvalConfig),
+    }[script]
+    for i, name in enumerate(names):
+        place = tmp_path / str(i) / name
+        place.parent.mkdir(parents=True)
+        if place.suffix:
+            place.mkdir()
+        else:
+            place.write_text("x")
+        arguments = settings(script, world, tmp_path / str(i), "dtype=float32", "max_problems=1")
+        with pytest.raises(UserError, match=rf"{re.escape(name)} must be a f(older|ile)") as caught:
+            main(load_config(schema, arguments))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_tool_whose_output_dir_is_a_file_ends_in_one_line(tmp_path, below) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "run").mkdir()
+    out = tmp_path / "file" / below
+    loop = load_config(LoopConfig, [str(ROOT / LOOP), f"output_dir={out}"])
+    with pytest.raises(UserError, match=r"file.* must be a folder"):
+        self_improve.main(loop)
+    with pytest.raises(UserError, match=r"file.* must be a folder"):
+        tiny_world.main(load_config(tiny_world.TinyConfig, [f"output_dir={out}"]))
+    with pytest.raises(UserError, match=r"file.* must be a folder"):
+        report.main([str(tmp_path / "run"), "--out", str(out)])
+
+
+def test_a_loop_without_locks_warns_and_goes_on(tmp_path, monkeypatch, capsys) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    started = subprocess.run
+
+    def step(command: list[str], **how: Any) -> Any:
+        if "pass_fds" not in how:  # git, for env.json
+            return started(command, **how)
+        assert how["pass_fds"] == []
+        return SimpleNamespace(returncode=7)
+
+    make_world(tmp_path)
+    monkeypatch.setattr(log_module.fcntl, "flock", refuse)
+    monkeypatch.setattr(self_improve.subprocess, "run", step)
+    keys = [f"output_dir={tmp_path / 'out'}", f"model_name_or_path={tmp_path / 'base'}"]
+    keys += [f"target_file={tmp_path / 'train.jsonl'}", "guard_files=[]"]
+    with pytest.raises(UserError, match="eval-train ended with code 7"):
+        self_improve.main(load_config(LoopConfig, [str(ROOT / LOOP), *keys]))
+    assert "does not support locks" in capsys.readouterr().out
+
+
+def test_the_config_of_a_loops_step_expands_the_home_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("num_samples: 3\n", encoding="utf-8")
+    cfg = load_config(LoopConfig, [str(ROOT / LOOP), "evaluate.config=~/mine.yaml"])
+    line = self_improve.arguments(cfg, "evaluate", 1, {})
+    assert line[0] == str(tmp_path / "mine.yaml")
 
 
 # ---- Environments ----

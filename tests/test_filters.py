@@ -1,10 +1,13 @@
 """Test each filter on texts made for it, and the counts of `select` against its input."""
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rftt.curate import follows_grammar, repeats
+from rftt.run import filters
 from rftt.run.cli import load_function
 from rftt.run.config import SearchConfig, load_config
 from rftt.run.contract import leaks, mentions
@@ -135,6 +138,29 @@ def test_custom_filter_is_called_with_each_row(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(UserError, match=message):
             load_function("custom_filter", name)
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize(
+    ("verdict", "kept"),
+    [
+        (np.bool_(True), 1),
+        (np.array(3) > 5, 0),
+        (torch.tensor(0.5) > 0.4, 1),
+        (torch.tensor(False), 0),
+        *(
+            (other, None)
+            for other in (np.array([True]), torch.tensor([True]), np.int64(1), 1, None)
+        ),
+    ],
+)
+def test_a_bool_of_another_library_is_a_bool(monkeypatch, verdict, kept):
+    monkeypatch.setattr(filters, "load_function", lambda key, name: lambda row: verdict)
+    if kept is None:
+        with pytest.raises(UserError, match="must return a bool"):
+            select([row()], config(custom_filter="mine:f"))
+    else:
+        assert select([row()], config(custom_filter="mine:f"))[1]["kept"] == kept
 
 
 @pytest.mark.invariant

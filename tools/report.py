@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.run.files import Row, one_line, printable
+from rftt.run.files import Row, make_folder, one_line, printable
 from rftt.run.log import number, say
 from rftt.tokens import ACTS
 from rftt.types import UserError
@@ -39,7 +39,7 @@ N_SAMPLES = 4
 def write_report(run_dirs: Mapping[str, Path], out: Path) -> Path:
     """Write `out`/report.html, report.md and plots/*.png. Return the path of report.md."""
     runs = [read_run(name, path) for name, path in run_dirs.items()]
-    (out / "plots").mkdir(parents=True, exist_ok=True)
+    make_folder(out / "plots")
     lines = [f"# {inert(', '.join(run_dirs))}", ""]
     figures = {name: draw_curves(runs, panels) for name, panels in CURVES.items()}
     for name, figure in (figures | {"acts": draw_acts(runs), "search": draw_search(runs)}).items():
@@ -262,6 +262,6 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"error: {one_line(error, 1000)}\n")
         raise SystemExit(2) from None

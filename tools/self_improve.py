@@ -15,13 +15,14 @@ evaluations only.
 from __future__ import annotations
 
 import ast
-import fcntl
 import json
 import operator
+import os
 import subprocess
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -130,20 +131,20 @@ class Round:
 
 def main(cfg: LoopConfig) -> None:
     """Run all iterations that are not finished, and write table.md and best.json after each."""
-    from rftt.run.log import RunLog, say
+    from rftt.run.log import RunLog, lock_file, make_run_dir, say
 
     out = Path(cfg.output_dir)
     check_same_run(out / "config.yaml", asdict(cfg))
     check_steps(cfg)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as lock:
-        # Steps inherit the lock. If a step outlives a killed loop, the next loop waits for it and
-        # does not start it twice.
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for a step that still runs in {out}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    make_run_dir(out)
+    # Steps inherit the lock. If a step outlives a killed loop, the next loop waits for it and does
+    # not start it twice. Without locks the log warns of this.
+    try:
+        lock = lock_file(out / "lock")
+    except BlockingIOError:
+        say(f"waiting for a step that still runs in {out}")
+        lock = lock_file(out / "lock", wait=True)
+    with lock or nullcontext():
         log = RunLog(out, asdict(cfg), enabled=True)
         done = Journal(out / "steps.jsonl")
 
@@ -159,7 +160,7 @@ def main(cfg: LoopConfig) -> None:
                 script = Path(__file__).parents[1] / STEPS[step][0]
                 own = arguments(cfg, step, n, chosen | {"output_dir": str(folder)})
                 command = [*(cfg.launch or [sys.executable]), str(script), *own]
-                code = subprocess.run(command, pass_fds=[lock.fileno()]).returncode
+                code = subprocess.run(command, pass_fds=[lock.fileno()] if lock else []).returncode
                 if code:
                     raise UserError(
                         f"iteration {n}: {name} ended with code {code}; correct the error above "
@@ -265,7 +266,7 @@ def arguments(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> lis
     hints = typing.get_type_hints(STEPS[step][1])
     keys: dict[str, Any] = {"seed": cfg.seed + (n if step != "evaluate" else 0)}
     keys |= own_keys(cfg, step) | chosen
-    line = [str(keys.pop("config"))] if "config" in keys else []
+    line = [os.path.expanduser(str(keys.pop("config")))] if "config" in keys else []
     for key, value in keys.items():
         if isinstance(value, str) and hints.get(key) in NUMBERS:
             value = value_at(f"{step}.{key}", value, max(0, n - 1))

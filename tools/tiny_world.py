@@ -28,7 +28,7 @@ from rftt.engines.chat import encode_chat
 from rftt.prompts import Messages, question_messages
 from rftt.run.cli import cli
 from rftt.run.config import Count, LocalPath, Seed, Whole, config_class
-from rftt.run.files import write_jsonl
+from rftt.run.files import make_folder, write_jsonl
 from rftt.run.prompts_file import load_prompts
 from rftt.tokens import ACTS, description_of, successors
 from rftt.types import UserError
@@ -442,6 +442,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> tuple[list[int], 
 def main(config: TinyConfig) -> None:
     """Write the problem files, train the base model and write it last."""
     folder, rng, seen = Path(config.output_dir), Random(config.seed), set[str]()
+    make_folder(folder)
     if (folder / "base").exists():  # new problem files would not fit the existing model
         raise UserError(f"{folder}/base already exists; remove it or use another output_dir.")
     for name, n in (("test", config.n_test), ("train", config.n_train)):

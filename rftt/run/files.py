@@ -144,10 +144,23 @@ def file_name(identity: str) -> str:
     return f"{name[: MAX_NAME - 17]}-{sha256(identity.encode()).hexdigest()[:16]}"
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder below output_dir. Raises UserError if it, or one above it, is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{folder} must be a folder, but it or a folder above it is a file; remove the file, "
+            "or use another output_dir."
+        ) from error
+
+
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     """Write all lines or none: a temporary file is renamed only after it is complete."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"{path} must be a file, but is a folder; remove the folder.")
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(valid_unicode(line) + "\n" for line in lines)
@@ -175,8 +188,8 @@ class Journal:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.read_bytes() if self.path.exists() else b""
+        make_folder(self.path.parent)
+        whole = read_bytes(self.path) if self.path.exists() else b""
         kept = whole[: whole.rfind(b"\n") + 1]
         if kept != whole:
             os.truncate(self.path, len(kept))

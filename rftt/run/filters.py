@@ -80,13 +80,20 @@ def custom(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:
     """Apply the user's `custom_filter`, which maps one row to whether it is kept."""
     if cfg.custom_filter is None:
         return [True] * len(rows)
-    verdicts = list(map(load_function("custom_filter", cfg.custom_filter), rows))
+    verdicts = [_plain(load_function("custom_filter", cfg.custom_filter)(row)) for row in rows]
     if others := [verdict for verdict in verdicts if not isinstance(verdict, bool)]:
         raise UserError(
             f"custom_filter={cfg.custom_filter} must return a bool, got {others[0]!r}; return True "
             "to keep a response."
         )
     return cast("list[bool]", verdicts)
+
+
+def _plain(verdict: object) -> object:
+    """Return a bool of numpy or torch as Python's own, and any other value unchanged."""
+    scalar = getattr(verdict, "ndim", None) == 0
+    is_bool = scalar and str(getattr(verdict, "dtype", "")) in ("bool", "torch.bool")
+    return bool(verdict) if is_bool else verdict
 
 
 def near_duplicate(rows: Sequence[Row], cfg: SearchConfig) -> list[bool]:

@@ -203,18 +203,27 @@ def make_run_dir(run_dir: Path) -> None:
 
 
 def _locked(run_dir: Path) -> TextIO | None:
-    """Return a locked file, or None if the file system does not support locks.
-
-    The system releases the lock however this process ends.
-    """
-    file = open(run_dir / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
+    """Return a locked file, or None if the file system does not support locks."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_file(run_dir / ".lock")
     except BlockingIOError as error:
-        file.close()
         raise UserError(
             f"{run_dir} is in use by another process; wait for it or use another output_dir."
         ) from error
+
+
+def lock_file(path: Path, *, wait: bool = False) -> TextIO | None:
+    """Return the file `path`, locked, or None if the file system does not support locks.
+
+    The system releases the lock however this process ends. Raises BlockingIOError if another
+    process has the lock, unless `wait`.
+    """
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for its lifetime)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        raise
     except OSError:  # NFS, FUSE and others: ENOLCK, ENOSYS, EOPNOTSUPP
         file.close()
         return None

@@ -15,7 +15,7 @@ from rftt.engines.chat import open_tokenizer
 from rftt.engines.templates import holds_control_text
 from rftt.run.cli import check_same_run, load_function
 from rftt.run.config import Filters
-from rftt.run.files import Row, write_json, write_jsonl
+from rftt.run.files import Row, make_folder, write_json, write_jsonl
 from rftt.run.log import RunLog
 from rftt.run.prompts_file import load_prompts
 from rftt.run.provenance import MadeFrom, made_from
@@ -53,7 +53,11 @@ def open_log(cfg: SearchConfig, world: World) -> RunLog:
         check_same_run(Path(cfg.output_dir) / "config.yaml", fixed)
     if cfg.custom_filter is not None:
         load_function("custom_filter", cfg.custom_filter)  # a mistake appears before sampling
-    return RunLog(Path(cfg.output_dir), asdict(cfg), enabled=world.is_main)
+    log = RunLog(Path(cfg.output_dir), asdict(cfg), enabled=world.is_main)
+    if world.is_main:  # a file of this name appears before sampling
+        for name in ("data",) if cfg.method in RESPONSES else ("data", "trees"):
+            make_folder(Path(cfg.output_dir) / name)
+    return log
 
 
 def search_source(
