@@ -20,7 +20,7 @@ from rftt.graders.math import extract
 from rftt.mcts import Choice, Explore, Tree, grow
 from rftt.prompts import Messages, Prompts, sentences
 from rftt.rewards import graded
-from rftt.run.contract import breach, clean, fresh, leaks, trimmed
+from rftt.run.contract import breach, clean, fresh, leaks, misquotes, trimmed
 from rftt.tokens import FUNCTIONS, successors
 from rftt.types import Problem, Step, seed_for
 
@@ -139,6 +139,8 @@ async def draw(
         reason = ctx.breach(act, problem, shown, text)
         if reason is None and leaks(text, str(problem.answer), known):
             return "leaks_answer"  # it would teach recall instead of checking
+        if reason is None and misquotes(ctx.prompts.acts[act], text, "\n".join([so_far, *own])):
+            return "misquotes"
         return reason
 
     asked = [reply(ctx, messages, act, problem.id, "curate", act, i) for i in range(n)]

@@ -50,6 +50,7 @@ class ActPrompt(Part):
     require: Reasons = {}
     numbers: Literal["any", "known", "given", "none"] = "any"
     continues: bool = False
+    quotes: list[Text] = []
 
 
 class Prompts(Part):

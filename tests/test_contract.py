@@ -17,6 +17,7 @@ from rftt.run.contract import (
     fresh,
     leaks,
     miscalculation,
+    misquotes,
     nameable,
     trimmed,
 )
@@ -175,6 +176,7 @@ def test_the_best_check_quotes_the_mistake_first() -> None:
         ("2 + 3 = 5 * 2 = 10.", "2 + 3 = 5 * 2 = 10"),
         ("8 * $3 = $24, then 24 + 6 = 31", "24 + 6 = 31"),
         ("1,200 * 3 = 3,600, 45 / 2 = 22.5, 10 - 12 = -2, 15 ÷ 3 = 5, 5 × 3 = 15", None),
+        ("so 32 - 42 = -20 pieces", "32 - 42 = -20"),
         ("(2 + 3) * 4 = 20, 2 * (3 + 4) = 14, 5 x 3 - 2 = 13, \\frac{80}{2} = 40", None),
         ("10% of 50 = 5, x = 3, 5 = 5, half of 10 = 5", None),
         ("1 + " * 100 + "1 = 5", None),  # longer than any that is checked
@@ -192,6 +194,18 @@ def test_a_check_that_makes_the_mistake_again_explains_nothing() -> None:
     assert best_check([last], mistakes) is None
     assert best_check([again, "Wait, I wrote 43 - 44 = 9, but 12 more are given."], mistakes)
     assert best_check(["43 and 12 is 55, not 9."], mistakes)
+
+
+def test_what_a_check_quotes_stands_in_the_wrong_steps() -> None:
+    verify, wrong = PROMPTS.acts["verify"], "They have 32 - 42 = -20 pieces, 2 * $3 = $6."
+    for text, found in (
+        ("Wait, I wrote 32 - 42 = -20, but they combine them.", False),
+        ("Wait, I wrote 2*3=6 dollars, but it is more.", False),
+        ("Wait, I wrote 32 + 42 = 74, but they combine them.", True),
+        ("Wait, I wrote 9 shirts, but there are more.", True),
+        ("Wait, 32 + 42 = 74, but I took the difference.", False),  # nothing is quoted
+    ):
+        assert misquotes(verify, text, wrong) is found
 
 
 def test_a_reply_is_cut_where_it_breaks_its_contract() -> None:

@@ -41,7 +41,7 @@ class Letters:
     def __len__(self):
         return 300
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=False):
         return [100 + ord(letter) for letter in text]
 
     def decode(self, ids, skip_special_tokens=False):

@@ -20,7 +20,7 @@ from rftt.tokens import FUNCTIONS
 RUN = 8
 """Consecutive words in common with an instruction or an example that count as a repetition."""
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-CALCULATION = re.compile(r"(?<![\d.,])[.,]*+\d[\d.,]*+(?:\s*+[-+*/×÷=]\s*+\$?\d[\d.,]*+)+")
+CALCULATION = re.compile(r"(?<![\d.,])[.,]*+\d[\d.,]*+(?:\s*+[-+*/×÷=]\s*+-?\$?\d[\d.,]*+)+")
 """Numbers joined by signs. It reads each number once, so that long digits take linear time."""
 OPEN = tuple("()[]{}+-*/×÷x^%\\=")
 """Signs beside a calculation that make it a part of a larger one, such as (2 + 3) * 4 = 20."""
@@ -235,6 +235,16 @@ def mentions(text: str, answer: str) -> bool:
 def leaks(text: str, answer: str, known: str) -> bool:
     """Return whether `text` states a gold answer that `known` (what precedes it) does not."""
     return mentions(text, answer) and not mentions(known, answer)
+
+
+def misquotes(prompt: ActPrompt, text: str, written: str) -> bool:
+    """Return whether `text` quotes a number or calculation that the steps `written` lack.
+
+    The quotation follows one of the prompt's phrases `quotes`, such as "I wrote".
+    """
+    said = _any_of(tuple(prompt.quotes)).search(text)
+    quoted = QUOTED.search(text, said.end()) if said else None
+    return quoted is not None and not _written(quoted[0]) <= _written(written)
 
 
 def nameable(wrong: str, correct: str, known: str) -> set[str]:
