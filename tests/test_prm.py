@@ -9,6 +9,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -214,6 +215,51 @@ def test_a_quoted_tag_makes_no_score_of_its_own(folders: dict[str, Path], kind: 
     quoting = ["a ки b\nc", "ки<extra_0>", ""]
     (scores,) = scores_of(local(folders[kind]), ("ки<extra_0>\n?", quoting))
     assert len(scores) == 3
+
+
+CONTROL = "<|user|> <|end|>"
+
+
+@pytest.mark.cases
+@pytest.mark.parametrize("kind", HEADS)
+def test_control_text_in_question_or_steps_stays_text(folders: dict[str, Path], kind: str) -> None:
+    """The marks are where they were, and every step's tag is still its own token."""
+    prm = local(folders[kind])
+    writer, tokenizer = prm.writer, prm.writer.tokenizer
+    plain, _ = writer.encode(QUESTION, STEPS)
+    steps = [STEPS[0], f"{CONTROL} {STEPS[1]}", STEPS[2]]
+    question = f"{QUESTION} {CONTROL}"
+    ids, marks = writer.encode(question, steps)
+    special = set(tokenizer.all_special_ids)
+    assert [i for i in ids if i in special] == [i for i in plain if i in special]
+    assert len(marks) == 3
+    ends = [tokenizer.decode(ids[: mark + 1]) for mark in marks]
+    for end, step in zip(ends, steps, strict=True):
+        assert step in end[-len(step) - 20 :]
+        assert tokenizer.decode([ids[marks[0]]]).endswith(writer.tag)
+    assert len(asyncio.run(prm.score(question, steps))) == 3
+    one = writer.encode("x", ["y"])[0]  # special tokens around a cut text are those of a whole one
+    two = writer.encode("x", [f"y{CONTROL}"])[0]
+    assert (one[0], one[0] in special) == (two[0], two[0] in special)
+
+
+@pytest.mark.cases
+def test_the_template_of_a_prm_is_checked_and_its_date_frozen(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["qwen"], tmp_path / "qwen")
+    file = folder / "chat_template.jinja"
+    template = file.read_text()
+    file.write_text("{{ strftime_now('%Y') }}" + template)
+    prm = local(folder, template_date="1999-12-31")
+    assert prm.writer.write(QUESTION, STEPS)[0].startswith("1999")
+    file.write_text("{{ strftime_now(form) }}" + template)
+    with pytest.raises(UserError, match="the format of the date in the chat template"):
+        local(folder)
+    file.write_text("{{ messages[-1].content }}")
+    with pytest.raises(UserError, match="writes it 0 times; use a PRM with another template"):
+        local(folder)
+    local(folder, skip_model_check=True)
 
 
 def test_steps_end_at_the_last_byte_of_their_tag(folders: dict[str, Path]) -> None:

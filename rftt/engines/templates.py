@@ -138,15 +138,30 @@ def apart(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages | 
     users = [message["content"] for message in messages if message["role"] == "user"]
     if pattern is None or not any(map(pattern.search, users)):
         return None
-    cut: Messages = []
-    for message in messages:
-        content = message["content"].replace(CUT, "")
-        pieces, start = [], 0
-        while message["role"] == "user" and (found := pattern.search(content, start)):
-            pieces.append(content[start : found.start() + 1])
-            start = found.start() + 1
-        cut.append(message | {"content": CUT.join([*pieces, content[start:]])})
-    return cut
+    return [
+        message
+        | {"content": _cut(message["content"], pattern if message["role"] == "user" else None)}
+        for message in messages
+    ]
+
+
+def cut_control(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, in_responses: bool = False
+) -> str:
+    """Return a foreign text with CUT after the first character of each control text in it."""
+    size = len(tokenizer)
+    return _cut(
+        text, _control_pattern(tokenizer, size, in_responses=in_responses, functional=False)
+    )
+
+
+def _cut(text: str, pattern: re.Pattern[str] | None) -> str:
+    text = text.replace(CUT, "")
+    pieces, start = [], 0
+    while pattern and (found := pattern.search(text, start)):
+        pieces.append(text[start : found.start() + 1])
+        start = found.start() + 1
+    return CUT.join([*pieces, text[start:]])
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> list[int]:

@@ -52,7 +52,11 @@ def check_text(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def check_question(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> None:
+def check_question(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    cure: str = "set chat_template to a file that writes message.content",
+) -> None:
     """Raise UserError if the prompt that `messages` become does not hold QUESTION exactly once.
 
     A template that refuses the messages is left to encode_chat, which names the reason.
@@ -64,7 +68,7 @@ def check_question(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> No
     if (n := cast(str, text).count(QUESTION)) != 1:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path} must write the question once, but "
-            f"writes it {n} times; set chat_template to a file that writes message.content."
+            f"writes it {n} times; {cure}."
         )
 
 

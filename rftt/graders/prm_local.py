@@ -22,6 +22,8 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +38,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from rftt.engines.chat import load_tokenizer
 from rftt.engines.loop import StepLoop
 from rftt.engines.opened import HEADS, check_files, check_same, logit_head, open_model, probes
-from rftt.engines.vocabulary import check_text
+from rftt.engines.templates import CUT, cut_control, single_template, with_date
+from rftt.engines.vocabulary import QUESTION, check_question, check_text
 from rftt.graders.prm import TAG, Unscored, checked
+from rftt.prompts import question_messages
 from rftt.types import UserError
 
 if TYPE_CHECKING:
@@ -87,8 +91,14 @@ class Writer:
     system_prompt: str | None = None
 
     def write(self, question: str, steps: Sequence[str]) -> tuple[str, list[int]]:
-        """Return the input text and the position of the last character of each step's tag."""
+        """Return the input text and the position of the last character of each step's tag.
+
+        Question and steps are foreign texts: CUT marks where their control texts are cut, so that
+        no piece becomes a control id. Positions do not count the CUTs.
+        """
         body, ends, form = "", [], self.form
+        question = cut_control(self.tokenizer, question)
+        steps = [cut_control(self.tokenizer, text, in_responses=True) for text in steps]
         for n, text in enumerate(steps, 1):
             body += form.between if body else ""
             body += form.step.format(n=n, text=text.strip()) + self.tag
@@ -105,21 +115,62 @@ class Writer:
                 "the PRM's chat template must keep the assistant's turn unchanged, but changes it; "
                 "use a tokenizer with another template."
             )
-        return text, [start + end for end in ends]
+        return text, [_bare(text[: start + end]) for end in ends]
 
     def encode(self, question: str, steps: Sequence[str]) -> tuple[list[int], list[int]]:
         """Return the token ids of a path and the index of the token that scores each step."""
         text, ends = self.write(question, steps)
-        encoded: Any = self.tokenizer(
-            text, add_special_tokens=not self.form.chat, return_offsets_mapping=True
-        )
-        held = [
-            (stop, i) for i, (start, stop) in enumerate(encoded["offset_mapping"]) if stop > start
-        ]
+        ids, spans = self._tokens(text.split(CUT))
+        held = [(stop, i) for i, (start, stop) in enumerate(spans) if stop > start]
         stops = [stop for stop, _ in held]
         # One character may have several tokens with equal offsets, one per byte. The last counts.
         last = [bisect_right(stops, stops[bisect_right(stops, end)]) - 1 for end in ends]
-        return list(encoded["input_ids"]), [held[i][1] for i in last]
+        return ids, [held[i][1] for i in last]
+
+    def _tokens(self, pieces: list[str]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return ids and character offsets of a text in pieces, which no token crosses."""
+        encode: Any = partial(self.tokenizer, return_offsets_mapping=True)
+        if len(pieces) == 1:
+            whole = encode(pieces[0], add_special_tokens=not self.form.chat)
+            return list(whole["input_ids"]), list(whole["offset_mapping"])
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        begin = 0
+        for piece in pieces:
+            part = encode(piece, add_special_tokens=False)
+            ids += part["input_ids"]
+            spans += [(begin + start, begin + stop) for start, stop in part["offset_mapping"]]
+            begin += len(piece)
+        if not self.form.chat:  # the special tokens around a text, such as BOS
+            around, bare = (
+                encode("x", add_special_tokens=special)["input_ids"] for special in (True, False)
+            )
+            n_before = next((i for i, one in enumerate(around) if one == bare[0]), 0)
+            before, after = around[:n_before], around[n_before + len(bare) :]
+            ids = [*before, *ids, *after]
+            spans = [*[(0, 0)] * len(before), *spans, *[(begin, begin)] * len(after)]
+        return ids, spans
+
+
+def _bare(text: str) -> int:
+    """Return the number of characters without the CUTs."""
+    return len(text) - text.count(CUT)
+
+
+def settle_template(
+    tokenizer: PreTrainedTokenizerBase, cfg: ProcessConfig | ServeConfig, *, check: bool
+) -> None:
+    """Fix the date in a PRM's template. Raises UserError if the template drops the question.
+
+    The date is that of the run, or of the day on which a server starts.
+    """
+    day = getattr(cfg, "template_date", None)
+    today = date.fromisoformat(day) if day else date.today()
+    tokenizer.chat_template = with_date(single_template(tokenizer, None), today)
+    if check:
+        messages = question_messages(QUESTION, cfg.system_prompt)
+        reply = {"role": "assistant", "content": "1"}
+        check_question(tokenizer, [*messages, reply], "use a PRM with another template")
 
 
 @dataclass(eq=False)
@@ -172,6 +223,8 @@ class LocalPRM:
         else:
             self._readout = readout_of(_on(head, self.device), path)
         form = FORMATS[family]
+        if form.chat:
+            settle_template(tokenizer, cfg, check=check)
         tag = cfg.prm_step_tag or form.tag
         self._model, self.writer = model, Writer(tokenizer, form, tag, cfg.system_prompt)
         self._batch_tokens = cfg.prm_max_tokens_per_batch
