@@ -246,7 +246,7 @@ def check_complete(path: str, config: Any, *, trust_remote_code: bool = False) -
         return
     try:
         with quiet():
-            _, info = AutoModelForCausalLM.from_pretrained(
+            opened: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype="auto",  # that of the files, so that nothing is converted
                 trust_remote_code=trust_remote_code,
@@ -256,6 +256,7 @@ def check_complete(path: str, config: Any, *, trust_remote_code: bool = False) -
             )
     except BROKEN as error:
         raise UserError(f"no model at {path!r}: {one_line(error)}; check the files.") from error
+    _, info = opened
     _check_weights(path, info | {"unexpected_keys": set()}, ())  # vLLM ignores extra ones
 
 
