@@ -95,6 +95,12 @@ def test_a_disk_that_fails_is_one_line(capsys, code, cure) -> None:
     assert "o/metrics.jsonl" in line
 
 
+def test_a_disk_that_fails_in_a_library_is_one_line(capsys) -> None:
+    status, line = ended_by(RuntimeError("I/O error: no room (os error 28)"), capsys)
+    assert (status, line.count("\n")) == (2, 1)
+    assert "the disk is full; free space" in line
+
+
 def test_other_errors_keep_their_traceback() -> None:
     def main(_cfg: EvalConfig) -> None:
         raise OSError(errno.EPIPE, "a bug")

@@ -160,6 +160,7 @@ READ_HERE = {
 }
 READ_ELSEWHERE = {
     "rftt/graders/latex.py": "tests/test_math.py feeds each of its patterns",
+    "rftt/run/cli.py": "the text of an error, of bounded size",
     "rftt/graders/prm_local.py": "names of tensors in the header of a weight file",
     "rftt/run/prompts_file.py": "the user's own file, of bounded size",
     "tools/prm_serve.py": "the words of the command line",

@@ -192,7 +192,7 @@ def test_a_disk_that_is_full_while_a_checkpoint_is_written(
     for i in range(KILLS):
         out = tmp_path / str(i)
         code, _ = zygote.run(script, out, max_bytes=random.randint(4_000, 60_000))
-        assert code == 2, "it did not notice"
+        assert code == 2, Path(f"{out}.stderr").read_text()
         assert done_by(script, out) == set()
         code, _ = zygote.run(script, out, sig=signal.SIGTERM, began="checkpoints/latest")
         assert code == 128 + signal.SIGTERM

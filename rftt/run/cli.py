@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -95,8 +96,8 @@ def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None =
             )
             raise SystemExit(2) from None
         for cause in causes:
-            if isinstance(cause, OSError) and cause.errno in DISK:
-                _complain(f"{DISK[cause.errno].format(one_line(cause))}.")
+            if (number := _errno(cause)) in DISK:
+                _complain(f"{DISK[number].format(one_line(cause))}.")
                 raise SystemExit(2) from None
         raise
 
@@ -106,6 +107,14 @@ def _complain(message: str) -> None:
     with suppress(OSError, ValueError, AttributeError):  # closed pipe, full disk, no stream
         sys.stderr.write(f"error: {one_line(message, 10_000)}\n")
         sys.stderr.flush()
+
+
+def _errno(error: BaseException) -> int | None:
+    """Return the number of a system error. Libraries in Rust write it into their text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d{1,3})\)", str(error)[:10_000])
+    return int(found[1]) if found else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
