@@ -131,12 +131,13 @@ def cost(read: Callable[[str], Any], unit: str, length: int) -> float:
 
 
 def is_linear(read: Callable[[str], Any], unit: str) -> bool:
-    try:
-        with cpu_limit(4):
+    """Four times the text, less than eight times the cost: the best of three tries."""
+    for _ in range(3):  # other processes share the caches
+        with suppress(TimeoutError), cpu_limit(4):
             whole = cost(read, unit, LENGTH)
-            return whole < QUICK or whole < 8 * cost(read, unit, LENGTH // 4)
-    except TimeoutError:
-        return False
+            if whole < QUICK or whole < 8 * cost(read, unit, LENGTH // 4):
+                return True
+    return False
 
 
 @pytest.mark.parametrize("name", READERS)
