@@ -166,7 +166,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run(world: World, tmp_pat
     policy = shard(prepare(tiny_model()), world)
     checkpoints = Checkpoints(tmp_path, world, word_tokenizer(67))
     checkpoints.save(1, {"policy": policy}, {}, {})
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(UserError, match="must be a folder"):
         checkpoints.save(2, {"policy": policy}, {}, {})
 
 

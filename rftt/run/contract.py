@@ -296,7 +296,8 @@ def _names_one(check: str, mistakes: set[str]) -> bool:
     for quoted in QUOTED.finditer(check):
         if _things(quoted[0]) & mistakes:
             reason = check[quoted.end() :]
-            if "=" in quoted[0] and len(_words(reason)) < MIN_REASON:
+            whole = re.sub(r"[\s$]", "", quoted[0]).strip(".,")
+            if "=" in whole and whole in mistakes and len(_words(reason)) < MIN_REASON:
                 return False  # it is not quoted but made again
             calculated = " ".join(CALCULATION.findall(reason))
             return not _things(calculated) & mistakes
