@@ -267,8 +267,12 @@ def _things(text: str) -> set[str]:
 
 def _written(text: str) -> set[str]:
     text = text.replace("\\boxed{", "").replace("\\times", "*")
-    calculations = {re.sub(r"[\s$]", "", found) for found in CALCULATION.findall(text)}
-    return {thing.strip(".,") for thing in calculations | set(NUMBER.findall(text))}
+    return {_compact(found) for found in CALCULATION.findall(text) + NUMBER.findall(text)}
+
+
+def _compact(thing: str) -> str:
+    """Return a number or calculation as texts are compared: without blanks and dollar signs."""
+    return re.sub(r"[\s$]", "", thing).strip(".,")
 
 
 def _with_sums(things: set[str]) -> set[str]:
@@ -296,7 +300,7 @@ def _names_one(check: str, mistakes: set[str]) -> bool:
     for quoted in QUOTED.finditer(check):
         if _things(quoted[0]) & mistakes:
             reason = check[quoted.end() :]
-            whole = re.sub(r"[\s$]", "", quoted[0]).strip(".,")
+            whole = _compact(quoted[0])
             if "=" in whole and whole in mistakes and len(_words(reason)) < MIN_REASON:
                 return False  # it is not quoted but made again
             calculated = " ".join(CALCULATION.findall(reason))
