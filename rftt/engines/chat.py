@@ -94,9 +94,10 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
     user's text that reads like a control token stays text. Raises UserError where the template
     refuses the messages or doubles the BOS token.
     """
-    begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-    if begun:
-        messages = messages[:-1]
+    if messages[-1]["role"] == "assistant":
+        *before, begun = messages
+        beginning = tokenizer.encode(begun["content"], add_special_tokens=False)
+        return encode_chat(tokenizer, before) + beginning
     cut = apart(tokenizer, messages)
     try:
         if cut is None:
@@ -119,7 +120,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
             f"a prompt must start with one BOS token, got two BOS tokens from the chat template of "
             f"{tokenizer.name_or_path}; remove one from the template or from system_prompt."
         )
-    return [*cast(list[int], ids), *tokenizer.encode(begun, add_special_tokens=False)]
+    return cast(list[int], list(ids))
 
 
 def decode(
