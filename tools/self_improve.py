@@ -236,7 +236,7 @@ def is_done(row: Row, done: Journal) -> bool:
 def made_from(cfg: LoopConfig, step: str, n: int, chosen: dict[str, Any]) -> MadeFrom:
     """Return the digests of a step's inputs: settings, data files and models.
 
-    Paths are no settings, so that a loop's folder may be moved.
+    Paths do not count as settings, so that a loop's folder may be moved.
     """
     line = arguments(cfg, step, n, chosen | {"output_dir": "-"})
     keys = asdict(load_config(STEPS[step][1], line))

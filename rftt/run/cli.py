@@ -138,7 +138,7 @@ class Stop:
     """A request to stop after the current step."""
 
     code: int = 0
-    """Exit code, INTERRUPTED or TERMINATED. 0 means that nobody has asked."""
+    """Exit code, INTERRUPTED or TERMINATED. 0 means that no signal has arrived."""
 
 
 def stop_on_signals() -> Stop:

@@ -63,7 +63,7 @@ def _checked_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, half of an IPv6 address
+    except ValueError:  # a port that is not a number, half of an IPv6 address
         raise UserError(f"a URL must have a host and a port, got {url!r}; correct it.") from None
     if not whole or not url.isprintable() or " " in url:
         raise UserError(f"a URL must start with http:// or https:// and a host, got {url!r}.")
