@@ -215,21 +215,9 @@ def open_model(
     """
     if check:
         check_files(path, trust_remote_code=trust_remote_code)
-    try:
-        with quiet():  # _check_weights names what transformers would warn of
-            model, info = auto.from_pretrained(
-                path,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                use_safetensors=True,  # a .bin file is a pickle
-                ignore_mismatched_sizes=check,
-            )
-    except BROKEN as error:
-        raise UserError(
-            f"no model at {path!r}: {one_line(error)}; check model_name_or_path and the files "
-            "there."
-        ) from error
+    model, info = _load(
+        auto, path, dtype, trust_remote_code=trust_remote_code, ignore_mismatched_sizes=check
+    )
     if check:
         _check_weights(path, info, extra)
     return model.eval()
@@ -244,20 +232,35 @@ def check_complete(path: str, config: Any, *, trust_remote_code: bool = False) -
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not known or getattr(config, "quantization_config", None):
         return
+    _, info = _load(
+        AutoModelForCausalLM,
+        path,
+        "auto",  # the type of the files, so that nothing is converted
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+    )
+    _check_weights(path, info | {"unexpected_keys": set()}, ())  # vLLM ignores extra ones
+
+
+def _load(
+    auto: Any, path: str, dtype: Any, *, trust_remote_code: bool, ignore_mismatched_sizes: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Return a model and the names of the weights that do not fit it."""
     try:
-        with quiet():
-            opened: Any = AutoModelForCausalLM.from_pretrained(
+        with quiet():  # _check_weights names what transformers would warn of
+            return auto.from_pretrained(
                 path,
-                dtype="auto",  # that of the files, so that nothing is converted
+                dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
+                use_safetensors=True,  # a .bin file is a pickle
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
     except BROKEN as error:
-        raise UserError(f"no model at {path!r}: {one_line(error)}; check the files.") from error
-    _, info = opened
-    _check_weights(path, info | {"unexpected_keys": set()}, ())  # vLLM ignores extra ones
+        raise UserError(
+            f"no model at {path!r}: {one_line(error)}; check model_name_or_path and the files "
+            "there."
+        ) from error
 
 
 def _check_weights(path: str, info: dict[str, Any], extra: tuple[str, ...]) -> None:
