@@ -213,7 +213,7 @@ def verdict(
 def summarise(
     rows: list[Row], num_samples: int, simulations: list[int], seed: int
 ) -> dict[str, Any]:
-    """Return every figure with its 95 % bootstrap interval over problems."""
+    """Return every figure with its 95 % interval over problems."""
 
     def interval(values: list[float]) -> dict[str, float]:
         return dict(zip(("mean", "low", "high"), mean_ci(values, seed=seed), strict=True))

@@ -26,22 +26,23 @@ import torch
 from torch import Tensor
 
 from rftt import rl
-from rftt.batch import Batch
+from rftt.batch import Batch, spread_steps
 from rftt.engines import build_engine, vocabulary_size
 from rftt.engines.chat import open_tokenizer
 from rftt.engines.sampler import functional_ids, sampler_of
 from rftt.graders import open_prm
 from rftt.graders.prm import Unscored, accepted
+from rftt.learner import credit
 from rftt.learner.fsdp import World, agreed, full_weights, process_group
 from rftt.learner.logprobs import token_logprobs, token_values
 from rftt.learner.model import score_metrics
 from rftt.learner.prefix_tree import n_saved
 from rftt.learner.setup import Models, load_models
 from rftt.learner.share import pack_own_rollouts
-from rftt.rewards import Reward
 from rftt.rollout import Explorer
 from rftt.run.checks import check_prompts, check_warm, greedy_accuracy
 from rftt.run.data import endless, read_problems
+from rftt.run.judge import Reward
 from rftt.run.stats import learned_metrics, nothing_to_learn, rollout_metrics
 from rftt.run.training import Run
 from rftt.types import Problem, Rollout, seed_for
@@ -50,6 +51,12 @@ from rftt.update import Learner, add_logprobs, add_loss_weights
 PRINTED = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share", "search_seconds",
         "train_seconds", "eval/greedy")  # fmt: skip
 """Metrics in the printed line of a step; metrics.jsonl has every key of docs/metrics.md."""
+
+TREE_ADVANTAGES = {
+    "treerl": credit.treerl_advantages,
+    "spo": credit.spo_advantages,
+    "treepo": credit.treepo_advantages,
+}
 
 
 def main(cfg: RLConfig) -> None:
@@ -61,7 +68,7 @@ def train(cfg: RLConfig, world: World) -> None:
     problems, eval_problems = read_problems(cfg)
     tokenizer = open_tokenizer(cfg)
     check_prompts(tokenizer, problems + eval_problems, cfg.system_prompt, cfg.max_model_len)
-    needs_acts = cfg.sampling_method == "mcts" or bool(cfg.forbidden_acts)
+    needs_acts = cfg.sampling_method != "normal" or bool(cfg.forbidden_acts)
     ids = functional_ids(tokenizer, required=needs_acts)
     run = Run(cfg, world, tokenizer, PRINTED)
     n_tokens = vocabulary_size(tokenizer)
@@ -160,6 +167,8 @@ def explore(
         log(nothing_to_learn(step, explored, n_picked))
     if not cfg.resample_rounds:
         kept = explored  # groups of equal rewards stay: their KL still counts
+    if cfg.reward_scheme == "prof":
+        kept = credit.prof_keep(kept, cfg.prof_share)
     # If no group is informative, learn from the last round: advantages are 0, only the KL counts.
     return explored, kept or new, n_picked
 
@@ -177,11 +186,14 @@ def add_advantages(
 ) -> Batch:
     """Add advantages and, for the critic, returns. `mine` are the rollouts in `batch`. Collective.
 
-    Three estimators stand side by side: GAE, whitened returns, rewards relative to a group.
+    Four estimators stand side by side: GAE, whitened returns, rewards relative to a group, and
+    values of the nodes that rollouts share.
     """
     mask, lengths, old = batch.action_mask, batch.lengths, batch.old_logprobs
     assert old is not None, "add_logprobs comes first"
-    rewards = rl.token_rewards(batch.rewards, old, batch.ref_logprobs, mask, kl_coef)  # (T,)
+    rewards = rl.token_rewards(  # (T,)
+        batch.rewards, old, batch.ref_logprobs, batch.drawn, kl_coef
+    )
     if cfg.whiten_rewards:  # also rewards on tokens that are not actions
         rewards = rl.whiten(rewards, mask | (rewards != 0), world.sum, shift_mean=False)
     match cfg.advantage_estimator:
@@ -194,9 +206,17 @@ def add_advantages(
             return batch.replace(advantages=rl.whiten(returns, mask, world.sum))
         case "grpo":  # one number per rollout; its KL is in the loss
             totals = [rollout.reward for rollout in rollouts]
-            groups = [rollout.group for rollout in rollouts]
+            groups = [(rollout.group, rollout.fork) for rollout in rollouts]
             relative = rl.group_advantages(totals, groups, cfg.scale_rewards)
             return batch.replace(advantages=batch.spread([relative[i] for i in mine]) * mask)
+        case "tree":  # one number per step; its KL is in the loss
+            of_steps = TREE_ADVANTAGES[cfg.tree_advantage](rollouts)
+            own = [rollouts[i] for i in mine]
+            spread = spread_steps(own, [of_steps[i] for i in mine]).to(mask.device)  # (T,)
+            if cfg.tree_advantage == "spo":  # what has no gain is not trained
+                mask = mask & (spread != 0)
+                return batch.replace(advantages=spread * mask, action_mask=mask)
+            return batch.replace(advantages=rl.whiten(spread, mask, world.sum))
 
 
 # ---- 3. Learn ----
@@ -221,10 +241,8 @@ def rl_loss(
     weights = token_weights
     if cfg.importance_cap:  # corrects the difference between engine and trainer
         weights = ratios * weights
-    if cfg.forced_actions == "weigh" and micro.forced is not None:
-        # The tree takes an act with certainty, the policy with probability π: with this weight,
-        # trying every act once is the policy gradient summed over the acts.
-        weights = torch.where(micro.forced, weights * old.exp(), weights)
+    if cfg.forced_actions == "weigh" and micro.branching is not None:
+        weights = weights * rl.enumeration_weights(old, micro.branching)
     loss, clipping = rl.policy_loss(
         logprobs,
         old,
@@ -237,10 +255,10 @@ def rl_loss(
     )
     metrics |= clipping | {"policy_loss": loss.detach(), "entropy": entropy.detach().sum()}
     metrics["saved_share"] = torch.tensor(float(n_saved(micro)))
-    if cfg.advantage_estimator == "grpo" and micro.ref_logprobs is not None:
-        # The other estimators pay the KL as a reward; GRPO differentiates through it.
+    if cfg.advantage_estimator in ("grpo", "tree") and micro.ref_logprobs is not None:
+        # The other estimators pay the KL as a reward; these differentiate through it.
         penalty = rl.kl_estimate(logprobs, micro.ref_logprobs, cfg.kl_estimator) * token_weights
-        loss = loss + kl_coef * penalty.sum()
+        loss = loss + kl_coef * torch.where(micro.drawn, penalty, 0.0).sum()
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * (entropy * token_weights).sum()
     if models.critic and micro.values is not None and micro.returns is not None:

@@ -6,7 +6,7 @@ Each RUN is the output folder of one seed, written by runs/results_tiny.sh (chai
 runs/forgetting_tiny.sh (forgetting) or runs/controls_tiny.sh (controls and curves). `curves` writes
 process_rewards.png beside the runs. The output is tables and then one JSON object.
 
-Intervals are 95 % bootstraps over the problems of all seeds together, paired if two models are
+Intervals are of 95 %, over the problems of all seeds together, and paired if two models are
 compared. They describe the measurement of these models and do not predict another seed.
 """
 

@@ -37,6 +37,7 @@ class Batch:
     returns: Tensor | None = None  # (T,) float32, targets of the critic
     loss_weights: Tensor | None = None  # (T,) float32 of mean 1 over action tokens; None: all 1
     forced: Tensor | None = None  # (T,) bool: openers that the tree chose, not the policy
+    branching: Tensor | None = None  # (T,) float32, see Rollout.branching
     group: Tensor | None = None  # (T,) int64: the problem; tree packing keeps it together
     names: tuple[str, ...] = ()  # (D,) ids of the problems or rows, for messages
     ref_sums: tuple[float, ...] = ()  # (D,) the reference's log-prob of each response (DPO)
@@ -64,6 +65,11 @@ class Batch:
     def n_actions(self) -> int:
         """Number of action tokens."""
         return int(self.action_mask.sum())
+
+    @property
+    def drawn(self) -> Tensor:
+        """(T,) actions that the policy drew itself. An estimate of a KL holds for these only."""
+        return self.action_mask if self.forced is None else self.action_mask & ~self.forced
 
     @property
     def n_terms(self) -> int:
@@ -130,6 +136,7 @@ def collate(
     rewards: list[float] = []
     logprobs: list[float] = []
     forced: list[bool] = []
+    branching: list[float] = []
     lengths: list[int] = []  # (D,)
     for rollout in rollouts:
         n_prompt, n_response = len(rollout.prompt_ids), len(rollout.response_ids)
@@ -151,6 +158,7 @@ def collate(
         rewards += [0.0] * n_prompt + reward
         logprobs += [0.0] * n_prompt + [*rollout.sampling_logprobs]
         forced += [False] * n_prompt + [*(rollout.forced or (False,) * n_response)]
+        branching += [0.0] * n_prompt + [*(rollout.branching or (0.0,) * n_response)]
         lengths.append(n_prompt + n_response)
     batch = Batch(
         torch.tensor(ids, dtype=torch.int64),
@@ -159,10 +167,21 @@ def collate(
         torch.tensor(rewards, dtype=torch.float32),
         torch.tensor(logprobs, dtype=torch.float32),
         forced=torch.tensor(forced, dtype=torch.bool),
+        branching=torch.tensor(branching, dtype=torch.float32),
         names=tuple(rollout.problem.id for rollout in rollouts),
         packs_prefixes=packs_prefixes,
     )
     return batch.replace(group=batch.spread([rollout.group for rollout in rollouts]).long())
+
+
+def spread_steps(rollouts: Sequence[Rollout], numbers: Sequence[Sequence[float]]) -> Tensor:
+    """Return (T,) each step's number on all its tokens, 0 on prompts, aligned as by `collate`."""
+    spread: list[float] = []
+    for rollout, of_steps in zip(rollouts, numbers, strict=True):
+        spread += [0.0] * len(rollout.prompt_ids)
+        for ids, number in zip(rollout.step_ids(), of_steps, strict=True):
+            spread += [number] * len(ids)
+    return torch.tensor(spread, dtype=torch.float32)
 
 
 def check_document(n_prompt: int, n_response: int, n_mask: int, name: str) -> None:

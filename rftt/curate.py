@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 
-from rftt.graders.math import grade
 from rftt.graders.prm import reduce
 from rftt.mcts import Tree
 from rftt.prompted import visible
@@ -20,6 +19,7 @@ from rftt.prompts import sentences
 from rftt.run.config import SearchConfig
 from rftt.run.contract import best_check, leaks, miscalculation, nameable
 from rftt.run.files import Row
+from rftt.run.trace_rows import ends_right, entries, plain_row, row_of
 from rftt.tokens import successors
 from rftt.types import Problem, Trace
 
@@ -164,13 +164,13 @@ async def merge(draw: Draw, good: Trace, bad: Trace, cfg: SearchConfig) -> Row:
     if not refinements:
         raise Omitted("refine_refused")
     steps = [
-        *_entries(good)[:n],
-        *(entry | {"wrong": True} for entry in _entries(bad)[n:]),  # out of the loss: `mask_wrong`
+        *entries(good)[:n],
+        *(entry | {"wrong": True} for entry in entries(bad)[n:]),  # out of the loss: `mask_wrong`
         {"act": "verify", "text": check},
         {"act": "refine", "text": refinements[0]},
-        *_entries(good)[n:],
+        *entries(good)[n:],
     ]
-    return _row("merged", good, steps, shared=n, failed=list(bad.nodes[n:]))
+    return row_of("merged", good, steps, shared=n, failed=list(bad.nodes[n:]))
 
 
 async def merge_first(draw: Draw, pairs: Sequence[tuple[Trace, Trace]], cfg: SearchConfig) -> Row:
@@ -182,10 +182,6 @@ async def merge_first(draw: Draw, pairs: Sequence[tuple[Trace, Trace]], cfg: Sea
         except Omitted as omitted:
             reason = omitted
     raise reason
-
-
-def plain(trace: Trace) -> Row:
-    return _row("plain", trace, _entries(trace), shared=0, failed=[])
 
 
 async def curate(
@@ -205,42 +201,14 @@ async def curate(
             counts["path_miscalculates"] += 1  # right by luck
         else:
             usable.append(trace)
-    rows = [plain(trace) for trace in disjoint_correct(usable, cfg)]
+    rows = [plain_row(trace) for trace in disjoint_correct(usable, cfg)]
     try:
         merged = await merge_first(draw, choose_pairs(usable, cfg), cfg)
         rows.insert(0, merged)  # the merged row comes first
     except Omitted as reason:
         counts[str(reason)] += 1
     if cfg.tree_pairs and (wide := widest_pair(usable, cfg)):
-        good, bad = map(plain, wide)
+        good, bad = map(plain_row, wide)
         chosen = good | {"kind": "pair", "chosen": good["steps"], "rejected": bad["steps"]}
         rows.append({key: chosen[key] for key in chosen if key != "steps"})
-    return [row for row in rows if _sound(row, problem, counts)], counts
-
-
-def _sound(row: Row, problem: Problem, counts: Counter[str]) -> bool:
-    """Return whether the row is graded right as a response: the search graded paths only."""
-    steps = row.get("steps") or row["chosen"]
-    response = "".join(f"<{s['act']}>{s['text']}</{s['act']}>" for s in steps)
-    sound = grade(response, str(problem.answer), problem.question).correct
-    counts[f"kept_{row['kind']}" if sound else "row_ends_wrong"] += 1
-    return sound
-
-
-def _entries(trace: Trace) -> list[Row]:
-    steps = zip(trace.steps, trace.nodes, strict=True)
-    return [{"act": step.act, "text": step.text, "node": node} for step, node in steps]
-
-
-def _row(kind: str, trace: Trace, steps: list[Row], *, shared: int, failed: list[int]) -> Row:
-    output = {"act": "output", "text": f"The final answer is \\boxed{{{trace.answer}}}."}
-    return {
-        "id": trace.problem.id,
-        "kind": kind,
-        "question": trace.problem.question,
-        "answer": trace.problem.answer,
-        "steps": [*steps, output],
-        "shared_steps": shared,
-        "path_nodes": list(trace.nodes),
-        "failed_nodes": failed,
-    }
+    return [row for row in rows if ends_right(row, problem, counts)], counts

@@ -2,7 +2,8 @@
 
 One simulation is select -> expand -> evaluate -> backup. `expand` and `value` are awaited, so that
 simulations of many trees run at once and the engine batches them. Both phases use this file (arXiv
-2502.13389). Unexplored acts come first, by prior where there is one. Departures from the textbook:
+2502.13389). Unexplored acts come first, by prior where there is one; PUCT, an option, weighs them.
+Departures from the textbook:
 
 1. `expand` returns the whole path down to a leaf, and every step of it becomes a node. So each pass
    ends in a leaf, and a node's visits are the sum of its children's.
@@ -19,10 +20,14 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from rftt.types import Step
 
+DRAWN = ""
+"""In place of an act: the policy draws the next act itself, so that nothing is forced."""
+
+Selection = Literal["uct", "puct"]
 Successors = Callable[[str | None], tuple[str, ...]]  # acts that may follow an act (None: the root)
 
 
@@ -80,27 +85,46 @@ class Tree:
     """The nodes of one problem's search, and the rule by which it grows."""
 
     def __init__(
-        self, successors: Successors, max_depth: int, exploration_weight: float, seed: int
+        self,
+        successors: Successors,
+        max_depth: int,
+        exploration_weight: float,
+        seed: int,
+        selection: Selection = "uct",
     ) -> None:
         self.successors = successors
         self.max_depth = max_depth
         self.exploration_weight = exploration_weight
-        self._random = Random(seed)  # the order in which acts of equal prior are tried
+        self.selection = selection
+        self.random = Random(seed)  # the order in which acts of equal prior are tried
         self.root_log_priors: dict[str, float] = {}  # log π(act | root); a step brings its own
         self.nodes: list[Node] = []
         self.root = self._add(None, None, ())
 
     def select(self) -> Choice | None:
-        """Walk down by UCT to a node with an unexplored act and claim that act.
+        """Walk down to a node with an unexplored act and claim that act.
 
         Return None if nothing is left to try, at least until a simulation in flight lands.
         """
         if not self.is_open(self.root):
             return None
         node = self.root
-        while not node.untried:
-            node = max(filter(self.is_open, node.children), key=self.uct)  # ties: the older child
+        while child := self._child_to_enter(node):
+            node = child
         return self.claim(node)
+
+    def _child_to_enter(self, node: Node) -> Node | None:
+        """Return the best open child, or None if an unexplored act of the node comes first."""
+        if node.untried and self.selection == "uct":
+            return None  # the paper's rule: every act once
+        score = self.uct if self.selection == "uct" else self.puct
+        best = max(filter(self.is_open, node.children), key=score, default=None)  # ties: the older
+        if best is None or not node.untried:
+            return best
+        priors = self.log_priors(node)
+        likeliest = max(priors.get(act, -math.inf) for act in node.untried)
+        unexplored = node.q + self._prior_bonus(node, likeliest, 0)  # worth its parent's mean
+        return best if self.puct(best) >= unexplored else None
 
     def claim(self, node: Node) -> Choice:
         """Reserve the node's likeliest unexplored act for one simulation, which must land."""
@@ -127,6 +151,22 @@ class Tree:
         explore = math.sqrt(math.log(parent_visits) / visits)  # large for rarely visited children
         return node.value_sum / visits + self.exploration_weight * explore
 
+    def puct(self, node: Node) -> float:
+        """Return W/N + c π(act) sqrt(N_parent) / (1 + N): the prior weighs all exploration.
+
+        A simulation in flight is a visit worth 0 (Rosin 2011; Silver et al. 2017).
+        """
+        assert node.parent is not None, "the root is never compared"
+        visits = node.visits + node.in_flight
+        log_prior = self.log_priors(node.parent).get(node.act or "", -math.inf)
+        return node.value_sum / visits + self._prior_bonus(node.parent, log_prior, visits)
+
+    def _prior_bonus(self, parent: Node, log_prior: float, visits: int) -> float:
+        """Return PUCT's bonus of a child with this prior and number of visits."""
+        parent_visits = parent.visits + parent.in_flight
+        bonus = math.exp(log_prior) * math.sqrt(parent_visits) / (1 + visits)
+        return self.exploration_weight * bonus
+
     def land(self, choice: Choice, steps: Sequence[Step], value: float) -> Node:
         """Graft the explored steps below the choice and back their value up; return the leaf."""
         for passed in (self.root, *choice.node.path()):
@@ -140,8 +180,9 @@ class Tree:
         node = self._add(choice.node, steps[0], choice.key)
         for step in steps[1:]:
             key = self._child_key(node, step.act)
-            if step.act in node.untried:  # explored now, although not chosen
-                node.untried.remove(step.act)
+            explored = step.act if step.act in node.untried else DRAWN
+            if explored in node.untried:  # explored now, although not chosen
+                node.untried.remove(explored)
             node = self._add(node, step, key)
         node.terminal = True
         node.untried.clear()  # nothing follows a leaf
@@ -165,7 +206,7 @@ class Tree:
         node = Node(len(self.nodes), parent, step, len(key), key)
         if node.depth < self.max_depth:
             node.untried = list(self.successors(node.act))
-            self._random.shuffle(node.untried)  # else small trees would follow the table's order
+            self.random.shuffle(node.untried)  # else small trees would follow the table's order
         if parent is not None:
             parent.children.append(node)
         self.nodes.append(node)

@@ -7,61 +7,18 @@ PRM refuses is left out and counted. A PRM that is down stops the round (graders
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from rftt.engines.chat import decode
 from rftt.graders.math import grade
-from rftt.graders.prm import ProcessModel, Unscored, score_paths, segment_text
+from rftt.learner.credit import min_form
 from rftt.mcts import Value
-from rftt.run.own_rewards import own_rewards, weighted
+from rftt.run.own_rewards import weighted
 from rftt.types import Problem, Rollout, Step, UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from rftt.run.config import RLConfig
-    from rftt.tokens import FunctionIds
-
-
-@dataclass(frozen=True)
-class Reward:
-    """Judges rollouts: the grader decides on the answer, the PRM, if any, on the steps."""
-
-    cfg: RLConfig
-    tokenizer: PreTrainedTokenizerBase
-    ids: FunctionIds | None  # None for a policy without functional tokens
-    prm: ProcessModel | None
-
-    async def score(self, rollouts: Sequence[Rollout]) -> list[Rollout | Unscored]:
-        """Return every rollout with a reward on each step, or the reason why the PRM refuses it.
-
-        Raise UserError when the PRM is down.
-        """
-        texts = [decode(self.tokenizer, rollout.response_ids) for rollout in rollouts]
-        parts = await own_rewards(self.cfg, rollouts, texts)
-        process = await self._process_scores(rollouts)
-        functional = self.ids is not None
-        found: list[Rollout | Unscored] = []
-        for rollout, text, own, scores in zip(rollouts, texts, parts, process, strict=True):
-            if isinstance(scores, Unscored):
-                found.append(scores)
-                continue
-            scored = score_rollout(self.cfg, rollout, text, scores, own, functional=functional)
-            found.append(scored)
-        return found
-
-    async def _process_scores(
-        self, rollouts: Sequence[Rollout]
-    ) -> Sequence[list[float] | Unscored | None]:
-        """Return the (S,) scores of each rollout, None for all of them without a PRM."""
-        if self.prm is None:
-            return [None] * len(rollouts)
-        paths = []
-        for rollout in rollouts:
-            steps = [segment_text(self.tokenizer, ids, self.ids) for ids in rollout.step_ids()]
-            paths.append((rollout.problem.question, steps))
-        return await score_paths(self.prm, paths)
 
 
 def solves(problem: Problem, text: str, finish: str, answer_format: str = "boxed") -> bool:
@@ -106,14 +63,17 @@ def score_rollout(
     if rollout.finish == "length" or malformed:
         correct, answer = False, None  # it earns what no answer earns
     scores = tuple(process or ())  # (S,)
-    rewards = [*scores] or [0.0] * len(rollout.acts)  # (S,)
+    # Scores of a truncated response are not paid, or running on could pay more than answering.
+    paid = scores if rollout.finish == "stop" or cfg.score_truncated else ()  # (S,)
     if parts:
-        rewards[-1] = weighted(cfg, parts)
+        finish = weighted(cfg, parts)
     else:
-        rewards[-1] = last_reward(cfg, correct, answer, scores[-1] if scores else None)
-    if cfg.reward_scheme == "gain":  # what the step adds to the one before it; the sum telescopes
-        before = [0.0, *rewards[:-1]]
-        rewards = [reward - old for reward, old in zip(rewards, before, strict=True)]
+        finish = last_reward(cfg, correct, answer, paid[-1] if paid else None)
+    rewards = [*[0.0] * (len(rollout.acts) - 1), finish]
+    if paid:
+        rewards = step_rewards(cfg, paid, finish)
+    if functional and "" in rollout.acts:
+        rewards[-1] -= cfg.malformed_penalty
     return replace(
         rollout,
         outcome=float(correct),
@@ -121,6 +81,21 @@ def score_rollout(
         step_scores=scores,
         reward_parts=parts or {},
     )
+
+
+def step_rewards(cfg: RLConfig, scores: Sequence[float], finish: float) -> list[float]:
+    """Return the reward of each step from (S,) process scores and the reward of the finish."""
+    match cfg.reward_scheme:
+        case "paper" | "blend":
+            return [*scores[:-1], finish]
+        case "gain":  # what the step adds to the one before it; the sum telescopes
+            levels = [0.0, *scores[:-1], finish]
+            return [after - before for before, after in pairwise(levels)]
+        case "min":
+            *rewards, last = min_form(scores)
+            return [*rewards, last + finish]
+        case "prof":  # scores choose rollouts and are not paid
+            return [0.0] * (len(scores) - 1) + [finish]
 
 
 def last_reward(cfg: RLConfig, correct: bool, answer: str | None, process: float | None) -> float:

@@ -11,7 +11,7 @@ belongs to the last action before it (arXiv 2502.13389; Schulman 2015 for GAE, 2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,6 +20,9 @@ from torch import Tensor
 
 Metrics = dict[str, Tensor]
 WorldSum = Callable[[Tensor], Tensor]
+
+LOG_RATIO_LIMIT = 20.0
+"""A ratio of e^88 is infinite in float32, and its gradient NaN. Beyond e^20 the clip decides."""
 
 
 # ---- KL ----
@@ -58,10 +61,11 @@ class AdaptiveKL:
 def token_rewards(
     rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """Return (T,) rewards minus kl_coef · k1 on the action tokens."""
+    """Return (T,) rewards minus kl_coef · k1 on the masked tokens, which the policy drew itself."""
     if ref_logprobs is None or kl_coef == 0.0:
         return rewards
-    return rewards - kl_coef * kl_estimate(logprobs, ref_logprobs, "k1") * mask
+    penalty = kl_coef * kl_estimate(logprobs, ref_logprobs, "k1")  # (T,)
+    return rewards - torch.where(mask, penalty, 0.0)  # other tokens may be infinite
 
 
 # ---- Advantages ----
@@ -123,12 +127,12 @@ def whiten(x: Tensor, mask: Tensor, world_sum: WorldSum, shift_mean: bool = True
     return torch.where(mask, shifted, 0.0).to(x.dtype)
 
 
-def group_advantages(outcomes: list[float], groups: list[int], scale: bool) -> list[float]:
+def group_advantages(outcomes: list[float], groups: Sequence[Hashable], scale: bool) -> list[float]:
     """Return GRPO's advantages: outcome minus group mean, over the deviation if `scale`.
 
     A group of equal outcomes has no gradient: its advantages are 0.
     """
-    members: dict[int, list[float]] = {}
+    members: dict[Hashable, list[float]] = {}
     for outcome, group in zip(outcomes, groups, strict=True):
         members.setdefault(group, []).append(outcome)
     advantages = []
@@ -165,6 +169,16 @@ def sequence_weights(mask: Tensor, lengths: Sequence[int], world_sum: WorldSum) 
     return weights[_time_axis(mask, lengths)[0]] * mask
 
 
+def enumeration_weights(old_logprobs: Tensor, branching: Tensor) -> Tensor:
+    """Return (T,) π(a) · N(s) / N(s, a) on openers where the tree tried acts in turn, else 1.
+
+    The tree takes an act with certainty, the policy with probability π(a), and the opener stands in
+    all N(s, a) rollouts below it. Their weights sum to N(s) · π(a), so that trying every act gives
+    the policy gradient at s, as a sum over the acts.
+    """
+    return torch.where(branching > 0, old_logprobs.exp() * branching, 1.0)
+
+
 # ---- Losses ----
 
 
@@ -185,6 +199,7 @@ def policy_loss(
     actions by c·|A|; `weights` (T,) multiply each token (importance weights, sequence means).
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # masked tokens may be infinite
+    log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     high = 1.0 + (epsilon if epsilon_high is None else epsilon_high)
     unclipped = -advantages * ratio  # (T,)
@@ -208,8 +223,10 @@ def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
 ) -> tuple[Tensor, Metrics]:
     """Return Σ ½ (V − R)², or the larger error of V clipped to within `clip` of its old value."""
+    values = torch.where(mask, values, 0.0)  # other tokens may be infinite
+    old_values, returns = (torch.where(mask, x, 0.0) for x in (old_values, returns))
     error = 0.5 * (values - returns).square()
-    held = old_values + (values - old_values).clamp(-clip, clip)  # (T,)
+    held = values.clamp(old_values - clip, old_values + clip)  # (T,) within it equal to the bit
     held_error = 0.5 * (held - returns).square()
     metrics = {"value_clip_share": ((held_error > error) & mask).sum()}
     return torch.where(mask, torch.maximum(error, held_error), 0.0).sum(), metrics

@@ -10,16 +10,29 @@ Mode `stepwise` is the paper's: one request per act, and each later act is the p
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 from rftt.engines.base import for_each
 from rftt.engines.sampler import Sampler, Task, pose, tokens_of
 from rftt.graders.math import canonical
-from rftt.mcts import Choice, Explore, Tree, Value, grow
+from rftt.mcts import (
+    DRAWN,
+    Choice,
+    Expand,
+    Explore,
+    Node,
+    Selection,
+    Successors,
+    Tree,
+    Value,
+    grow,
+)
 from rftt.rewards import graded
 from rftt.tokens import ACTS, FunctionIds, Span, parse_response
 from rftt.types import Completion, Problem, Rollout, Step, seed_for
@@ -32,18 +45,18 @@ if TYPE_CHECKING:
 
 
 async def expand_learned(task: Task, choice: Choice, opener_logprob: float) -> list[Step]:
-    """Force the chosen opener and let the policy finish the response."""
+    """Force the chosen opener, unless the policy draws it, and let it finish the response."""
     before = tokens_of([node.step for node in choice.node.path() if node.step])
     ids = task.sampler.required_ids
-    opener = ids.open[choice.act]
-    budget = task.room(len(before) + 1)  # one token is the forced opener
-    if budget <= 0:
-        steps = [Step(choice.act, "", (opener,), (opener_logprob,), forced=True)]
+    opener = [] if choice.act == DRAWN else [ids.open[choice.act]]
+    budget = task.room(len(before) + len(opener))
+    if budget <= 0:  # only the forced opener fits
+        steps = [Step(choice.act, "", tuple(opener), (opener_logprob,), forced=True)]
     elif task.sampler.stepwise:
         steps = await _stepwise(task, choice, before, opener_logprob)
     else:  # one request: the policy runs to the end of its response
-        completion = await task.ask([*before, opener], budget, choice.key)
-        steps = cut(completion, ids, choice.act, opener_logprob)
+        completion = await task.ask([*before, *opener], budget, choice.key)
+        steps = cut(completion, ids, choice.act or None, opener_logprob)
     answer = task.answer([*before, *tokens_of(steps)])
     return [*steps[:-1], replace(steps[-1], answer=answer)]  # the last step states it
 
@@ -140,18 +153,24 @@ async def learned_tree(
     in_flight: int,
     explore: Explore = grow,
     value: Value | None = None,
+    selection: Selection = "uct",
+    draws: Successors | None = None,
 ) -> Tree:
     """Grow a tree over functional tokens.
 
     `value` is by default the grader's verdict, or agreement where the gold answer is hidden.
+    `draws` are the policy's own draws after an act, instead of acts that the tree forces.
     """
     sampler, problem = task.sampler, task.problem
     seed = seed_for(sampler.seed, problem.id)
-    tree = Tree(sampler.acts_after, sampler.max_depth, exploration_weight, seed)
-    tree.root_log_priors = await task.log_priors((), "root")  # priors of the first acts
+    successors = draws or sampler.acts_after
+    tree = Tree(successors, sampler.max_depth, exploration_weight, seed, selection)
+    if draws is None:
+        tree.root_log_priors = await task.log_priors((), "root")  # priors of the first acts
 
     async def expand(choice: Choice) -> list[Step]:
-        opener_logprob = tree.log_priors(choice.node)[choice.act]  # of the act that the tree forces
+        forced = choice.act != DRAWN
+        opener_logprob = tree.log_priors(choice.node)[choice.act] if forced else 0.0
         return await expand_learned(task, choice, opener_logprob)
 
     if value is None:
@@ -160,10 +179,13 @@ async def learned_tree(
     return tree
 
 
-def tree_rollouts(task: Task, tree: Tree, *, mask_forced: bool) -> list[Rollout]:
+def tree_rollouts(
+    task: Task, tree: Tree, *, mask_forced: bool, mask_shared: bool = False
+) -> list[Rollout]:
     """Return one rollout per leaf, in the order in which they were found.
 
-    `mask_forced` excludes the openers that the tree chose from the policy's actions.
+    `mask_forced` excludes the openers that the tree chose from the policy's actions. `mask_shared`
+    excludes what an earlier rollout contains, and makes the continuations of a node a group.
     """
     rollouts: list[Rollout] = []
     # Node ids grow in order of discovery, so a node above `newest` is new to this leaf.
@@ -173,9 +195,71 @@ def tree_rollouts(task: Task, tree: Tree, *, mask_forced: bool) -> list[Rollout]
         rollout = _rollout(task, [step for _, step in path], mask_forced=mask_forced)
         n_new = sum(len(step.token_ids) - step.forced for id, step in path if id > newest)
         nodes = tuple(id for id, _ in path)
-        rollouts.append(replace(rollout, n_generated=n_new, nodes=nodes))
+        rollout = replace(rollout, n_generated=n_new, nodes=nodes, branching=_branching(leaf))
+        if mask_shared:
+            shared = [(id, step) for id, step in path if id <= newest]
+            n_shared = sum(len(step.token_ids) for _, step in shared)
+            mask = (False,) * n_shared + rollout.action_mask[n_shared:]
+            fork = shared[-1][0] if shared else 0
+            rollout = replace(rollout, action_mask=mask, fork=fork)
+        rollouts.append(rollout)
         newest = leaf.id
     return rollouts
+
+
+def _branching(leaf: Node) -> tuple[float, ...]:
+    """Return Rollout.branching of the path to this leaf."""
+    found: list[float] = []
+    for node in leaf.path():
+        assert node.step is not None, "only the root has no step"
+        assert node.parent is not None, "only the root has no parent"
+        tried_in_turn = any(child.step and child.step.forced for child in node.parent.children)
+        ratio = node.parent.visits / node.visits if tried_in_turn else 0.0
+        found += [ratio] + [0.0] * (len(node.step.token_ids) - 1)
+    return tuple(found)
+
+
+def draws_of(cfg: RLConfig) -> Successors | None:
+    """Return the policy's draws after an act (None: at the root), or None where acts are forced."""
+    if cfg.sampling_method == "fork":
+        return lambda act: (DRAWN,) * cfg.fork_roots if act is None else ()
+    return (lambda _: (DRAWN,) * cfg.tree_width) if cfg.tree_acts == "drawn" else None
+
+
+async def fork(
+    cfg: RLConfig, tree: Tree, expand: Expand, value: Value, *, simulations: int, **_: int
+) -> None:
+    """Sample the root's responses, then more continuations of some of their segment ends.
+
+    Every token is the policy's own, and a prefix is paid once (after arXiv 2506.11902 and
+    2602.14169). Without enough segment ends the root is sampled again. Nothing is selected, so all
+    requests of a stage may be in flight at once.
+    """
+    n_left = simulations - cfg.fork_roots
+    await grow(tree, expand, value, simulations=cfg.fork_roots, in_flight=cfg.fork_roots)
+    ends = fork_points(tree, n_left // cfg.fork_branches, cfg.fork_rule)
+    for node in ends:
+        node.untried = [DRAWN] * cfg.fork_branches
+    tree.root.untried = [DRAWN] * (n_left - cfg.fork_branches * len(ends))
+    await grow(tree, expand, value, simulations=n_left, in_flight=n_left)
+
+
+def fork_points(tree: Tree, n: int, rule: str) -> list[Node]:
+    """Return up to `n` inner nodes at which more continuations begin, by RLConfig.fork_rule."""
+    leaves = tree.leaves()
+    if rule == "failed":  # where no response failed, any may have another end
+        leaves = [leaf for leaf in leaves if not leaf.is_right] or leaves
+    ends = [node for leaf in leaves for node in leaf.path()[:-1] if node.depth < tree.max_depth]
+    tree.random.shuffle(ends)
+    if rule == "uncertain":
+        ends.sort(key=lambda node: -act_entropy(tree.log_priors(node)))
+    return ends[:n]
+
+
+def act_entropy(log_priors: dict[str, float]) -> float:
+    """Return Σ −p log p over the acts that may follow, in nats."""
+    finite = [log_prior for log_prior in log_priors.values() if log_prior > -math.inf]
+    return -sum(math.exp(log_prior) * log_prior for log_prior in finite)
 
 
 async def sample(task: Task, *, n: int) -> list[Rollout]:
@@ -239,17 +323,24 @@ class Explorer:
             group, problem = item
             sampler = replace(self.sampler, seed=seed_for(seed, group))  # a problem may come twice
             task = pose(sampler, problem, cfg.system_prompt, group=group)
-            if cfg.sampling_method != "mcts":
+            if cfg.sampling_method == "normal":
                 return await sample(task, n=cfg.num_generations)
+            forks = cfg.sampling_method == "fork"
             tree = await learned_tree(
                 task,
                 simulations=cfg.num_generations,
                 exploration_weight=cfg.exploration_weight,
                 in_flight=cfg.leaves_in_flight,
+                explore=partial(fork, cfg) if forks else grow,
+                selection=cfg.selection,
+                draws=draws_of(cfg),
             )
             if group == 0:
                 self.example = tree, problem
-            return tree_rollouts(task, tree, mask_forced=cfg.forced_actions == "mask")
+            masks_shared = forks and cfg.advantage_estimator != "tree"
+            return tree_rollouts(
+                task, tree, mask_forced=cfg.forced_actions == "mask", mask_shared=masks_shared
+            )
 
         found = await for_each(problems, search, in_flight=max(1, len(problems)))
         return list(chain(*found))

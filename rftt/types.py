@@ -91,17 +91,20 @@ class Rollout:
     group: int  # number of the problem in this batch; its rollouts share it
     n_generated: int  # tokens sampled for it, without a prefix shared with an earlier rollout
     forced: tuple[bool, ...] = ()  # (R,) openers that the tree chose; empty if there are none
+    branching: tuple[float, ...] = ()
+    """(R,) N(s) / N(s, a) on openers a at nodes s where the tree forced an act, else 0."""
     answer: str | None = None
     outcome: float = 0.0  # 1 if the grader accepts the answer, else 0
     step_scores: tuple[float, ...] = ()  # (S,) process scores in [0, 1]; empty without a PRM
     step_rewards: tuple[float, ...] = ()  # (S,) on the last token of each step (rewards.py)
     reward_parts: dict[str, float] = field(default_factory=dict)  # numbers of the user's functions
     nodes: tuple[int, ...] = ()  # ids of the tree nodes on its path; empty without a tree
+    fork: int = 0  # node after which its own tokens begin; 0: all of them are its own
 
     @property
     def reward(self) -> float:
-        """Reward of the whole response."""
-        return sum(self.step_rewards)
+        """Reward of the whole response. Rounding makes sums equal that are equal but for noise."""
+        return round(sum(self.step_rewards), 9)
 
     def step_ids(self) -> list[tuple[int, ...]]:
         """Return the response cut into its S steps."""

@@ -185,7 +185,7 @@ def test_plain_yaml_scalars_of_a_text_field_are_text(tmp_path: Path) -> None:
         ),
         (
             "advantage_estimator=ppo2",
-            "`advantage_estimator` must be one of ppo, reinforce++, grpo, got 'ppo2' (on",
+            "`advantage_estimator` must be one of ppo, reinforce++, grpo, tree, got 'ppo2' (on",
         ),
         ("max_steps=many", "`max_steps` must be an integer of at least 1, got 'many' (on the"),
         ("max_steps=1.5", "`max_steps` must be an integer of at least 1, got '1.5' (on the"),

@@ -13,8 +13,9 @@ import torch
 
 from rftt.engines.chat import eos_id
 from rftt.graders.prm import Unscored, accepted
-from rftt.rewards import Reward, score_rollout, solves
+from rftt.rewards import score_rollout, solves
 from rftt.run.config import RLConfig
+from rftt.run.judge import Reward
 from rftt.run.own_rewards import check_functions
 from rftt.run.stats import rollout_metrics
 from rftt.tokens import add_function_tokens, function_ids, render
@@ -293,11 +294,10 @@ def test_gains_add_up_to_the_outcome_however_long_the_response(spoken):
         config(reward_scheme="gain", advantage_estimator="grpo")
 
 
-def test_a_response_without_answer_ends_with_its_own_score(spoken):
+def test_a_response_without_answer_ends_with_its_own_score():
     """arXiv 2502.13389: the reward is σ without an answer."""
-    _, _, made = spoken
-    (scored,) = rewarded(spoken, Marks(), [replace(made, answer=None, finish="length")])
-    assert scored.step_rewards == scored.step_scores
+    scored = score_rollout(PAPER, rollout(None), text(None), [0.3, 0.7])
+    assert scored.step_rewards == scored.step_scores == (0.3, 0.7)
     assert scored.outcome == 0.0
 
 

@@ -278,3 +278,61 @@ def test_adaptive_kl_moves_towards_its_target() -> None:
     assert start.update(0.0, 100).coef == pytest.approx(0.1 * 0.98)
     assert start.update(0.05, 100).coef == pytest.approx(0.1)
     assert start.update(math.nan, 100) == start  # a skipped update must not spoil those after it
+
+
+# ---- Values that no sum may meet ----
+
+
+def test_values_behind_the_mask_may_be_infinite() -> None:
+    mask = torch.tensor([False, True])
+    logprobs = torch.tensor([-math.inf, -1.0], requires_grad=True)
+    rewards = rl.token_rewards(
+        torch.zeros(2), logprobs.detach(), torch.tensor([0.0, -2.0]), mask, 0.5
+    )
+    close(rewards, [0.0, -0.5])
+    values = torch.tensor([math.inf, 1.0], requires_grad=True)
+    old, returns = torch.tensor([math.nan, 1.0]), torch.tensor([-math.inf, 3.0])
+    loss, _ = rl.value_loss(values, old, returns, mask, 0.2)
+    loss.backward()
+    assert loss.item() == 2.0
+    close(values.grad if values.grad is not None else torch.zeros(2), [0.0, -2.0])
+
+
+def test_a_ratio_beyond_float32_has_a_finite_gradient() -> None:
+    """e^100 is infinite in float32, and 0 x inf in the backward pass is NaN."""
+    new = torch.tensor([-0.1, -200.1], requires_grad=True)
+    old, mask = torch.tensor([-100.1, -0.1]), torch.ones(2, dtype=torch.bool)
+    for advantage in (1.0, -1.0):
+        loss, metrics = rl.policy_loss(new, old, torch.full((2,), advantage), mask, epsilon=0.2)
+        (gradient,) = torch.autograd.grad(loss, new)
+        assert gradient.isfinite().all()
+        assert all(math.isfinite(float(metric)) for metric in metrics.values())
+
+
+def test_the_value_clip_does_not_count_rounding() -> None:
+    """Inside the range V + (x - V) differs from x in its last bit; the clip must not act there."""
+    generator = torch.Generator().manual_seed(1)
+    old = torch.randn(4096, generator=generator)
+    values = old + 0.1 * torch.rand(4096, generator=generator)  # within the range of 0.2
+    returns = torch.randn(4096, generator=generator)
+    mask = torch.ones(4096, dtype=torch.bool)
+    assert rl.value_loss(values, old, returns, mask, 0.2)[1]["value_clip_share"] == 0
+
+
+# ---- Openers that the tree forces ----
+
+
+@pytest.mark.oracle
+def test_enumeration_weights_give_the_exact_gradient() -> None:
+    """A node s whose acts the tree tried in turn: N(s) x the gradient of the policy's value."""
+    logits = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64, requires_grad=True)
+    counts, values = [5, 1, 2], torch.tensor([0.2, 1.0, 0.5], dtype=torch.float64)  # N(s, a), Q(a)
+    logprobs = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((logprobs.exp() * values).sum(), logits, retain_graph=True)
+    act = torch.tensor([0] * 5 + [1] + [2] * 2)  # one opener per rollout below s
+    branching = torch.tensor([sum(counts) / n for n in counts], dtype=torch.float64)[act]
+    weights = rl.enumeration_weights(logprobs.detach()[act], branching)
+    surrogate = (weights * values[act] * logprobs[act]).sum()
+    (estimate,) = torch.autograd.grad(surrogate, logits)
+    close(estimate, sum(counts) * exact, atol=1e-12)
+    assert rl.enumeration_weights(torch.zeros(2), torch.zeros(2)).tolist() == [1.0, 1.0]

@@ -212,6 +212,12 @@ def test_rollouts_share_prefixes_and_pay_for_them_once():
         assert rollout.step_ends[-1] == len(rollout.response_ids) - 1
         assert not rollout.action_mask[0]  # every path begins with an opener the tree chose
         assert rollout.finish == "stop"
+    openers = {}  # of the root's acts, which the tree tried in turn
+    for rollout in rollouts:
+        openers.setdefault(rollout.nodes[0], []).append(rollout.branching[0])
+    for ratios in openers.values():
+        assert ratios == [7 / len(ratios)] * len(ratios)  # N(s) / N(s, a)
+    assert {rollout.branching[1] for rollout in rollouts} == {0.0}
 
 
 @pytest.mark.parametrize("act", ["clarify", "next_step"])

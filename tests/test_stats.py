@@ -1,6 +1,7 @@
 """Test run/stats.py against brute force and hand-worked cases."""
 
 import json
+import math
 import random
 from fractions import Fraction
 from itertools import combinations
@@ -80,6 +81,24 @@ def test_mean_ci_covers_the_truth_nineteen_times_in_twenty() -> None:
         _, low, high = mean_ci([rng.gauss(2, 1) for _ in range(40)], seed=trial, resamples=300)
         hits += low <= 2 <= high
     assert 0.90 <= hits / trials <= 0.98
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("n", "rate"), [(30, 0.03), (30, 0.5), (80, 0.97)])
+def test_intervals_of_verdicts_cover_the_truth(n: int, rate: float) -> None:
+    """Sum over all outcomes: exact, where a bootstrap covers 57 % at n = 30 and p = 0.03."""
+    covered = 0.0
+    for right in range(n + 1):
+        share, low, high = mean_ci([1.0] * right + [0.0] * (n - right))
+        assert 0 <= low <= share <= high <= 1
+        if low <= rate <= high:
+            covered += math.comb(n, right) * rate**right * (1 - rate) ** (n - right)
+    assert 0.92 <= covered <= 0.99
+
+
+def test_differences_of_verdicts_are_no_verdicts() -> None:
+    """Wilson's interval never contains 0 if one verdict is 1, so it must not judge a difference."""
+    assert paired_bootstrap([1.0, 0.0, 0.0, 0.0], [0.0] * 4)[1] == 0.0
 
 
 def test_mean_ci_repeats_itself_by_seed_and_refuses_nothing_at_all() -> None:

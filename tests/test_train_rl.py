@@ -43,6 +43,7 @@ def tree_of_rollouts(*, mask_forced: bool) -> list[Rollout]:
                     sampling_logprobs=tuple(-4 * random.random() for _ in response),
                     action_mask=tuple(not (mask_forced and opener) for opener in forced),
                     forced=forced,
+                    branching=tuple(2.5 * opener for opener in forced),
                     step_ends=(5, len(response) - 1),
                     acts=("analysis", "output"),
                     finish="stop",
@@ -104,6 +105,28 @@ def test_tree_packing_learns_what_flat_packing_learns(
     assert metrics.pop("saved_share") == 0
     assert others.pop("saved_share") > 100  # tokens: these totals are not divided
     assert others == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["reinforce++", "grpo"])
+def test_the_kl_leaves_out_openers_that_the_tree_forced(estimator: Estimator) -> None:
+    """They are no samples of the policy: their k1 and k3 estimate nothing (penalty and metric)."""
+    cfg = RLConfig(
+        model_name_or_path="", output_dir="", train_file="", kl_coef=0.1, learning_rate=1.0,
+        advantage_estimator=estimator, importance_cap=None,
+    )  # fmt: skip
+    rollouts, world = tree_of_rollouts(mask_forced=False), Ranks()
+    policy, reference = prepare(tiny_model()), prepare(tiny_model(seed=1))
+    models = Models(policy, reference, None, VOCABULARY)
+    scored = add_logprobs(cfg, models, collate(rollouts), world)
+    assert scored.ref_logprobs is not None
+    assert scored.forced is not None
+    far = scored.replace(ref_logprobs=scored.ref_logprobs - 30.0 * scored.forced)
+    results = []
+    for batch in (scored, far):
+        batch = add_advantages(cfg, batch, rollouts, list(range(len(rollouts))), 0.1, world)
+        loss, _ = rl_loss(cfg, models, 0.1, batch)
+        results.append((loss.item(), score_metrics(batch, world)["kl"]))
+    assert results[0] == pytest.approx(results[1])
 
 
 def test_a_problem_stays_in_one_microbatch_where_it_fits() -> None:

@@ -167,7 +167,7 @@ def delimiters(cfg: Config) -> Finding:
     """Check that there is one EOS token and that each functional token is a single id."""
     tokenizer = open_tokenizer(cfg)
     eos_id(tokenizer)
-    explores = isinstance(cfg, RLConfig) and cfg.sampling_method == "mcts"
+    explores = isinstance(cfg, RLConfig) and cfg.sampling_method != "normal"
     if explores or (isinstance(cfg, EvalConfig) and cfg.simulations):
         return Finding(f"{2 * len(function_ids(tokenizer).open)} delimiters, each a single id")
     return Finding(f"{len(tokenizer)} ids; functional tokens are not needed before training")

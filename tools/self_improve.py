@@ -377,7 +377,7 @@ def best_of(cfg: LoopConfig, rounds: list[Round]) -> Round:
 def rounds_table(cfg: LoopConfig, rounds: list[Round]) -> str:
     """Return a Markdown table of every model's accuracy and its change from the base model.
 
-    Both are in per cent with 95 % bootstrap intervals over problems. The change is paired.
+    Both are in per cent with 95 % intervals over problems. The change is paired.
     """
 
     def figures(name: str, now: Round) -> str:

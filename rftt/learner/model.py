@@ -157,12 +157,12 @@ def critic_metrics(
 
 def score_metrics(batch: Batch, world: World) -> dict[str, float]:
     """Return the KL per token before the update, and how well the critic explains the returns."""
-    old, reference, mask = batch.old_logprobs, batch.ref_logprobs, batch.action_mask
-    metrics = critic_metrics(batch.values, batch.returns, mask, world.sum)
+    old, reference, drawn = batch.old_logprobs, batch.ref_logprobs, batch.drawn
+    metrics = critic_metrics(batch.values, batch.returns, batch.action_mask, world.sum)
     if old is not None and reference is not None:
-        kl = (kl_estimate(old, reference, "k3") * mask).sum()  # ()
-        n_actions = world.sum(float(batch.n_actions))  # of all ranks
-        metrics["kl"] = world.sum(float(kl)) / max(n_actions, 1.0)
+        kl = kl_estimate(old, reference, "k3")[drawn].sum()  # ()
+        n_drawn = world.sum(float(drawn.sum()))  # of all ranks
+        metrics["kl"] = world.sum(float(kl)) / max(n_drawn, 1.0)
     return metrics
 
 

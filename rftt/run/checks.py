@@ -49,7 +49,7 @@ def check_warm(cfg: RLConfig, sampler: Sampler, problems: Sequence[Problem]) -> 
 
     `allow_cold_start` skips the check.
     """
-    if cfg.sampling_method != "mcts" or cfg.allow_cold_start:
+    if cfg.sampling_method == "normal" or cfg.allow_cold_start:
         return
 
     async def opened(problem: Problem) -> float:

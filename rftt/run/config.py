@@ -545,8 +545,23 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     max_generated_tokens: Runtime[Count | None] = None
     """Sampled tokens after which the run ends with its round, to compare at equal budgets."""
     # -- explore
-    sampling_method: Literal["mcts", "normal"] = "mcts"
-    """mcts: tree over functional tokens; normal: independent responses (the official name)."""
+    sampling_method: Literal["mcts", "fork", "normal"] = "mcts"
+    """mcts: tree over functional tokens; normal: independent responses (the official name); fork:
+    independent responses, then more from segment ends of some (after arXiv 2602.14169)."""
+    tree_acts: Literal["forced", "drawn"] = "forced"
+    """mcts: the tree forces each act in turn (arXiv 2502.13389), or the policy draws its own."""
+    tree_width: Count = 2
+    """tree_acts=drawn: continuations that a tree draws from each node."""
+    selection: Literal["uct", "puct"] = "uct"
+    """mcts: untried acts first, then UCT (arXiv 2502.13389); or PUCT, which weighs by the prior."""
+    fork_roots: Count = 8
+    """fork: responses per problem that begin at the question; num_generations is the total. With
+    fork_roots equal to num_generations it is plain sampling."""
+    fork_branches: Count = 4
+    """fork: continuations from each chosen segment end."""
+    fork_rule: Literal["failed", "uncertain", "random"] = "failed"
+    """fork: ends are taken at random from wrong responses, where the next act is least certain, or
+    at random from all responses."""
     rollout_batch_size: Group = 16
     """Problems per step over all ranks (arXiv 2502.13389)."""
     num_generations: Group = 16
@@ -578,16 +593,27 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     second parameter is named responses, once with all responses to a problem."""
     reward_weights: list[Reward] = field(default_factory=list)
     """Weight of each function in the sum. An empty list weighs all of them with 1 (TRL's name)."""
-    reward_scheme: Literal["paper", "blend", "gain"] = "paper"
+    reward_scheme: Literal["paper", "blend", "gain", "min", "prof"] = "paper"
     """paper: a step earns its process score, 0 without a PRM (arXiv 2502.13389). blend: as paper,
     but the last step earns 0.6 x correct + 0.4 x score, as in the official code. gain: a step earns
     the increase of the score, and all steps together earn the outcome reward (Ng 1999). Longer
-    responses then earn nothing extra."""
+    responses then earn nothing extra. min: the finish and about the weakest step's score together
+    (arXiv 2504.15275). prof: scores are not paid; they choose the rollouts to learn from
+    (arXiv 2509.03403)."""
+    prof_share: Rate = 0.5
+    """prof: share of each problem's rollouts that are learned from."""
+    score_truncated: bool = False
+    """Truncated responses earn their process scores, as in the official code."""
+    malformed_penalty: Coefficient = 0.0
+    """Amount subtracted from the reward of a response with text outside whole segments."""
     mask_truncated_completions: bool = False
     """Exclusion of truncated responses from the loss (TRL's name)."""
     # -- learn
-    advantage_estimator: Literal["ppo", "reinforce++", "grpo"] = "reinforce++"
-    """ppo: critic, GAE; reinforce++: whitened returns (the paper's runs); grpo: group-relative."""
+    advantage_estimator: Literal["ppo", "reinforce++", "grpo", "tree"] = "reinforce++"
+    """ppo: critic, GAE; reinforce++: whitened returns (the paper's runs); grpo: group-relative;
+    tree: from the values of the nodes that rollouts of mcts and fork share."""
+    tree_advantage: Literal["treerl", "spo", "treepo"] = "treerl"
+    """tree: the formula of arXiv 2506.11902, 2505.23564 or 2508.17445 (docs/method.md)."""
     kl_coef: Coefficient = 0.01
     """Weight of the KL to the warm-up model (arXiv 2502.13389: β)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -642,7 +668,8 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
 
     @model_validator(mode="after")
     def _learnable(self) -> Self:
-        size, grpo = self.train_batch_size, self.advantage_estimator == "grpo"
+        size, estimator = self.train_batch_size, self.advantage_estimator
+        relative = estimator in ("grpo", "tree")  # compare the rollouts of a problem
         rollouts = self.rollout_batch_size * self.num_generations
         if rollouts % size:
             raise UserError(
@@ -650,16 +677,28 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
                 f"{self.num_generations} = {rollouts} must be divisible by train_batch_size "
                 f"{size}; nearest: {', '.join(map(str, _nearest_divisors(rollouts, size)))}."
             )
-        if grpo and self.num_generations == 1:
-            raise UserError("num_generations=1 gives zero advantages with grpo; use at least 2.")
-        if grpo and self.whiten_rewards:
+        if relative and self.num_generations == 1:
             raise UserError(
-                "whiten_rewards does nothing with grpo, which scales by group; use scale_rewards."
+                f"num_generations=1 gives zero advantages with {estimator}; use at least 2."
             )
-        if grpo and self.reward_scheme == "gain":
+        if relative and self.whiten_rewards:
             raise UserError(
-                "reward_scheme=gain rewards single steps, but grpo sums the rewards of a response; "
-                "use reinforce++ or ppo."
+                f"whiten_rewards does nothing with {estimator}, which compares the rollouts of a "
+                "problem; use scale_rewards with grpo."
+            )
+        if relative and self.reward_scheme == "gain":
+            raise UserError(
+                f"reward_scheme=gain rewards single steps, but {estimator} sums the rewards of a "
+                "response; use reinforce++ or ppo."
+            )
+        if self.reward_scheme in ("min", "prof") and not self.use_prm:
+            raise UserError(
+                f"reward_scheme={self.reward_scheme} needs process scores; set use_prm: true."
+            )
+        if self.reward_scheme == "gain" and self.gamma != 1:
+            raise UserError(
+                f"reward_scheme=gain needs gamma=1, got {self.gamma}: with a discount the gains no "
+                "longer cancel and length is paid; set gamma: 1.0."
             )
         n_functions, n_weights = len(self.reward_functions), len(self.reward_weights)
         if n_weights not in (0, n_functions):
@@ -669,12 +708,38 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
             )
         if len(set(self.reward_functions)) < n_functions:
             raise UserError("reward_functions must not name a function twice; use reward_weights.")
+        self._check_explorer()
         if self.kl_target is not None and self.kl_coef <= 0:
             raise UserError("kl_target needs a kl_coef above 0, got 0; set kl_coef.")
         if self.top_p != 1:
             raise UserError(f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
         _require_ids(self)
         return self
+
+    def _check_explorer(self) -> None:
+        """Raise UserError for settings of the explorer that contradict each other."""
+        method, n, roots = self.sampling_method, self.num_generations, self.fork_roots
+        if method == "fork" and (roots > n or (n - roots) % self.fork_branches):
+            raise UserError(
+                f"num_generations {n} - fork_roots {roots} must be a multiple of fork_branches "
+                f"{self.fork_branches} and not negative; change one of them."
+            )
+        drawn = method == "fork" or (method == "mcts" and self.tree_acts == "drawn")
+        if drawn and self.rollout_mode == "stepwise":
+            raise UserError(
+                "rollout_mode=stepwise forces every act, but here the policy draws them; "
+                "set rollout_mode: free."
+            )
+        if drawn and self.selection == "puct":
+            raise UserError(
+                "selection=puct weighs acts by their priors, but here the policy draws them; "
+                "set selection: uct."
+            )
+        if method == "normal" and self.advantage_estimator == "tree":
+            raise UserError(
+                "advantage_estimator=tree needs rollouts that share steps; set sampling_method to "
+                "mcts or fork, or use grpo."
+            )
 
 
 @config_class

@@ -1,6 +1,6 @@
 """Compute the figures of evaluations and runs, and write rollouts and trees as readable records.
 
-Confidence intervals resample *problems*, because answers to the same problem are not independent.
+Confidence intervals are over *problems*, because answers to the same problem are not independent.
 Every resample is drawn from a seed, so that a table can be reproduced. This module does not import
 torch.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict
-from math import comb, exp
+from math import comb, exp, sqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,10 @@ from rftt.types import Problem, Rollout, Step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Z_95 = 1.959964
+"""Quantile of the normal distribution for a two-sided interval of 95 %."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -52,12 +56,28 @@ def majority(answers: Sequence[str | None], key: Callable[[str], Hashable]) -> s
 def mean_ci(
     values: Sequence[float], *, seed: int = 0, resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """Return (mean, low, high): the mean over problems and its 95 % percentile-bootstrap interval.
+    """Return (mean, low, high): the mean over problems and its 95 % interval.
 
-    If all values are equal, the interval has width 0 and understates the uncertainty.
+    Verdicts, which are 0 or 1, get Wilson's interval: a bootstrap of 30 verdicts of which 3 % are 1
+    covers the truth in 57 % of the cases only. Other values get a percentile bootstrap.
     """
+    if values and set(values) <= {0.0, 1.0}:
+        return wilson(values)
+    return bootstrap(values, seed=seed, resamples=resamples)
+
+
+def wilson(verdicts: Sequence[float]) -> tuple[float, float, float]:
+    """Return (share, low, high) of verdicts that are 0 or 1, by Wilson's score interval (1927)."""
+    n, share = len(verdicts), sum(verdicts) / len(verdicts)
+    centre = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+    half = Z_95 / (1 + Z_95**2 / n) * sqrt(share * (1 - share) / n + (Z_95 / (2 * n)) ** 2)
+    return share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def bootstrap(values: Sequence[float], *, seed: int, resamples: int) -> tuple[float, float, float]:
+    """Return (mean, low, high) by a percentile bootstrap: of width 0 if all values are equal."""
     if not values:
-        raise ValueError("mean_ci needs at least one value")
+        raise ValueError("an interval needs at least one value")
     data, rng = np.asarray(values, dtype=np.float64), np.random.default_rng(seed)
     means = [data[rng.integers(len(data), size=len(data))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
@@ -74,7 +94,7 @@ def paired_bootstrap(
     if len(a) != len(b):
         raise ValueError(f"paired_bootstrap needs equal lengths, got {len(a)} and {len(b)}")
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    return mean_ci(differences, seed=seed, resamples=resamples)
+    return bootstrap(differences, seed=seed, resamples=resamples)
 
 
 def rollout_metrics(rollouts: list[Rollout]) -> dict[str, float]:
