@@ -52,12 +52,6 @@ PRINTED = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share
         "train_seconds", "eval/greedy")  # fmt: skip
 """Metrics in the printed line of a step; metrics.jsonl has every key of docs/metrics.md."""
 
-TREE_ADVANTAGES = {
-    "treerl": credit.treerl_advantages,
-    "spo": credit.spo_advantages,
-    "treepo": credit.treepo_advantages,
-}
-
 
 def main(cfg: RLConfig) -> None:
     with process_group(cfg.device, wait=True) as world:
@@ -210,7 +204,7 @@ def add_advantages(
             relative = rl.group_advantages(totals, groups, cfg.scale_rewards)
             return batch.replace(advantages=batch.spread([relative[i] for i in mine]) * mask)
         case "tree":  # one number per step; its KL is in the loss
-            of_steps = TREE_ADVANTAGES[cfg.tree_advantage](rollouts)
+            of_steps = credit.TREE_ADVANTAGES[cfg.tree_advantage](rollouts)
             own = [rollouts[i] for i in mine]
             spread = spread_steps(own, [of_steps[i] for i in mine]).to(mask.device)  # (T,)
             if cfg.tree_advantage == "spo":  # what has no gain is not trained

@@ -146,12 +146,14 @@ def collate(
                 f"rollout of problem {rollout.problem.id}: {len(rollout.step_rewards)} rewards for "
                 f"{len(rollout.step_ends)} steps; score rollouts before collating them."
             )
-        reward = [0.0] * n_response  # (R,)
-        for end, value in zip(rollout.step_ends, rollout.step_rewards, strict=True):
-            reward[end] += value  # on the token that ends the step
         actions = rollout.action_mask  # (R,)
         if mask_truncated and rollout.finish == "length":
             actions = (False,) * n_response
+        n_prefix = actions.index(True) if True in actions else n_response
+        reward = [0.0] * n_response  # (R,)
+        for end, value in zip(rollout.step_ends, rollout.step_rewards, strict=True):
+            if end >= n_prefix:  # a fork's prefix has earned this in the rollout that trains it
+                reward[end] += value  # on the token that ends the step
         # Everything that belongs to the prompt is 0: the policy did not emit it.
         ids += [*rollout.prompt_ids, *rollout.response_ids]
         mask += [False] * n_prompt + [*actions]

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rftt.graders.math import grade
-from rftt.learner.credit import min_form
+from rftt.learner.credit import inside_segments, min_form
 from rftt.mcts import Value
 from rftt.run.own_rewards import weighted
 from rftt.types import Problem, Rollout, Step, UserError
@@ -59,8 +59,8 @@ def score_rollout(
     if rollout.problem.answer is None:
         raise UserError(f"problem {rollout.problem.id} has no gold answer, which its reward needs.")
     correct, answer = solves(rollout.problem, text, rollout.finish), rollout.answer
-    malformed = functional and cfg.malformed_responses == "reject" and "" in rollout.acts
-    if rollout.finish == "length" or malformed:
+    malformed = functional and "" in rollout.acts
+    if rollout.finish == "length" or (malformed and cfg.malformed_responses == "reject"):
         correct, answer = False, None  # it earns what no answer earns
     scores = tuple(process or ())  # (S,)
     # Scores of a truncated response are not paid, or running on could pay more than answering.
@@ -72,8 +72,10 @@ def score_rollout(
     rewards = [*[0.0] * (len(rollout.acts) - 1), finish]
     if paid:
         rewards = step_rewards(cfg, paid, finish)
-    if functional and "" in rollout.acts:
+    if malformed:
         rewards[-1] -= cfg.malformed_penalty
+        if cfg.malformed_responses == "mask":
+            rollout = replace(rollout, action_mask=inside_segments(rollout))
     return replace(
         rollout,
         outcome=float(correct),

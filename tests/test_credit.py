@@ -286,6 +286,9 @@ def test_the_form_of_a_response_may_be_paid() -> None:
     cfg = config(malformed_penalty=0.2)
     rewards = [score_rollout(cfg, r, "\\boxed{4}").reward for r in (whole, loose)]
     assert rewards == pytest.approx([1.0, 0.8])
+    masked = score_rollout(config(malformed_responses="mask"), loose, "\\boxed{4}")
+    assert masked.reward == 1.0
+    assert masked.action_mask == (True, True, False, False)  # the text after the segment
     plain = score_rollout(cfg, loose, "\\boxed{4}", functional=False)
     assert plain.reward == 1.0
 
@@ -369,6 +372,20 @@ def test_fork_without_segment_ends_samples_the_question_again() -> None:
     rollouts, _ = forked([bare] * 6)
     assert len(rollouts) == 6
     assert all(r.fork == 0 and len(r.nodes) == 1 for r in rollouts)
+
+
+def test_a_fork_is_not_paid_for_its_prefix() -> None:
+    """Its first own token would take the prefix' scores, on which it has no influence."""
+    whole = rollout(0, (1, 2, 3), 1.0, step_rewards=(0.5, 0.25, 1.0))
+    mask = (False, False, False, True, True, True)  # the second step's opener is forced, say
+    branch = replace(whole, action_mask=mask, fork=1)
+    returns = []
+    for made in (whole, branch):
+        batch = collate([made])
+        keep = batch.action_mask
+        returns.append(rl.discounted_returns(batch.rewards, keep, batch.lengths, 1.0)[keep])
+    assert returns[0].tolist() == [1.75, 1.75, 1.25, 1.25, 1.0, 1.0]
+    assert returns[1].tolist() == [1.25, 1.0, 1.0]
 
 
 def test_a_tree_credits_every_token_of_a_fork() -> None:

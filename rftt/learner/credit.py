@@ -113,6 +113,14 @@ def treepo_advantages(rollouts: Sequence[Rollout]) -> Steps:
     return advantages
 
 
+TREE_ADVANTAGES = {
+    "treerl": treerl_advantages,
+    "spo": spo_advantages,
+    "treepo": treepo_advantages,
+}
+"""RLConfig.tree_advantage -> its formula."""
+
+
 # ---- Process scores that cannot be earned by length ----
 
 MIN_TEMPERATURE = 0.1
@@ -156,3 +164,14 @@ def prof_keep(rollouts: Sequence[Rollout], share: float) -> list[Rollout]:
         n_right = min(max(excess, n - len(wrong), 0), n, len(right))
         dropped |= {id(rollout) for rollout in right[:n_right] + wrong[: n - n_right]}
     return [rollout for rollout in rollouts if id(rollout) not in dropped]
+
+
+# ---- Text that no act contains ----
+
+
+def inside_segments(rollout: Rollout) -> tuple[bool, ...]:
+    """Return the (R,) action mask without the text outside whole segments."""
+    inside: list[bool] = []
+    for ids, act in zip(rollout.step_ids(), rollout.acts, strict=True):
+        inside += [act != ""] * len(ids)
+    return tuple(a and b for a, b in zip(rollout.action_mask, inside, strict=True))

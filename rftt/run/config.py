@@ -652,8 +652,9 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     forced_actions: Literal["keep", "weigh", "mask"] = "keep"
     """Openers that the tree chose count as actions (keep), as actions weighted by π(opener)
     (weigh), or not as actions (mask)."""
-    malformed_responses: Literal["grade", "reject"] = "grade"
-    """Responses with text outside whole segments are graded normally, or count as no answer."""
+    malformed_responses: Literal["grade", "mask", "reject"] = "grade"
+    """Responses with text outside whole segments are graded normally; mask: likewise, but this text
+    is not trained; reject: they count as no answer."""
     num_ppo_epochs: Count = 1
     """Passes over the rollouts (arXiv 2502.13389)."""
     train_batch_size: Count = 16
