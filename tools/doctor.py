@@ -56,6 +56,8 @@ SCRIPTS: dict[type, str] = {
 }
 FIGURES = ("loss", "accuracy", "reward", "response_length", "mismatch_kl", "grad_norm")
 """Metrics of the first step that are printed. All of them must be finite."""
+USABLE_GPU = 0.92
+"""Share of a GPU's memory that tensors can fill."""
 MISMATCH = 0.01
 """Nats per token between engine and trainer above which their kernels or weights differ."""
 
@@ -90,6 +92,8 @@ def device(cfg: Config) -> Finding:
     n = torch.cuda.device_count() if cfg.device != "cpu" else 0
     if cfg.device == "cuda" and not n:
         raise UserError("device=cuda is not available here; use auto or cpu.")
+    if n and (missing := gpu_lacks(torch.cuda.get_device_capability())):
+        raise UserError(missing)
     name = f"{n} x {torch.cuda.get_device_name()}" if n else f"{os.cpu_count()} CPUs"
     if cfg.dtype == "bfloat16" and not computes_in_bfloat16("cuda" if n else "cpu"):
         return Finding(f"{name} emulate bfloat16, about 100 times slower; set dtype: auto", "warn")
@@ -222,14 +226,16 @@ def memory(cfg: Config) -> Finding:
     gpu = torch.cuda.is_available() and cfg.device != "cpu"
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = torch.cuda.mem_get_info()[1] if gpu else available
-    ranks = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() if gpu else 1))
+    ranks = _ranks(cfg)
     kind, gpu_bytes = ("cuda", available) if gpu else ("cpu", 0)
     logits = CHUNK_LOGITS[kind], KEPT_LOGITS[kind]
     model, n = model_of(cfg)
     phases = estimate(model, n, cfg, ranks=ranks, logits=logits, gpu_bytes=gpu_bytes)
     if not phases:
         return Finding("the model is behind api_url")
-    if problem := complaint(phases, available, "cuda:0" if gpu else "cpu"):
+    # The rest is taken by the CUDA context, libraries and holes between tensors.
+    usable = USABLE_GPU * available if gpu else available
+    if problem := complaint(phases, usable, "cuda:0" if gpu else "cpu"):
         raise UserError(problem)
     told = "; ".join(f"{phase}: {details(parts)}" for phase, parts in phases.items())
     return Finding(f"{told} of {gigabytes(available)}")
@@ -251,9 +257,9 @@ def one_step(cfg: Config) -> Finding:
     """Run the script itself on one prompt: engine, grader and, in training, one step."""
     script, begin = SCRIPTS[type(cfg)], time.monotonic()
     with TemporaryDirectory(dir=_existing(cfg.output_dir), prefix=".doctor-") as folder:
-        small = asdict(cfg) | _smallest(cfg) | {"output_dir": folder}
+        small = asdict(cfg) | smallest(cfg, _ranks(cfg)) | {"output_dir": folder}
         write_json(f"{folder}/small.yaml", small)  # JSON is YAML
-        command = [sys.executable, str(ROOT / script), f"{folder}/small.yaml"]
+        command = [*launcher(_ranks(cfg)), str(ROOT / script), f"{folder}/small.yaml"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(
@@ -288,19 +294,50 @@ def model_of(cfg: Config) -> tuple[Any, int]:
     return config.get_text_config(), sum(parameter.numel() for parameter in model.parameters())
 
 
-def _smallest(cfg: Config) -> dict[str, Any]:
-    """Return settings with which `cfg` ends after one problem or step."""
+def gpu_lacks(capability: tuple[int, int]) -> str | None:
+    """Return what this machine lacks for a GPU of this compute capability, or None."""
+    if capability < (8, 0):
+        found = ".".join(map(str, capability))
+        return f"attention needs compute capability 8.0 (Ampere), got {found}; use device: cpu."
+    if not (shutil.which("gcc") or shutil.which("cc")):
+        return "Triton needs a C compiler, but neither gcc nor cc is installed; install one."
+    return None
+
+
+def _ranks(cfg: Config) -> int:
+    """Return the ranks of the run: WORLD_SIZE or GPUS (runs/recipe.sh), else one per GPU."""
+    import torch
+
+    gpus = torch.cuda.device_count() if cfg.device != "cpu" else 0
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("GPUS") or max(gpus, 1))
+
+
+def launcher(ranks: int) -> list[str]:
+    """Return the start of a command that runs a script on this number of ranks."""
+    if ranks == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc_per_node={ranks}"]
+
+
+def smallest(cfg: Config, ranks: int) -> dict[str, Any]:
+    """Return settings with which `cfg` ends after one problem or step on each rank.
+
+    With vLLM a training takes two steps: only then does the engine sleep, wake and load weights.
+    """
     once = {"save_steps": 0, "eval_steps": 0, "report_to": []}
     match cfg:
         case SFTConfig():
-            n = len(read_table(cfg.train_file))
-            return once | {"num_train_epochs": 4 / n, "train_batch_size": 4, "eval_ratio": 0.0}
+            n_rows, n = len(read_table(cfg.train_file)), max(4, ranks)
+            return once | {"num_train_epochs": n / n_rows, "train_batch_size": n, "eval_ratio": 0.0}
         case RLConfig():
             n = min(4, cfg.num_generations)
-            few = {"rollout_batch_size": 1, "num_generations": n, "train_batch_size": n}
-            return once | few | {"max_steps": 1}
+            few = {"rollout_batch_size": ranks, "num_generations": n, "train_batch_size": ranks * n}
+            if cfg.sampling_method == "fork":
+                few["fork_roots"] = n
+            return once | few | {"max_steps": 2 if cfg.engine == "vllm" else 1}
         case _:
-            return {"max_problems": 1}
+            return {"max_problems": ranks}
 
 
 def _existing(path: str) -> Path:

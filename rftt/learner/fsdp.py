@@ -116,7 +116,7 @@ def open_world(device: str = "auto") -> World:
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device={device} is not available here; use auto, cpu or cuda.")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_gpu(torch.cuda.device_count()))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if any(name in os.environ for name in GROUP_KEYS):
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun itself watches its processes
@@ -132,6 +132,17 @@ def open_world(device: str = "auto") -> World:
     name = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu"
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(name), mesh)
+
+
+def own_gpu(n_gpus: int) -> int:
+    """Return the number of this rank's GPU."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= n_gpus:
+        raise UserError(
+            f"each rank needs a GPU of its own, but rank {number} of this machine finds {n_gpus}; "
+            f"start at most {n_gpus} ranks, or set device: cpu."
+        )
+    return number
 
 
 def _meet_others() -> tuple[Any, int, int]:

@@ -172,11 +172,19 @@ def packed_logprobs(
     if head.scale != 1.0:  # on the hidden states: they are smaller than the logits
         hidden = hidden * head.scale
     kind, n = hidden.device.type, len(targets) or 1
-    starts = range(0, n_tokens, chunk or max(CHUNK_LOGITS[kind] // n, 256))
+    starts = range(0, n_tokens, chunk or chunk_width(kind, n))
     n_kept = KEPT_LOGITS[kind] // (starts.step * n)
     return _ChunkedLogprobs.apply(
         hidden, head.weight, head.bias, head.cap, targets, temperature, starts, n_kept, with_entropy
     )
+
+
+def chunk_width(kind: str, n_wanted: int) -> int:
+    """Return how many ids have their logits at one time, a multiple of 128 from 256.
+
+    In bfloat16 a matrix product on a GPU is 2 to 27 times slower where rows are not aligned.
+    """
+    return max(CHUNK_LOGITS[kind] // n_wanted // 128 * 128, 256)
 
 
 def hidden_states(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -25,8 +25,12 @@ from rftt.types import UserError
 
 C = TypeVar("C")
 
-OUT_OF_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory")
-"""Parts of torch's messages. Its exception types are not used, because torch is not imported."""
+OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA Error: out of memory",  # vLLM's allocator
+    "DefaultCPUAllocator: can't allocate memory",
+)
+"""Parts of their messages. Its exception types are not used, because torch is not imported."""
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes of a script that was stopped. It continues when it is started again."""
 AGAIN = "and start the same command again to continue"
@@ -91,8 +95,8 @@ def cli(main: Callable[[C], None], schema: type[C], argv: Sequence[str] | None =
         if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             _complain(
                 "not enough memory; set gradient_checkpointing: true, fsdp_cpu_offload: true, a "
-                "smaller max_tokens_per_microbatch or a smaller max_num_seqs. tools/doctor.py "
-                f"prints an estimate ({one_line(error)})."
+                "smaller max_tokens_per_microbatch, max_num_seqs or gpu_memory_utilization. "
+                f"tools/doctor.py prints an estimate ({one_line(error)})."
             )
             raise SystemExit(2) from None
         for cause in causes:

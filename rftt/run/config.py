@@ -197,6 +197,17 @@ class EngineKeys:
     """Maximum number of sequences decoded together."""
     gpu_memory_utilization: Runtime[Annotated[float, Field(gt=0, le=1)]] = 0.4
     """Share of a GPU that vLLM may take beside the learner."""
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    """vllm: further arguments of vllm.LLM, such as {max_num_batched_tokens: 8192}."""
+
+    @model_validator(mode="after")
+    def _arguments_reach_an_engine(self) -> Self:
+        if self.engine_args and self.engine != "vllm":
+            raise UserError(
+                f"engine_args has no effect with engine={self.engine}; set engine: vllm or remove "
+                "it."
+            )
+        return self
 
 
 @config_class
