@@ -197,7 +197,7 @@ class EngineKeys:
     """Maximum number of sequences decoded together."""
     gpu_memory_utilization: Runtime[Annotated[float, Field(gt=0, le=1)]] = 0.4
     """Share of a GPU that vLLM may take beside the learner."""
-    engine_args: dict[str, Any] = field(default_factory=dict)
+    engine_args: Annotated[dict[str, Any], AfterValidator(_typed)] = field(default_factory=dict)
     """vllm: further arguments of vllm.LLM, such as {max_num_batched_tokens: 8192}."""
 
     @model_validator(mode="after")
