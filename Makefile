@@ -1,4 +1,4 @@
-# make demo | test | check | env | vllm-cpu | bench-env | clean        (README.md describes the targets)
+# make demo | test | check | env | lock | vllm-cpu | bench-env | clean        (README.md describes the targets)
 # If PYTHON is unset, the first of PYTHONS that runs is used. 3.11 comes first, because CI and the
 # golden figures use it. The pinned packages support all of them. make PYTHON=/path overrides this.
 PYTHON  ?=
@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 JOBS   ?= 2
 
-.PHONY: demo test check env vllm-cpu bench-env clean
+.PHONY: demo test check env lock vllm-cpu bench-env clean
 
 # The last line on stdout is the demo's JSON object. FAST=1 is smaller, with the same code.
 demo: $(VENV)/.runtime
@@ -28,7 +28,27 @@ check: $(VENV)/.dev
 	@$(BIN)/python -m codespell_lib rftt tools tests docs configs runs bench $(wildcard *.py *.md)
 	@$(BIN)/python -m pytest -q tests/test_house.py tests/test_configs.py
 
+# LOCKED=1 installs every package but PyTorch by its hash in requirements.lock, if VENV is new.
 env: $(VENV)/.dev
+
+# Writes requirements.lock again after a pin has changed: for Linux, x86-64 and CPython 3.11.
+lock: $(VENV)/.dev
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --dry-run --ignore-installed \
+	  --only-binary=:all: --report $(VENV)/lock.json -r requirements.txt -r requirements-dev.txt >&2
+	@$(BIN)/python -c "$$LOCK" < $(VENV)/lock.json > requirements.lock.tmp
+	@mv requirements.lock.tmp requirements.lock
+
+# The builds of PyTorch differ by index. Those for GPUs require NVIDIA's packages.
+define LOCK
+import json, re, sys
+print("# Made by `make lock` for `make env LOCKED=1`: Linux, x86-64, CPython 3.11, without PyTorch.")
+for found in sorted(json.load(sys.stdin)["install"], key=lambda x: x["metadata"]["name"].lower()):
+    name = re.sub("[-_.]+", "-", found["metadata"]["name"]).lower()
+    digest = found["download_info"]["archive_info"]["hashes"]["sha256"]
+    if not re.match("(torch|triton|nvidia-.*|cuda-.*)$$", name):
+        print(f"{name}=={found['metadata']['version']} --hash=sha256:{digest}")
+endef
+export LOCK
 
 # Adds vLLM's CPU build to the same environment. Its metadata requires far more than it imports, so
 # it is installed without its dependencies.
@@ -68,8 +88,9 @@ define install
 	  $(1)/bin/python -m pip install -q --disable-pip-version-check $(2) >&2
 endef
 
-$(VENV)/.runtime: requirements.txt
+$(VENV)/.runtime: requirements.txt $(if $(LOCKED),requirements.lock)
 	$(call create,$(VENV))
+	$(if $(LOCKED),$(call install,$(VENV),--require-hashes --no-deps -r requirements.lock))
 	$(call install,$(VENV),-r requirements.txt)
 	@touch $@
 

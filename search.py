@@ -43,7 +43,7 @@ from rftt.run.files import Journal, Row, file_name, gather_parts, open_part, wri
 from rftt.run.log import RunLog
 from rftt.run.prompts_file import load_prompts
 from rftt.run.rejection import mark_control, sample_responses, score_responses
-from rftt.run.rows import open_log, score_cache, search_source, write_data
+from rftt.run.rows import clear_trees, open_log, score_cache, search_source, write_data
 from rftt.run.stats import tree_record
 from rftt.types import Problem, UserError
 
@@ -64,6 +64,7 @@ def search(cfg: SearchConfig, world: World) -> None:
     tokenizer = open_tokenizer(cfg)
     file = Path(cfg.output_dir) / "data" / "raw.jsonl"
     source = search_source(cfg, tokenizer, problems)
+    clear_trees(cfg, world)
     journal, done = open_part(file, world, source, anew=cfg.overwrite_output_dir)
     left = [problem for problem in problems if problem.id not in done]
     log.info(f"{len(problems)} problems, {len(done)} of them done before")

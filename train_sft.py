@@ -18,12 +18,12 @@ if __name__ == "__main__":  # answers --help and config errors before torch is i
 
 import math
 from itertools import islice
-from pathlib import Path
 
 from torch import Tensor
 
 from rftt.batch import Batch
 from rftt.engines.chat import open_tokenizer
+from rftt.learner.checkpoint import whole_checkpoint
 from rftt.learner.fsdp import World, per_token, process_group
 from rftt.learner.logprobs import token_logprobs
 from rftt.learner.offline import Sums, eval_metrics, offline_loss, reference_logprobs
@@ -58,7 +58,7 @@ def train(cfg: SFTConfig, world: World) -> None:
     model, n_tokens = load_trainee(cfg, world, tokenizer, new_tokens, rows)
     learner = Learner(cfg, {"policy": model}, total_steps, world, run.folder / "debug", run.info)
     if cfg.initial_state:  # weights and moments of another run; steps and schedule are this one's
-        learner.load(Path(cfg.initial_state))
+        learner.load(whole_checkpoint(cfg.initial_state, world))
 
     def logprobs(batch: Batch) -> Tensor:
         return token_logprobs(model, batch, 1.0, n_tokens)[0]  # (T,)

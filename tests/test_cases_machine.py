@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import socket
 import subprocess
+import sys
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 import evaluate
 import search
@@ -19,12 +23,13 @@ from rftt.engines.http import proxy_of
 from rftt.learner import fsdp
 from rftt.learner.fsdp import process_group
 from rftt.run import log as log_module
+from rftt.run.cli import TERMINATED, check_same_run
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.run.data import read_rows
 from rftt.run.files import file_name, write_jsonl
 from rftt.run.log import RunLog
 from rftt.types import UserError
-from tests.conftest import ROOT
+from tests.conftest import ENV, HANG_LIMIT, ROOT, wait_until
 from tests.small_world import make_world, settings
 from tests.test_tokens import FAMILIES
 from tools import report, self_improve, tiny_world
@@ -157,6 +162,44 @@ def test_the_config_of_a_loops_step_expands_the_home_folder(tmp_path, monkeypatc
     assert line[0] == str(tmp_path / "mine.yaml")
 
 
+READING = """
+import json, sys
+from pathlib import Path
+from rftt.run.config import EvalConfig, load_config
+
+cfg = load_config(EvalConfig, sys.argv[2:])
+found = [cfg.system_prompt, cfg.chat_template_kwargs]
+Path(cfg.eval_file).with_name("found.json").write_text(json.dumps(found))
+sys.exit(3)
+"""
+
+
+def test_a_loop_hands_any_text_of_its_config_to_a_step(tmp_path) -> None:
+    """From the loop's file over its command line into the config of the script."""
+    texts = {
+        "prompt": "Smile 🙂 é 问 # Rules: '\"\n\ttwo",
+        "kwargs": {"mood": "🙂", "🙃": ["\u2028"]},
+    }
+    (tmp_path / "base").mkdir()
+    write_jsonl(tmp_path / "problems.jsonl", [{"question": "1+1?", "answer": "2"}])
+    loop = yaml.safe_load((ROOT / LOOP).read_text(encoding="utf-8"))
+    loop |= {
+        "model_name_or_path": str(tmp_path / "base"),
+        "target_file": str(tmp_path / "problems.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "launch": [sys.executable, "-c", READING],
+    }
+    loop["evaluate"] |= {"system_prompt": texts["prompt"], "chat_template_kwargs": texts["kwargs"]}
+    file = tmp_path / "loop.yaml"
+    file.write_text(yaml.safe_dump(loop, allow_unicode=True), encoding="utf-8")
+    cfg = load_config(LoopConfig, [str(file)])
+    with pytest.raises(UserError, match="eval-problems ended with code 3"):
+        self_improve.main(cfg)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found == [texts["prompt"], texts["kwargs"]]
+    check_same_run(tmp_path / "out" / "config.yaml", asdict(load_config(LoopConfig, [str(file)])))
+
+
 # ---- Environments ----
 
 
@@ -185,6 +228,56 @@ def test_a_group_of_another_job_ends_with_one_line(monkeypatch, rank) -> None:
     assert f"MASTER_ADDR=127.0.0.1, MASTER_PORT={group['MASTER_PORT']}, RANK={rank}" in message
     assert "cannot be formed" in message
     assert "unset these variables" in message
+
+
+JOINING = """
+import sys
+from rftt.learner.fsdp import process_group
+from rftt.run.cli import cli
+from rftt.run.config import EvalConfig
+
+def main(cfg):
+    with process_group("cpu"):
+        pass
+
+cli(main, EvalConfig, sys.argv[1:])
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_sigterm_ends_a_process_that_waits_for_its_group(rank: str) -> None:
+    """Rank 0 waits for the others. Rank 1 has found a server that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        if rank == "0":
+            server.close()  # rank 0 itself listens there
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": rank}
+        process = subprocess.Popen(
+            [sys.executable, "-c", JOINING, *EVALUATE, "dtype=float32"],
+            cwd=ROOT,
+            env={k: v for k, v in ENV.items() if k != "TORCHELASTIC_RUN_ID"} | group,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if rank == "0":
+            wait_until(lambda: is_open(port), process)
+        else:
+            server.settimeout(HANG_LIMIT)
+            probe, _ = server.accept()
+            client, _ = server.accept()  # torch's, in C++
+            probe.close()
+        process.terminate()
+        _, shown = process.communicate(timeout=HANG_LIMIT)
+        if rank == "1":
+            client.close()
+    assert (process.returncode, shown) == (TERMINATED, "")
+
+
+def is_open(port: str) -> bool:
+    """Whether somebody listens on a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(port))) == 0
 
 
 @pytest.mark.parametrize("name", ["MASTER_ADDR", "WORLD_SIZE", "RANK"])

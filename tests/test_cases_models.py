@@ -23,7 +23,7 @@ import train_sft
 from rftt.engines import build_engine, slots, vocabulary_size
 from rftt.engines.base import Sampling
 from rftt.engines.chat import load_tokenizer, open_tokenizer, reply_ends
-from rftt.engines.opened import check_context, check_files, logit_head, open_model
+from rftt.engines.opened import check_context, check_files, check_rows, logit_head, open_model
 from rftt.engines.vocabulary import check_free, check_question, check_text, end_ids, turn_end
 from rftt.graders.prm_local import LocalPRM, check_padding
 from rftt.learner import attention, logprobs
@@ -43,7 +43,7 @@ from tests.conftest import ROOT, run
 from tests.learners import tiny_model
 from tests.small_world import make_world, settings
 from tools import doctor, model_matrix
-from tools.model_matrix import FAMILIES, VOCABULARY, build
+from tools.model_matrix import FAMILIES, GATED, SIZES, VOCABULARY, Family, build
 from tools.tiny_world import build_tokenizer
 
 pytestmark = pytest.mark.cases
@@ -600,6 +600,27 @@ def test_positions_may_be_stretched() -> None:
     with pytest.raises(UserError, match="max_model_len=129 is beyond the 128 positions of m"):
         check_context("m", config, 129)
     check_context("m", AutoConfig.for_model("bloom"), 10**6)  # ALiBi has no positions
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_end_where_a_longer_sequence_would_change_a_shorter_one(kind: str) -> None:
+    """Phi-3's 128k models: beyond 4,096 tokens every position of the batch is another one."""
+    rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 14}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {}
+    n_positions = {"longrope": 64, "dynamic": 14}[kind]  # as the configurations name them
+    changes = {"rope_parameters": rope | {"rope_theta": 10000.0}}
+    changes |= {"max_position_embeddings": n_positions, "original_max_position_embeddings": 14}
+    family = Family("phi3" if kind == "longrope" else "llama", GATED | changes)
+    for place in model_matrix.PLACES:  # the two sequences have 17 and 11 tokens
+        assert "its log-probs are" in str(model_matrix.refusal(family, place))
+    config = AutoConfig.for_model(family.kind, **SIZES | family.changes)
+    check_context("m", config, 14)
+    with pytest.raises(UserError, match=r"beyond the 14 positions of m .more would rescale those"):
+        check_context("m", config, 15)
+    check_context("m", config, 56, one_scale=True)
+    check_rows("m", config, [14])
+    with pytest.raises(UserError, match="has 15 tokens, m only 14 positions"):
+        check_rows("m", config, [15])
 
 
 def test_an_export_names_the_type_of_its_tensors(world: Path, tmp_path: Path) -> None:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
+import train_rl
 from rftt.engines.opened import check_files, open_model
 from rftt.run import log as log_module
 from rftt.run.cli import INTERRUPTED, TERMINATED, check_same_run, cli, stop_on_signals
-from rftt.run.config import EvalConfig
+from rftt.run.config import EvalConfig, RLConfig, load_config
 from rftt.run.files import one_line, printable
 from rftt.run.log import RunLog, say
 from rftt.types import UserError
 from tests.conftest import ROOT
 from tests.learners import tiny_model
+from tests.small_world import make_world, settings
 from tests.test_cases_machine import EVALUATE
 from tools.report import write_report
 
@@ -117,6 +122,24 @@ def test_help_whose_reader_is_gone_ends_well(target) -> None:
     command = ["bash", "-c", f'set -o pipefail; "$0" train_rl.py --help {target}', sys.executable]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_training_whose_reader_is_gone_runs_to_its_end(tmp_path, monkeypatch) -> None:
+    """As in `train_rl.py … 2>&1 | head -1`, when head has ended."""
+    world = make_world(tmp_path / "world")
+    words = settings("train_rl", world, tmp_path / "run", "dtype=float32", "save_steps=0")
+    monkeypatch.setattr(transformers_logging, "_tqdm_active", False)  # as rftt.run.cli sets it
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(BrokenPipeError), open(writer, "w", encoding="utf-8", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        monkeypatch.setattr(sys, "stderr", gone)
+        train_rl.main(load_config(RLConfig, words))
+        monkeypatch.undo()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert re.findall(r"^step (\d/2) ", log, re.MULTILINE) == ["0/2", "1/2"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("stream", ["closed", None])

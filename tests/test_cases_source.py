@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import evaluate
 import search
@@ -133,8 +136,51 @@ def test_a_finished_warm_up_is_not_exported_for_another_initial_state(warm_world
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UserError, match="is damaged; use another checkpoint"):
+        start_warm_up(world, *more)
+    files = sorted(json.loads((state / "COMPLETE").read_text()))  # as another training writes it
+    checksums = {name: zlib.crc32((state / name).read_bytes()) for name in files}
+    (state / "COMPLETE").write_text(json.dumps(checksums))
     with pytest.raises(UserError, match="other weights"):
         start_warm_up(world, *more)
+
+
+def test_an_initial_state_that_is_not_one_is_one_line(warm_world) -> None:
+    world = warm_world
+    start_warm_up(world)
+    state = next(world.glob("sft/checkpoints/step_*"))
+    foreign = shutil.copytree(state, world / "foreign")
+    (foreign / "COMPLETE").write_text("done")
+    half = shutil.copytree(state, world / "half")
+    next(half.glob("state/*.safetensors")).write_bytes(b"\0")
+    for path, message in {
+        world / "nowhere": "must be a checkpoint, which contains a file COMPLETE",
+        world / "base": "must be a checkpoint",
+        world / "rows.jsonl": "must be a checkpoint",
+        state.parent: "must be a checkpoint",
+        foreign: "is damaged; use another checkpoint",
+        half: "is damaged; use another checkpoint",
+    }.items():
+        with pytest.raises(UserError, match=f"initial_state {path} {message}") as error:
+            start_warm_up(world, f"output_dir={world / 'second'}", f"initial_state={path}")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", ["wider", "deeper"])
+def test_an_initial_state_of_another_model_is_one_line(model, warm_world) -> None:
+    world = warm_world
+    start_warm_up(world)
+    config = AutoConfig.from_pretrained(world / "base")
+    config.hidden_size, config.num_hidden_layers = (48, 2) if model == "wider" else (24, 3)
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    AutoModelForCausalLM.from_config(config).save_pretrained(world / "base")
+    state = next(world.glob("sft/checkpoints/step_*"))
+    more = [f"output_dir={world / 'second'}", f"initial_state={state}"]
+    with pytest.raises(UserError, match=r"must have the tensors of this model and of its opt") as e:
+        start_warm_up(world, *more)
+    found = {"wider": "Size mismatch between", "deeper": "Missing key in checkpoint"}[model]
+    assert found in str(e.value)
+    assert "\n" not in str(e.value)
 
 
 class EqualScores:
@@ -165,6 +211,25 @@ def test_a_results_journal_from_before_the_digests_is_refused(world) -> None:
     (world / "out" / "eval" / "train.made_from.json").unlink()
     with pytest.raises(UserError, match="made from other problems and prompts and weights"):
         start("evaluate", world)
+
+
+def test_an_overwritten_search_keeps_no_trees_of_the_old_one(world) -> None:
+    start("search", world)
+    trees = world / "out" / "trees"
+    assert len(list(trees.iterdir())) == 2
+    (trees / "train-1.html").touch()  # tools/page.py writes one beside each tree
+    (trees / "notes.txt").touch()
+    start("search", world, "overwrite_output_dir=true", "max_problems=1")
+    assert sorted(path.name for path in trees.iterdir()) == ["notes.txt", "train-1.json"]
+
+
+def test_an_overwritten_training_keeps_no_samples_of_the_old_one(world) -> None:
+    """tools/report.py shows those of the last step."""
+    old = world / "out" / "samples" / "step_000009.jsonl"
+    start("train_rl", world)
+    old.write_text("{}\n")
+    start("train_rl", world, "overwrite_output_dir=true")
+    assert [path.name for path in old.parent.iterdir()] == ["step_000000.jsonl"]
 
 
 # ---- The digest of weights ----

@@ -92,6 +92,7 @@ def damage(path: Path, how: str) -> None:
             (path / "COMPLETE").write_text("[]")
 
 
+@pytest.mark.cases
 @pytest.mark.faults
 def test_files_of_others_do_not_damage_a_checkpoint(world: World, tmp_path: Path) -> None:
     train(world, tmp_path, 1)

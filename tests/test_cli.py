@@ -51,6 +51,7 @@ NAMES = ("audit_grader", "audit_rows", "prm_serve", "prm_train")
 TOOLS = [f"tools/{name}" for name in (*NAMES, "report", "self_improve", "tiny_world")]
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", ["bench/search", "bench/grader", "bench/train_step", *TOOLS])
 def test_a_tool_starts_as_its_header_says(name):
     """From another folder and without PYTHONPATH: the script finds the package by itself."""

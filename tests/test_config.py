@@ -93,11 +93,13 @@ def test_the_value_just_outside_each_bound_is_one_line(schema: type) -> None:
     assert tried > 0
 
 
+@pytest.mark.cases
 def test_every_number_has_a_range() -> None:
     free = [(cls.__name__, key) for cls, key, spec in numbers() if not BOUNDS.keys() & spec.keys()]
     assert free == []
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     ("schema", "argument"),
     [
@@ -139,6 +141,7 @@ def test_overrides_come_after_the_file_and_keep_their_types(tmp_path: Path) -> N
         assert rl("kl_target=0.1", f"kl_target={nothing}").kl_target is None
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
@@ -232,6 +235,7 @@ ALIASES = "".join(
 )
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -263,6 +267,7 @@ def test_a_bad_file_is_one_line(tmp_path: Path, content: bytes, message: str) ->
     assert "rl.yaml" in line
 
 
+@pytest.mark.cases
 def test_a_file_that_the_package_wrote_is_read(tmp_path: Path) -> None:
     """write_json, with what YAML would misread, and a byte order mark in front."""
     cfg = rl("system_prompt=\u2028 \x7f 🙂\n# x", "kl_target=0.25", "report_to=[wandb]")

@@ -72,6 +72,7 @@ def test_good_replies_keep_their_contract(act: str) -> None:
     assert breach(PROMPTS, act, GOOD[act], CONTROL, question=QUESTION, so_far=so_far) is None
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     ("act", "text", "reason"),
     [
@@ -157,6 +158,7 @@ def test_only_what_the_wrong_steps_alone_contain_can_be_named() -> None:
     assert nameable("She has 1,200 pens.", right, QUESTION) == {"1,200"}
 
 
+@pytest.mark.cases
 def test_the_best_check_quotes_the_mistake_first() -> None:
     mistakes = nameable("19 * 2 = 38, 38 - 3 = 35", "19 * 3 = 57, 57 - 3 = 54", QUESTION)
     blind = "Wait, I wrote 19 * 3 = 57, but it is more."

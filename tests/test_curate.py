@@ -143,6 +143,7 @@ def test_a_wrong_path_of_right_numbers_has_no_mistake_to_name():
     assert counts["no_mistake_to_name"] == 1
 
 
+@pytest.mark.cases
 def test_a_path_whose_analysis_states_its_answer_is_left_out():
     early = [("analysis", "It is 57 - 3 = 54."), ("direct_answer", "So \\boxed{54}.")]
     wrong = [("clarify", "We want 51."), ("direct_answer", "So \\boxed{51}.")]

@@ -182,6 +182,7 @@ def test_ended_at_random_moments_a_script_ends_as_if_unbroken(
         assert left_by(script, out) == whole
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("script", ["train_sft", "train_rl"])
 def test_a_disk_that_is_full_while_a_checkpoint_is_written(
     script: str, zygote: Zygote, unbroken: Any, tmp_path: Path

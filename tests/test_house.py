@@ -8,9 +8,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -443,6 +446,32 @@ def test_documents_name_code_that_exists() -> None:
     assert dead_references("types.py:Nothing, none.py:f") == ["types.py:Nothing", "none.py:f"]
 
 
+def without_marker(text: str, marker: str) -> list[str]:
+    """`tests/file.py:test_name` in `text` where that test, or its file, lacks the marker."""
+    found = []
+    for file, name in re.findall(r"(tests/\w+\.py):(test_\w+)", text):
+        tree = tree_of(ROOT / file)
+        marks = [
+            ast.unparse(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+        ]
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name:
+                marks += map(ast.unparse, node.decorator_list)
+        if not any(re.search(rf"\bpytest\.mark\.{marker}\b", mark) for mark in marks):
+            found.append(f"{file}:{name}")
+    return found
+
+
+def test_the_tests_of_the_cases_have_their_marker() -> None:
+    text = (ROOT / "docs/cases.md").read_text(encoding="utf-8")
+    assert without_marker(text, "cases") == []
+    unmarked = "tests/test_house.py:test_imports_go_one_way"
+    assert without_marker(f"`{unmarked}`", "cases") == [unmarked]
+    assert without_marker("tests/test_cases_text.py:test_foreign_text_is_read", "cases") == []
+
+
 def logged_keys(tree: ast.AST) -> set[str]:
     """Keys of dict literals that become metrics: `metrics |= {…}`, `totals.add({…})`, `lap("…")`,
     `metrics["…"] = x`, and all in functions that return Metrics or are named *_metrics."""
@@ -484,3 +513,50 @@ def test_documented_metrics_are_the_logged_ones() -> None:
     assert documented == logged
     code = "metrics |= {'a': 1} | clock.lap('b_seconds')\nmetrics['c/d'] = 1\ntotals.add({'e': 2})"
     assert logged_keys(ast.parse(code)) == {"a", "b_seconds", "c/d", "e"}
+
+
+# ---- Pins ----
+
+LOCKED = re.compile(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}")
+
+
+def pins(name: str) -> dict[str, str]:
+    """Package -> version in a requirements file and in those that it includes."""
+    found: dict[str, str] = {}
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("-r "):
+            found |= pins(line.removeprefix("-r "))
+        elif line and not line.startswith("#"):
+            package, _, version = line.partition("==")
+            found[canonicalize_name(package)] = version
+    return found
+
+
+def requirements_of(packages: set[str]) -> set[str]:
+    """Names of all installed packages that `packages` require, with their own requirements."""
+    found, left = set[str](), {(package, "") for package in packages}
+    done = set[tuple[str, str]]()
+    while left - done:
+        package, extra = (left - done).pop()
+        done.add((package, extra))
+        for text in requires(package) or []:
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                name = canonicalize_name(needed.name)
+                found.add(name)
+                left |= {(name, ""), *((name, one) for one in needed.extras)}
+    return found
+
+
+@pytest.mark.cases
+def test_the_lock_has_a_hash_for_every_package_but_those_of_torch() -> None:
+    """`make env LOCKED=1` installs these lines alone, so that none may be missing."""
+    _, *lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    matches = [LOCKED.fullmatch(line) for line in lines]
+    assert all(matches)
+    locked = dict(match.groups() for match in matches if match)
+    pinned = pins("requirements.txt") | pins("requirements-dev.txt")
+    assert {name: locked.get(name) for name in pinned} == pinned | {"torch": None}
+    needed = {*pinned, *requirements_of(set(pinned))}
+    of_torch = {name for name in needed if re.match("torch$|triton$|nvidia-|cuda-", name)}
+    assert set(locked) == needed - of_torch

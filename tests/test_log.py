@@ -147,6 +147,7 @@ def test_report_to_names_what_is_wrong_or_missing(
         RunLog(tmp_path, CONFIG, enabled=True, report_to=["wandb"])
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_receives_the_rows_of_one_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -183,6 +184,7 @@ class Closed(io.StringIO):
         raise BrokenPipeError(32, "Broken pipe")
 
 
+@pytest.mark.cases
 @pytest.mark.faults
 def test_a_terminal_that_is_gone_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -197,6 +199,7 @@ def test_a_terminal_that_is_gone_does_not_stop_the_run(
     assert len(rows(tmp_path)) == len((tmp_path / "log.txt").read_text().splitlines()) == 3
 
 
+@pytest.mark.cases
 @pytest.mark.faults
 @pytest.mark.parametrize("target", ["| head -1", "> /dev/full", ">&-"])
 def test_a_process_whose_stdout_is_gone_ends_well(tmp_path: Path, target: str) -> None:

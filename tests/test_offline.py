@@ -249,6 +249,7 @@ def test_dpo_cache_is_what_training_uses(world, unbroken):
     assert first["loss"] < unbroken[0]["loss"]
 
 
+@pytest.mark.cases
 def test_dpo_reference_is_not_that_of_other_weights_of_the_same_name(world, unbroken):
     """The folder of a warm-up that was trained again, and a run begun anew beside its old cache."""
     shutil.copytree(world / "unbroken" / "data", world / "retrained" / "data")

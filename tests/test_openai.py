@@ -177,6 +177,7 @@ def test_reply_carries_text_tokens_and_cost(
     }
 
 
+@pytest.mark.cases
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("fault", "billed"),
@@ -283,6 +284,7 @@ def test_what_is_under_way_when_a_run_fails_is_kept(server: Server, ask: Ask) ->
     assert ask()[1] == Spending(7, 0, 70, 35, pytest.approx(7 * 4e-5))  # type: ignore[arg-type]
 
 
+@pytest.mark.cases
 @pytest.mark.invariant
 @pytest.mark.parametrize(
     "budget",
@@ -312,6 +314,7 @@ def test_budget_is_never_exceeded(server: Server, ask: Ask, budget: dict[str, An
     assert len(ask(100, **budget | {"max_cost": 1.0, "max_tokens": 10**6})[0]) == 1
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     "usage",
     [
@@ -422,6 +425,7 @@ def test_a_usage_above_the_worst_case_is_counted_and_shown(server: Server, ask: 
     assert str(spending).endswith("the server reported more for 1 of them")
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     ("finish", "whole"),
     [
@@ -451,6 +455,7 @@ def test_contents_of_other_servers(server: Server, ask: Ask, content: Any, text:
     assert len(server.seen) == 1
 
 
+@pytest.mark.cases
 def test_seeds_and_limits_as_other_servers_want_them(server: Server, ask: Ask) -> None:
     seed = 2**62 + 5
     ask(seed)
@@ -463,6 +468,7 @@ def test_seeds_and_limits_as_other_servers_want_them(server: Server, ask: Ask) -
     assert len(server.seen) == 2  # a reply that is paid for stays known
 
 
+@pytest.mark.cases
 @pytest.mark.faults
 @pytest.mark.parametrize("status", [200, 400])
 def test_an_endless_reply_is_cut_off(
@@ -475,6 +481,7 @@ def test_an_endless_reply_is_cut_off(
     assert ask()[1].unanswered == 2
 
 
+@pytest.mark.cases
 @pytest.mark.faults
 def test_a_server_that_drips_bytes_is_given_up(ask: Ask) -> None:
     """Every read succeeds in time; the reply as a whole does not."""
@@ -499,6 +506,7 @@ def test_a_server_that_drips_bytes_is_given_up(ask: Ask) -> None:
             thread.join()
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("key", ["two words", "line\nbreak", "\u00e9", ""])
 def test_a_key_that_no_header_can_hold_is_not_shown(
     ask: Ask, monkeypatch: pytest.MonkeyPatch, key: str
@@ -509,6 +517,7 @@ def test_a_key_that_no_header_can_hold_is_not_shown(
     assert not key or key not in str(raised.value)
 
 
+@pytest.mark.cases
 def test_a_key_that_the_server_echoes_is_not_shown(
     server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,6 +528,7 @@ def test_a_key_that_the_server_echoes_is_not_shown(
     assert "secr" not in str(raised.value)
 
 
+@pytest.mark.cases
 def test_a_key_in_a_reply_reaches_no_file(
     server: Server, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -528,6 +538,7 @@ def test_a_key_in_a_reply_reaches_no_file(
     assert all(b"secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
+@pytest.mark.cases
 def test_a_usage_that_is_too_small_for_the_text_costs_the_worst_case(
     server: Server, ask: Ask
 ) -> None:
@@ -564,6 +575,7 @@ def test_a_request_that_is_cancelled_is_booked(tmp_path: Path) -> None:
     assert account.flying == []
 
 
+@pytest.mark.cases
 def test_a_proxy_of_the_environment_is_named_and_never_used_for_loopback(
     server: Server, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,6 +200,7 @@ def test_long_texts_fold_and_refused_steps_have_a_badge(
     assert re.search(r'<details open=""><summary>Each of', opened)  # the chosen step itself
 
 
+@pytest.mark.cases
 def test_a_models_output_never_becomes_markup(tmp_path: Path, browse: Callable[..., str]) -> None:
     tree, run = record(4, HOSTILE), tmp_path / "run"
     tree["nodes"][1] |= {"text": HOSTILE}

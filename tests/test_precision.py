@@ -26,6 +26,7 @@ def config(dtype: str) -> EvalConfig:
     )
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(("able", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_settled_by_the_device(monkeypatch, able, expected):
     monkeypatch.setattr(precision, "computes_in_bfloat16", lambda device: able)
@@ -41,6 +42,7 @@ def test_the_doctor_warns_of_emulated_bfloat16(monkeypatch, able, level):
     assert doctor.device(config("float32")).level == "ok"
 
 
+@pytest.mark.cases
 def test_a_run_on_an_ordinary_cpu_says_float32_and_records_it(tmp_path: Path) -> None:
     world = make_world(tmp_path / "world")
     arguments = settings("evaluate", world, tmp_path / "out", "dtype=auto", "device=cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import gzip
 import json
 import math
 import re
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rftt.engines import http as http_module
 from rftt.engines.chat import eos_id
 from rftt.graders import build_prm
 from rftt.graders import prm as prm_module
@@ -402,6 +404,7 @@ def test_the_server_scores_as_the_model_does(folders: dict[str, Path], served: s
     assert (reply.status_code, reply.json()["score"]) == (200, pytest.approx(expected, abs=1e-5))
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     ("body", "status", "reason"),
     [
@@ -432,6 +435,7 @@ def test_other_paths_and_methods_are_refused(served: str) -> None:
     assert httpx2.get(served, timeout=HANG_LIMIT).status_code == 405
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
@@ -464,6 +468,7 @@ def test_a_body_of_unknown_length_is_bounded_while_it_is_read(served: str, size:
     assert post(served, json=body_of()).status_code == 200
 
 
+@pytest.mark.cases
 @pytest.mark.faults
 def test_a_client_that_never_ends_its_request_is_let_go(
     served: str, monkeypatch: pytest.MonkeyPatch
@@ -477,6 +482,7 @@ def test_a_client_that_never_ends_its_request_is_let_go(
             pass  # the server closes the connection
 
 
+@pytest.mark.cases
 @pytest.mark.invariant
 @pytest.mark.parametrize(
     "pad", ["Q{} Step 1: a ки", "Q Step 1:{}a ки", "Q Step 1: a ки{}Step 2: b ки", "Q Step 1: ки{}"]
@@ -520,6 +526,7 @@ def test_200_concurrent_requests_are_all_answered_beside_rude_clients(
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.cases
 def test_a_long_forward_pass_delays_no_other_connection() -> None:
     """The model computes in a thread of its own: a refusal needs no turn."""
     asked, go_on = threading.Event(), threading.Event()
@@ -540,6 +547,40 @@ def test_a_long_forward_pass_delays_no_other_connection() -> None:
         go_on.set()
         client.join()
     assert replies[0].json() == {"score": [0.5] * 3}
+
+
+@pytest.mark.cases
+@pytest.mark.faults
+def test_twenty_long_requests_at_once_are_refused_beside_a_good_one() -> None:
+    """All bodies are in the server before one of them ends; none of them reaches the model."""
+    asked: list[str] = []
+
+    class Noting(Fixed):
+        async def score(self, question: str, steps: Any) -> list[float]:
+            asked.append(question)
+            return [0.5] * len(steps)
+
+    cfg = ServeConfig(port=0)
+    room = cfg.max_body_bytes - len(json.dumps({"input": "Q Step 1: ки"}))
+    body = json.dumps({"input": f"Q Step 1: {'a + b ' * (room // 6)}ки"}).encode()
+    assert 1_000_000 < len(body) <= cfg.max_body_bytes
+    with serving(Noting({}), cfg, 4096) as url, contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(address_of(url), timeout=HANG_LIMIT))
+            for _ in range(20)
+        ]
+        for connection in connections:
+            connection.sendall(POSTED % len(body) + body[:-1])
+        assert post(url, json=body_of()).json() == {"score": [0.5] * 3}
+        for connection in connections:
+            connection.sendall(body[-1:])
+        for connection in connections:
+            response = HTTPResponse(connection)
+            response.begin()
+            detail = json.loads(response.read())["detail"]
+            assert (response.status, "; the limit is 32768" in detail) == (422, True)
+        assert post(url, json=body_of()).status_code == 200
+    assert asked == [QUESTION] * 2
 
 
 def test_a_missing_server_package_is_one_line() -> None:
@@ -584,7 +625,8 @@ def test_serve_without_a_model_is_one_line() -> None:
 class Script:
     """A PRM server that answers request i with script[i], then the last entry for ever.
 
-    It does not answer before `meet` requests have been in flight at once.
+    An entry is a status, a body (bytes, or chunks of unknown length) and headers. It does not
+    answer before `meet` requests have been in flight at once.
     """
 
     delay_s = 0.0
@@ -627,11 +669,17 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
         def do_POST(self) -> None:
             found = behaviour.next(self.rfile.read(int(self.headers["content-length"])))
             if found is not None:
+                status, content, *headers = found
                 with suppress(ConnectionError):  # the client may have given up
-                    self.send_response(found[0])
-                    self.send_header("content-length", str(len(found[1])))
+                    self.send_response(status)
+                    for name, value in headers:
+                        self.send_header(name, value)
+                    if isinstance(content, bytes):
+                        self.send_header("content-length", str(len(content)))
+                        content = [content]
                     self.end_headers()
-                    self.wfile.write(found[1])
+                    for chunk in content:  # without a length the body ends with the connection
+                        self.wfile.write(chunk)
 
         def log_message(self, format: str, *args: object) -> None: ...
 
@@ -687,6 +735,33 @@ def test_faults_are_retried_and_never_become_numbers(
     with pytest.raises(UserError, match=r"not reachable after 3 tries .*; 1 of 1 paths unscored"):
         scores_of(remote, (QUESTION, STEPS))
     assert len(script.seen) == 6
+
+
+SPACES = b" " * (1 << 20)
+
+
+@pytest.mark.cases
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ((200, SPACES[:10_001]), "reply over 10000 bytes"),
+        ((503, SPACES[:10_001]), "reply over 10000 bytes"),
+        ((422, [SPACES] * 64), "reply over 10000 bytes"),
+        ((200, gzip.compress(SPACES), ("content-encoding", "gzip")), "the reply is compressed"),
+        ((422, gzip.compress(SPACES), ("content-encoding", "gzip")), "the reply is compressed"),
+    ],
+)
+def test_an_endless_or_compressed_reply_is_cut_off(
+    script: Script, remote: RemotePRM, monkeypatch: pytest.MonkeyPatch, fault: Any, message: str
+) -> None:
+    """No status excuses such a body: it is refused before anyone reads it."""
+    monkeypatch.setattr(http_module, "MAX_REPLY_BYTES", 10_000)
+    script.script = [fault, fault, GOOD]
+    assert scores_of(remote, (QUESTION, STEPS)) == [[0.9, 0.8, 0.1]]
+    script.script = [fault]
+    with pytest.raises(UserError, match=rf"after 3 tries .*{message}.*; 1 of 1 paths unscored"):
+        scores_of(remote, (QUESTION, STEPS))
 
 
 @pytest.mark.faults
@@ -761,7 +836,8 @@ MERGED: dict[str, Any] = {
 def search_dir(path: Path, n: int = 1) -> Path:
     for i in range(n):
         problem = SEARCHED["problem"] | {"id": f"p/{i + 1}"}
-        write_json(path / f"trees/{i}.json", SEARCHED | {"problem": problem})
+        write_json(path / f"trees/p%2F{i + 1}.json", SEARCHED | {"problem": problem})
+    write_jsonl(path / "data/raw.jsonl", [{"id": f"p/{i + 1}"} for i in reversed(range(n))])
     write_jsonl(path / "data/sft.jsonl", [MERGED, MERGED | {"kind": "plain"}])
     return path
 
@@ -777,6 +853,23 @@ def test_labels_are_the_share_of_right_answers_below_and_count_once(tmp_path: Pa
     ]
     with pytest.raises(UserError, match=r"has no trees; run search\.py"):
         label_trees(tmp_path / "elsewhere")
+
+
+@pytest.mark.cases
+def test_only_the_trees_of_the_search_itself_are_trained_on(tmp_path: Path) -> None:
+    """Others are of a search that was overwritten, were not finished, or are another program's."""
+    found = search_dir(tmp_path, 2)
+    rows = label_trees(found)
+    stale = SEARCHED | {"problem": {"id": "stale", "question": "Other?"}}
+    write_json(found / "trees/stale.json", stale)
+    (found / "trees/._p%2F1.json").write_bytes(b"\0\5\26\7")
+    assert label_trees(found) == rows
+    (found / "trees/p%2F1.json").write_text("{")
+    with pytest.raises(UserError, match=r"p%2F1.json is not JSON"):
+        label_trees(found)
+    (found / "trees/p%2F1.json").unlink()
+    with pytest.raises(UserError, match=r"p%2F1.json is missing, .* overwrite_output_dir: true"):
+        label_trees(found)
 
 
 @pytest.mark.oracle

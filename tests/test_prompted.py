@@ -62,6 +62,7 @@ def test_a_reply_whose_truncated_end_is_cleaned_away_is_whole():
     assert (steps[0].text, steps[0].refused) == ("How many? 4.", None)
 
 
+@pytest.mark.cases
 def test_drawn_checks_are_trimmed_and_counted_and_may_not_leak_the_answer():
     replies = [
         "No, 2+2 is not 5. So it is 4.",  # only its beginning keeps the answer to itself

@@ -17,6 +17,7 @@ PROMPTS = load_prompts()
 PARTS = {"wrong": "wrong way", "correct": "right way", "check": "the check"}
 
 
+@pytest.mark.cases
 @pytest.mark.parametrize("act", ACTS)
 def test_messages_are_the_role_the_examples_and_the_problem(act: str) -> None:
     first, *turns, last = PROMPTS.ask(act, "Q {so_far}?", "so far", PARTS)
@@ -51,6 +52,7 @@ def test_the_solution_so_far_opens_a_reply_that_the_model_can_continue() -> None
         assert messages[-1]["role"] == "user"
 
 
+@pytest.mark.cases
 @pytest.mark.invariant
 @pytest.mark.parametrize("act", ACTS)
 def test_every_example_keeps_the_contract_that_it_teaches(act: str) -> None:

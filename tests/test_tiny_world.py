@@ -200,6 +200,7 @@ def test_orthogonalized_matrices_keep_their_singular_vectors():
         assert 0.6 < diagonal.min() <= diagonal.max() < 1.3
 
 
+@pytest.mark.cases
 @pytest.mark.oracle
 def test_muon_equals_one_matrix_at_a_time():
     torch.manual_seed(0)
@@ -218,6 +219,7 @@ def test_muon_equals_one_matrix_at_a_time():
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.cases
 @pytest.mark.long
 def test_the_shipped_base_is_one_that_retraining_gives(tmp_path):
     """Accuracy of direct answers and agreement with the files; weights depend on the CPU."""

@@ -43,6 +43,7 @@ SIZES: dict[str, Any] = {
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
 WIDE = GATED | {"head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 WINDOW = {"sliding_window": 9}
 ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
 CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}
@@ -53,6 +54,22 @@ NEXT = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
+}
+LATENT = {
+    "intermediate_size": 48,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
 }
 MAMBA = {
     "mamba_d_ssm": 32,
@@ -85,9 +102,7 @@ FAMILIES = {
     "Llama 2": Family("llama", GATED | {"num_key_value_heads": 4}),
     "Llama 3": Family("llama", GATED),
     "Mistral": Family("mistral", WIDE | WINDOW, "sliding window without layer_types"),
-    "Mixtral": Family(
-        "mixtral", GATED | {"num_local_experts": 4, "num_experts_per_tok": 2}, "experts"
-    ),
+    "Mixtral": Family("mixtral", GATED | LOCAL, "experts"),
     "Gemma 2": Family("gemma2", WIDE | ALTERNATING | CAPS, "soft caps, sliding window"),
     "Gemma 3": Family("gemma3_text", WIDE | ALTERNATING, "sliding window"),
     "Phi": Family("phi", GATED, "bias of the head"),
@@ -103,7 +118,7 @@ FAMILIES = {
     ),
     "gpt-oss": Family(
         "gpt_oss",
-        WIDE | ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        WIDE | ALTERNATING | LOCAL,
         "attention sinks, sliding window, experts",
     ),
     "Seed-OSS": Family("seed_oss", WIDE),
@@ -114,6 +129,42 @@ FAMILIES = {
     ),
     "Falcon-H1": Family("falcon_h1", WIDE | MAMBA, "state space layers"),
     "LFM2": Family("lfm2", GATED | {"layer_types": ["conv", "full_attention"]}, "convolutions"),
+    "MiniMax": Family(
+        "minimax",
+        WIDE | LOCAL | {"block_size": 8, "layer_types": ["linear_attention", "full_attention"]},
+        "linear attention, experts",
+    ),
+    "MiniMax M2": Family("minimax_m2", WIDE | LOCAL, "experts"),
+    "GraniteMoe": Family("granitemoe", GATED | LOCAL | {"logits_scaling": 4.0}, "logit scale"),
+    "DeepSeek-V3": Family("deepseek_v3", LATENT, "latent attention, experts"),
+    "Qwen3.5": Family("qwen3_5_text", WIDE | NEXT, "linear attention"),
+    "Ernie 4.5": Family("ernie4_5", WIDE),
+    "Hunyuan": Family("hunyuan_v1_dense", WIDE),
+    "EXAONE 4": Family("exaone4", GATED | ALTERNATING, "sliding window"),
+    "OLMo 3": Family("olmo3", GATED | ALTERNATING, "sliding window"),
+    "OLMoE": Family("olmoe", GATED | {"num_experts": 4, "num_experts_per_tok": 2}, "experts"),
+    "Starcoder 2": Family("starcoder2", GATED | WINDOW, "sliding window without layer_types"),
+    "AFMoE": Family(
+        "afmoe",
+        WIDE | ALTERNATING | EXPERTS | {"num_experts": 4, "num_dense_layers": 1},
+        "sliding window, experts",
+    ),
+    "StableLM": Family("stablelm", GATED, "layers that pass on no further arguments"),
+    "Nemotron": Family("nemotron", GATED, "layers that pass on no further arguments"),
+    "Mamba 2": Family(
+        "mamba2",
+        {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        "state space layers",
+    ),
+    "Falcon": Family(
+        "falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}, "attention of its own"
+    ),
+    "CodeGen": Family("codegen", {"rotary_dim": 4, "n_inner": 48}, "attention of its own"),
+    "GPT-Neo": Family(
+        "gpt_neo",
+        {"attention_types": [[["global", "local"], 1]], "window_size": 9, "num_layers": 2},
+        "attention of its own",
+    ),
     "Bloom": Family("bloom", {}, "attention of its own, ALiBi"),
     "OPT": Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, "learnt positions"),
     "GPT-J": Family("gptj", {"rotary_dim": 4}, "attention of its own"),

@@ -63,7 +63,7 @@ def write_tree_pages(run: Run) -> list[Path]:
         if "steps" in row:
             by_tree.setdefault(row.get("tree", ""), []).append(row)
     pages = []
-    for path in sorted(run.path.glob("trees/**/*.json")):
+    for path in sorted(run.path.glob("trees/**/[!.]*.json")):
         record = read_json(path)
         name = path.relative_to(run.path).as_posix()
         page = path.with_suffix(".html")

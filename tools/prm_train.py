@@ -15,7 +15,6 @@ step, which prompted trees lack. Training is one process in float32.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -29,8 +28,9 @@ from pydantic import Field
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from rftt.run.cli import cli
 from rftt.run.config import Count, LocalPath, Positive, Seed, ServeConfig, config_class
-from rftt.run.files import read_jsonl, write_json
+from rftt.run.files import file_name, read_jsonl, write_json
 from rftt.types import UserError
+from tools.run_folder import read_json
 
 Labelled = tuple[str, list[str], list[float | None]]
 """(question, steps, share of right answers below each step). None: the step counts elsewhere."""
@@ -59,14 +59,23 @@ class PRMTrainConfig:
 
 
 def label_trees(search_dir: Path) -> list[list[Labelled]]:
-    """Return the rows of each problem, in the order of the trees' names."""
-    files = sorted((search_dir / "trees").glob("*.json"))
-    if not files:
+    """Return the rows of each problem, in the order of the trees' names.
+
+    Only the problems in data/raw.jsonl belong to the search. trees/ may contain other files, such
+    as the trees of a search that was overwritten.
+    """
+    if not (search_dir / "trees").is_dir():
         raise UserError(f"search_dir {search_dir} has no trees; run search.py with a tree method.")
+    finished = read_jsonl(search_dir / "data" / "raw.jsonl")
     rows: dict[str, list[Labelled]] = {}
     shares: dict[str, dict[int, float]] = {}
-    for file in files:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+    for name in sorted(f"{file_name(row['id'])}.json" for _, row in finished):
+        tree = read_json(search_dir / "trees" / name)
+        if not tree:
+            raise UserError(
+                f"{search_dir / 'trees' / name} is missing, but data/raw.jsonl lists its problem; "
+                "run search.py again with overwrite_output_dir: true."
+            )
         shares[tree["problem"]["id"]] = {node["id"]: node["q"] for node in tree["nodes"]}
         rows[tree["problem"]["id"]] = list(_paths(tree))
     for _, row in read_jsonl(search_dir / "data" / "sft.jsonl"):

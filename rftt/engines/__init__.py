@@ -33,7 +33,8 @@ def build_engine(
         check_files(model_path, trust_remote_code=trust, quantized=quantized)
     config = open_config(model_path, trust_remote_code=cfg.trust_remote_code)
     if not cfg.skip_model_check:
-        check_context(model_path, config, cfg.max_model_len)
+        one_scale = cfg.engine == "vllm" and not overwritten  # the learner has not
+        check_context(model_path, config, cfg.max_model_len, one_scale=one_scale)
         if cfg.engine == "vllm" and not overwritten:
             check_complete(model_path, config, trust_remote_code=cfg.trust_remote_code)
     if (n_rows := config.get_text_config().vocab_size) < n_tokens:

@@ -56,10 +56,10 @@ def check_files(path: str, *, trust_remote_code: bool = False, quantized: bool =
                 f"{path} holds an adapter ({name}) that is not applied; merge it into the weights "
                 "(peft: merge_and_unload, save_pretrained) or move the adapter files away."
             )
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file in sorted(Path(path).glob("[!.]*.safetensors")):
         _check_weight_file(file)
-    pickles = sorted(Path(path).glob("*.bin"))
-    if pickles and not any(Path(path).glob("*.safetensors")):
+    pickles = sorted(Path(path).glob("[!.]*.bin"))
+    if pickles and not any(Path(path).glob("[!.]*.safetensors")):
         raise UserError(
             f"{pickles[0]} is a pickle, which is never read, because it can run code; convert the "
             "weights to safetensors (transformers: save_pretrained)."
@@ -155,24 +155,41 @@ def listed_ends(path: str) -> tuple[int, ...]:
     return tuple(listed) if isinstance(listed, list) else () if listed is None else (listed,)
 
 
-def positions_of(config: Any) -> int | None:
-    """Return the number of positions of a model, with scaled ones; None if it has no limit."""
+RESCALED = ("longrope", "dynamic")
+"""Kinds of positions that change for all sequences of a batch once the longest is too long."""
+
+
+def positions_of(config: Any, *, one_scale: bool = False) -> int | None:
+    """Return the number of positions of a model, with scaled ones; None if it has no limit.
+
+    A sequence must not depend on longer ones beside it, so RESCALED kinds end where the scale
+    changes. With `one_scale` all sequences have that of the longest possible one, as in vLLM.
+    """
     text = config.get_text_config()
     n_positions = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     if n_positions and (before := rope.get("original_max_position_embeddings")):
-        n_positions = max(n_positions, int(before * rope.get("factor", 1)))
+        if rope.get("rope_type") in RESCALED and not one_scale:
+            return min(n_positions, before)
+        n_positions = max(n_positions, int(before * (rope.get("factor") or 1)))
     return n_positions
 
 
-def check_context(path: str, config: Any, max_model_len: int) -> None:
+def check_context(path: str, config: Any, max_model_len: int, *, one_scale: bool = False) -> None:
     """Raise UserError if sequences may be longer than the positions that the model has."""
-    n_positions = positions_of(config)
+    n_positions = positions_of(config, one_scale=one_scale)
     if n_positions and max_model_len > n_positions:
         raise UserError(
             f"max_model_len={max_model_len} is beyond the {n_positions} positions of {path} "
-            f"(max_position_embeddings); set max_model_len: {n_positions} or less."
+            f"({_limit(config, n_positions)}); set max_model_len: {n_positions} or less."
         )
+
+
+def _limit(config: Any, n_positions: int) -> str:
+    """Return what limits the positions of a model."""
+    if n_positions < (positions_of(config, one_scale=True) or 0):
+        return "more would rescale those of shorter sequences"
+    return "max_position_embeddings"
 
 
 def check_rows(path: str, config: Any, lengths: Iterable[int]) -> None:
@@ -181,8 +198,8 @@ def check_rows(path: str, config: Any, lengths: Iterable[int]) -> None:
     if n_positions and longest > n_positions:
         raise UserError(
             f"the longest row has {longest} tokens, {path} only {n_positions} positions "
-            f"(max_position_embeddings); set max_length: {n_positions}, which leaves longer rows "
-            "out."
+            f"({_limit(config, n_positions)}); set max_length: {n_positions}, which leaves longer "
+            "rows out."
         )
 
 

@@ -109,13 +109,13 @@ def grouped_attention(
         attention_mask = attention_mask & (columns > position - sliding_window)
     if softcap is not None or s_aux is not None:
         mixed = attend(query, key, value, attention_mask, scaling, softcap, s_aux)
-        return mixed.transpose(1, 2), None
+        return mixed.transpose(1, 2).contiguous(), None  # some models call view()
     batch, heads, length, dim = query.shape
     groups = heads // key.shape[1]
     mask = attention_mask if length == 1 else attention_mask.repeat(1, 1, groups, 1)
     grouped = query.reshape(batch, key.shape[1], groups * length, dim)
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return mixed.reshape(batch, heads, length, dim).transpose(1, 2), None
+    return mixed.reshape(batch, heads, length, dim).transpose(1, 2).contiguous(), None
 
 
 class Slots:

@@ -317,7 +317,7 @@ def read_head(path: str) -> Head:
         Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=kept))
     )
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("[!.]*.safetensors")):
         with safe_open(file, "pt") as tensors:
             found |= {k: tensors.get_tensor(k).float() for k in tensors.keys() if HEAD.fullmatch(k)}  # noqa: SIM118
     weights = sorted(name for name in found if name.endswith("weight"))

@@ -181,7 +181,7 @@ def _packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001 - some models pass it by this name
     *,
     layout: Layout,
     scaling: float | None = None,
@@ -200,7 +200,7 @@ def _packed_attention(
         out = _padded_attention(
             query[0], key[0], value[0], layout, scaling, sliding_window, softcap, s_aux
         )
-        return out.transpose(0, 1)[None], None
+        return out.transpose(0, 1).contiguous()[None], None  # some models call view()
     from torch.nn.attention.varlen import varlen_attn
 
     if layout.path is not None:

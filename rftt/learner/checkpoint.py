@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -52,6 +53,8 @@ from rftt.types import UserError
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 FILE_BYTES = 1 << 29
 """Bytes after which the tensors of a checkpoint go on in another file."""
+MISFIT = ("Missing key", "Size mismatch")
+"""Beginnings of torch's errors about a checkpoint of another model or optimizer."""
 Modules = Mapping[str, nn.Module]
 Optimizers = Mapping[str, Optimizer]
 
@@ -217,15 +220,51 @@ def restore(
     modules: Modules,
     optimizers: Optimizers,
 ) -> dict[str, Any]:
-    """Load a checkpoint of any number of ranks in place. Return `extra`. Collective."""
+    """Load a checkpoint of any number of ranks in place. Return `extra`. Collective.
+
+    Raises UserError if it has not the tensors of these modules and optimizers.
+    """
     tensors = _tensors(modules, optimizers)
-    state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path / "state")))
+    try:
+        state_dict_loader.load(tensors, storage_reader=_reader(path / "state"))
+    except CheckpointException as error:
+        reasons = [str(failure) for failure, _stack in error.failures.values()]  # one per rank
+        if not reasons or not reasons[0].startswith(MISFIT):
+            raise
+        raise UserError(
+            f"the checkpoint {path} must have the tensors of this model and of its optimizer "
+            f"({one_line(reasons[0])}); use a checkpoint of the same model, with the same optim."
+        ) from error
     for name, optimizer in optimizers.items():
         state: dict[str, Any] = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
         prefix = f"optimizer.{name}."
         state |= {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         set_optimizer_state_dict(modules[name], optimizer, state, options=FLAT)
     return json.loads((path / "extra.json").read_text())
+
+
+def _reader(folder: Path) -> HuggingFaceStorageReader:
+    """Return torch's reader, which would also open hidden files such as ._1.safetensors."""
+    reader = HuggingFaceStorageReader(str(folder))
+    every = reader.fs.ls
+    reader.fs.ls = lambda path: [name for name in every(path) if Path(name).name[0] != "."]
+    return reader
+
+
+def whole_checkpoint(folder: str, world: World) -> Path:
+    """Return the path of another run's checkpoint. Collective.
+
+    Raises UserError if the folder is not a complete and undamaged checkpoint.
+    """
+    path = Path(folder)
+    if not world.gather((path / "COMPLETE").is_file())[0]:
+        raise UserError(
+            f"initial_state {folder} must be a checkpoint, which contains a file COMPLETE; name a "
+            "folder checkpoints/step_… of a training."
+        )
+    if not _is_whole(path, world):
+        raise UserError(f"initial_state {folder} is damaged; use another checkpoint.")
+    return path
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -242,9 +281,7 @@ def newest_whole(run_dir: Path, world: World) -> Path | None:
     """
     damaged: list[Path] = []
     for path in reversed(world.gather(_complete(run_dir / "checkpoints"))[0]):
-        recorded = world.gather(_recorded(path))[0]
-        parts = world.gather(_checksums(path, sorted(recorded), world))
-        if recorded and dict(chain(*(found.items() for found in parts))) == recorded:
+        if _is_whole(path, world):
             if world.is_main:
                 for other in damaged:
                     warnings.warn(f"{other} is damaged; going on from {path.name}", stacklevel=2)
@@ -257,6 +294,13 @@ def newest_whole(run_dir: Path, world: World) -> Path | None:
             f"{damaged[0]} is damaged, and there is no older checkpoint; use a new output_dir."
         )
     return None
+
+
+def _is_whole(path: Path, world: World) -> bool:
+    """Return whether the recorded files of a checkpoint are undamaged. Collective."""
+    recorded = world.gather(_recorded(path))[0]
+    parts = world.gather(_checksums(path, sorted(recorded), world))
+    return bool(recorded) and dict(chain(*(found.items() for found in parts))) == recorded
 
 
 def _files(folder: Path) -> list[str]:
@@ -281,7 +325,7 @@ def _recorded(path: Path) -> dict[str, int]:
     """Return the checksums recorded in COMPLETE, or {} if that file is damaged."""
     try:
         recorded = json.loads((path / "COMPLETE").read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return recorded if isinstance(recorded, dict) else {}
 

@@ -32,7 +32,7 @@ SAMPLE = 4096
 """Bytes that are read at the start, middle and end of each tensor of a larger file."""
 MAX_HEADER = 100 << 20
 """Largest header of a safetensors file, in bytes (the format's own limit)."""
-TOKENIZER = ("*.json", "*.jinja", "*.model", "*.txt")
+TOKENIZER = ("[!.]*.json", "[!.]*.jinja", "[!.]*.model", "[!.]*.txt")
 """Files of a model folder that contain its tokenizer, its template and its settings."""
 
 
@@ -130,7 +130,7 @@ def weights_digest(model: str) -> str:
 
 def weights_files(folder: Path) -> list[Path]:
     """Return the configuration and weight files of a model, in order. Others are ignored."""
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob("[!.]*.safetensors"))
     settings = [folder / name for name in ("config.json", "generation_config.json")]
     return [path for path in (*settings, *weights) if path.is_file()]
 

@@ -60,6 +60,14 @@ def open_log(cfg: SearchConfig, world: World) -> RunLog:
     return log
 
 
+def clear_trees(cfg: SearchConfig, world: World) -> None:
+    """Delete the trees of a search that is begun anew. All ranks meet before they write others."""
+    if cfg.overwrite_output_dir and world.is_main:
+        for path in (Path(cfg.output_dir) / "trees").glob("[!.]*"):
+            if path.suffix in (".json", ".html"):
+                path.unlink()
+
+
 def search_source(
     cfg: SearchConfig, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
 ) -> MadeFrom:

@@ -61,7 +61,8 @@ class Run:
         self.first_step: int = self.state.pop("step", 0)
         best_score: float = self.state.pop("best_score", -math.inf)
         if cfg.overwrite_output_dir and self._world.is_main:  # the log's lock makes it safe by now
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            for name in ("checkpoints", "samples", "trees"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
         self._checkpoints = Checkpoints(
             self.folder,
             self._world,
