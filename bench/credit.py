@@ -96,7 +96,7 @@ RECIPES = {
     "mcts-keep": Recipe(f"{MCTS} forced_actions=keep"),
     "mcts-twice": Recipe(f"{MCTS} children_per_act=2"),
     "tree": Recipe(f"{MCTS} tree_acts=drawn"),
-    "tree-puct": Recipe(f"{MCTS} tree_acts=drawn selection=puct"),
+    "mcts-puct": Recipe(f"{MCTS} selection=puct"),
     "fork": Recipe(f"{FORK} fork_rule=failed", searched=True),
     "fork-uncertain": Recipe(f"{FORK} fork_rule=uncertain"),
     "fork-random": Recipe(f"{FORK} fork_rule=random"),

@@ -208,7 +208,7 @@ def test_a_riddle_is_guessed_checked_forwards_and_guessed_again():
         "next_step": "try \\boxed{12}.",
         "direct_answer": "so \\boxed{12}.",
     }
-    assert tiny.write_check(riddle, (0, 13), wrong) == "12*2=24, 24+5=29, not 31."
+    assert tiny.write_check(riddle, (0, 13), wrong) == "12*2=24, 24+5=29, not 31, 2 too few."
     assert tiny.write_turn(riddle, (0, 13), wrong) == "Back, 12 is too small."
 
 

@@ -256,7 +256,9 @@ def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
     if tale.inverse:
         values = tale.values_from(tale.start + slip[1])
         steps = zip(values, tale.changes, values[1:], strict=False)
-        return ", ".join(f"{a}{change.sum}={b}" for a, change, b in steps) + f", not {tale.end}."
+        sums = ", ".join(f"{a}{change.sum}={b}" for a, change, b in steps)
+        missing = tale.end - values[-1]
+        return f"{sums}, not {tale.end}, {abs(missing)} too {'few' if missing > 0 else 'many'}."
     value, sums = begin[1], []
     for change in tale.changes[begin[0] : slip[0] + 1]:
         sums.append(f"{value}{change.sum}={(value := change.apply(value))}")
@@ -280,6 +282,8 @@ PAIRS = {"act": 48, "bare": 20, "plain": 2, "verify": 12, "refine": 4, "output":
 `bare` asks for an act without role, examples and label. The question is then where a bare question
 has it, so that the warm-up starts from a model that can read one (docs/log.md).
 """
+CHECKED = {"act": 36, "verify": 30}
+"""The shares that differ for `inverse`, whose sums are spelled out in checks alone."""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
 ERRORS = (-10, -5, -4, -3, -2, -2, -1, -1, 1, 1, 2, 2, 3, 4, 5, 10)
 """Errors of the wrong guesses of `inverse`."""
@@ -316,7 +320,8 @@ def make_pair(rng: Random, seen: set[str], family: Family = "tale") -> Pair:
     """Make one training example of the base model. Questions in `seen` are not used."""
     tale = make_tale(rng, seen, family)
     question, root = tale.question, (0, tale.start)
-    (kind,) = rng.choices(list(PAIRS), list(PAIRS.values()))
+    shares = PAIRS | CHECKED if tale.inverse else PAIRS
+    (kind,) = rng.choices(list(shares), list(shares.values()))
     if kind == "guard":
         asked, answer = make_guard(rng, seen)
         return Pair(question_messages(asked), f"So \\boxed{{{answer}}}.")
@@ -395,7 +400,7 @@ PHRASES = (
 )
 GUESSED = (
     ". Now |. How many at first?|. Asked: how many at first.|try \\boxed{|Back, | is too small.|"
-    " is too large."
+    " is too large.| too few.| too many."
 )
 """Further phrases of `inverse`."""
 
