@@ -148,6 +148,79 @@ def test_the_base_reads_problems_where_a_bare_question_has_them(tokenizer):
     assert 0.1 < found / len(pairs) < 0.35
 
 
+# ---- The harder families ----
+
+RIDDLES = [tiny.make_tale(Random(seed), set(), "inverse") for seed in range(300)]
+
+
+@pytest.mark.oracle
+def test_only_the_answer_leads_to_the_end_that_a_riddle_gives():
+    for riddle in RIDDLES:
+        told, end = re.match(r"\w+ has some \w+, (.*)\. Now (\d+)\. How", riddle.question).groups()
+        ends = [read(f"Eva has {start} pens, {told}. How many now?")[-1] for start in range(1, 200)]
+        assert [start for start, e in enumerate(ends, 1) if e == int(end)] == [riddle.answer]
+        assert riddle.answer not in riddle.values[1:]
+
+
+def test_a_long_tale_has_more_changes_than_any_other():
+    long = [tiny.make_tale(Random(seed), set(), "long") for seed in range(100)]
+    assert {len(tale.changes) for tale in long} == set(range(3, 7))
+    assert all(read(tale.question) == tale.values for tale in long)
+
+
+@pytest.mark.invariant
+def test_every_reply_to_a_riddle_keeps_its_contract_and_a_check_names_the_guess():
+    prompts, control = tiny.PROMPTS, partial(holds_control_text, tiny.build_tokenizer("inverse"))
+    named = 0
+    for seed, riddle in enumerate(RIDDLES):
+        rng, question, root = Random(seed), riddle.question, (0, riddle.start)
+        slip = tiny.make_slip(rng, riddle)
+        guess = riddle.start + slip[1]
+        wrong = tiny.text_of(tiny.write_path(riddle, root, None, rng, slip))
+        check = tiny.write_check(riddle, root, slip)
+        after = tiny.write_path(riddle, root, "refine", rng, None)
+        shown = {"question": question, "so_far": wrong}
+        assert f"\\boxed{{{guess}}}" in wrong
+        turn = tiny.write_turn(riddle, root, slip)
+        for act, text in (("verify", check), ("refine", turn)):
+            assert clean(prompts, act, text) == text
+            assert not breach(prompts, act, text, control, **shown)
+        assert all(line.act in successors("refine", "learned") for line in after[:1])
+        so_far = ""
+        for line in tiny.write_path(riddle, root, None, rng, None):
+            assert not breach(prompts, line.act, line.text, control, question, so_far)
+            so_far = f"{so_far}\n{line.text}".strip()
+        assert grade(so_far, str(riddle.answer), question).correct
+        named += best_check([check], nameable(wrong, so_far, question)) == check
+    assert named > 0.8 * len(RIDDLES)
+
+
+def test_a_riddle_is_guessed_checked_forwards_and_guessed_again():
+    changes = (tiny.Change("doubles them", "*2"), tiny.Change("finds 5", "+5"))
+    riddle = tiny.Tale("Eva", "pens", 13, changes, inverse=True)
+    asked = "Eva has some pens, doubles them, finds 5. Now 31. How many at first?"
+    assert (riddle.question, riddle.answer) == (asked, 13)
+    wrong = (0, -1)
+    assert {act: tiny.write_line(act, riddle, (0, 13), wrong).text for act in ACTS[:5]} == {
+        "clarify": "Given: 31 pens now. Asked: how many at first.",
+        "analysis": "before finds 5: 31-5.",
+        "subquestion": "before finds 5? 31-5=26.",
+        "next_step": "try \\boxed{12}.",
+        "direct_answer": "so \\boxed{12}.",
+    }
+    assert tiny.write_check(riddle, (0, 13), wrong) == "12*2=24, 24+5=29, not 31, 2 too few."
+    assert tiny.write_turn(riddle, (0, 13), wrong) == "Back, 12 is too small."
+
+
+def test_half_of_the_riddles_in_the_examples_go_on_after_a_check():
+    rng = Random(0)
+    pairs = [tiny.make_pair(rng, set(), "inverse") for _ in range(600)]
+    acts = [p for p in pairs if tiny.SO_FAR in p.messages[-1]["content"]]
+    corrected = [p for p in acts if " is too " in p.messages[-1]["content"]]
+    assert 0.3 < len(corrected) / len(acts) < 0.6
+    assert not any(pair.sound for pair in corrected)  # the wrong guess is not trained on
+
+
 # ---- Tokenizer ----
 
 

@@ -1,6 +1,6 @@
 """Make the demo world: word problems, a tokenizer, and a Qwen2 model trained from scratch.
 
-    python tools/tiny_world.py output_dir=outputs/tiny [seed=0] [train_steps=2500]
+    python tools/tiny_world.py output_dir=outputs/tiny [family=tale] [seed=0] [train_steps=2500]
 
 This writes `base/` (a Hugging Face folder), `train.jsonl`, `test.jsonl` and `guard.jsonl`. The
 model is trained on replies to the prompts of rftt/prompts.py. It becomes an imperfect instruct
@@ -9,6 +9,10 @@ model, which follows every instruction but makes mistakes. No code in rftt/ depe
 Acts differ in reliability, so that choosing among them matters (arXiv 2502.13389). `analysis` and
 `subquestion` spell sums out ("19*3=57"). `next_step` and `direct_answer` only name results, which
 `verify` spells out. No answer equals an earlier value, so checks seldom leak it.
+
+Two families are harder (docs/log.md has what was tried). `long` has more operations per problem. In
+`inverse` the end is given and the start is asked for, so that checking is easier than solving: an
+act names a guess, `verify` spells out where it leads, and the next guess can use the difference.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -38,12 +42,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 
+Family = Literal["tale", "long", "inverse"]
+
+
 @config_class
 class TinyConfig:
     """tools/tiny_world.py: write the demo world (base model and problem files)."""
 
     output_dir: LocalPath
     """Folder that receives the model and the three files."""
+    family: Family = "tale"
+    """Kind of problems: `tale`, `long` (more operations) or `inverse` (the start is asked for)."""
     seed: Seed = 0
     """Seed of the problems, the initial weights and the order of the examples."""
     train_steps: Count = 2500
@@ -63,7 +72,9 @@ THINGS = ("pens", "nuts", "keys", "eggs", "cards", "coins")
 VERBS = {"finds ": "+", "buys ": "+", "wins ": "+", "sells ": "-", "loses ": "-", "drops ": "-"}
 VERBS |= {"doubles them": "*2", "triples them": "*3", "halves them": "/2"}
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
-MAX_OPERATIONS, MAX_VALUE, MAX_AMOUNT = 4, 99, 9
+MAX_VALUE, MAX_AMOUNT = 99, 9
+OPERATIONS = {"tale": (1, 4), "long": (3, 6), "inverse": (2, 3)}
+"""Family -> the smallest and the largest number of operations of a problem."""
 
 
 @dataclass(frozen=True)
@@ -80,44 +91,64 @@ class Change:
 
 @dataclass(frozen=True)
 class Tale:
-    """A word problem: the changes of one quantity."""
+    """A word problem: the changes of one quantity, whose end or (`inverse`) start is unknown."""
 
     name: str
     thing: str
     start: int
     changes: tuple[Change, ...]
+    inverse: bool = False
 
     @property
     def question(self) -> str:
         """Text of the problem."""
         told = ", ".join(change.verb for change in self.changes)
+        if self.inverse:
+            return f"{self.name} has some {self.thing}, {told}. Now {self.end}. How many at first?"
         return f"{self.name} has {self.start} {self.thing}, {told}. How many now?"
 
     @property
     def values(self) -> list[int]:
         """Return the quantity before the first change, after it, …, at the end."""
-        values = [self.start]
+        return self.values_from(self.start)
+
+    def values_from(self, start: int) -> list[int]:
+        """Return the values that follow from another start, such as a guess."""
+        values = [start]
         for change in self.changes:
             values.append(change.apply(values[-1]))
         return values
 
+    @property
+    def end(self) -> int:
+        """The quantity after the last change."""
+        return self.values[-1]
 
-def make_tale(rng: Random, seen: set[str]) -> Tale:
+    @property
+    def answer(self) -> int:
+        """The unknown quantity."""
+        return self.start if self.inverse else self.end
+
+
+def make_tale(rng: Random, seen: set[str], family: Family = "tale") -> Tale:
     """Return a random problem whose question is not in `seen`.
 
-    Verbs are distinct, values are in 1 … MAX_VALUE, and no earlier value equals the answer.
+    Verbs are distinct, values are in 1 … MAX_VALUE, and no other value equals the answer. Nothing
+    is halved in `inverse`: a guess that is odd could not be checked.
     """
-    n = rng.randint(1, MAX_OPERATIONS)
+    n, inverse = rng.randint(*OPERATIONS[family]), family == "inverse"
+    known = [verb for verb in VERBS if not (inverse and VERBS[verb] == "/2")]
     while True:
-        verbs = rng.sample(list(VERBS), n)
+        verbs = rng.sample(known, n)
         amount = [str(rng.randint(2, MAX_AMOUNT)) if VERBS[v] in APPLY else "" for v in verbs]
         changes = [Change(v + a, VERBS[v] + a) for v, a in zip(verbs, amount, strict=True)]
         start, name, thing = rng.randint(2, 40), rng.choice(NAMES), rng.choice(THINGS)
-        tale = Tale(name, thing, start, tuple(changes))
-        *before, answer = values = tale.values
+        tale = Tale(name, thing, start, tuple(changes), inverse)
+        *before, _ = values = tale.values
         whole = all(v % 2 == 0 or c.sum != "/2" for v, c in zip(before, changes, strict=True))
         in_range = min(values) >= 1 and max(values) <= MAX_VALUE
-        if whole and in_range and answer not in before and tale.question not in seen:
+        new = values.count(tale.answer) == 1
+        if whole and in_range and new and tale.question not in seen:
             return tale
 
 
@@ -135,7 +166,9 @@ def make_guard(rng: Random, seen: set[str]) -> tuple[str, str]:
 Point = tuple[int, int]  # number of changes done, and the value after them
 SHARES = {"clarify": 1, "analysis": 3, "subquestion": 4, "next_step": 1, "direct_answer": 0.5}
 """Relative frequency of each act in the examples. Terse acts are rare, hence less reliable."""
-Slip = tuple[int, int]  # index of the wrong change, and its error
+AFTER_REFINE = ("subquestion", "next_step", "direct_answer")
+Slip = tuple[int, int]  # index of the wrong change, and its error; for `inverse` that of the guess
+UNDO = {"+": "-", "-": "+", "*": "/"}
 Lines = list["Line"]
 
 
@@ -150,6 +183,8 @@ class Line(NamedTuple):
 
 def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> Line:
     """Write a correct reply to `act` at `begin`. `slip` makes one of its results wrong."""
+    if tale.inverse:
+        return write_guess(act, tale, tale.start + (slip[1] if slip else 0))
     (done, value), left = begin, len(tale.changes) - begin[0]
     reach = {"analysis": min(2, left - 1), "direct_answer": left}
     reach |= dict.fromkeys(("subquestion", "next_step"), min(1, left))
@@ -178,11 +213,30 @@ def write_line(act: str, tale: Tale, begin: Point, slip: Slip | None = None) -> 
     return Line(act, text, begin, (end, value))
 
 
+def write_guess(act: str, tale: Tale, guess: int) -> Line:
+    """Write a reply to `act` for `inverse`. It undoes at most the last change, and then guesses."""
+    last, (before, end) = tale.changes[-1], tale.values[-2:]
+    undone = f"before {last.verb}{{}} {end}{UNDO[last.sum[0]]}{last.sum[1:]}"
+    match act:
+        case "clarify":
+            text = f"Given: {end} {tale.thing} now. Asked: how many at first."
+        case "analysis":
+            text = f"{undone.format(':')}."
+        case "subquestion":
+            text = f"{undone.format('?')}={before}."
+        case "output":
+            text = f"The final answer is \\boxed{{{guess}}}."
+        case _:
+            text = f"{'try' if act == 'next_step' else 'so'} \\boxed{{{guess}}}."
+    return Line(act, text, (0, guess), (0, guess))
+
+
 def write_path(tale: Tale, at: Point, act: str | None, rng: Random, slip: Slip | None) -> Lines:
     """Write a random path of phase 1's allowed acts from `at`, after `act`, to a boxed answer."""
     lines: Lines = []
     while not (lines and "\\boxed" in lines[-1].text):
-        (act,) = rng.choices(acts := successors(act, "prompted"), [SHARES[a] for a in acts])
+        acts = AFTER_REFINE if act == "refine" else successors(act, "prompted")
+        (act,) = rng.choices(acts, [SHARES[a] for a in acts])
         lines.append(write_line(act, tale, at, slip))
         at = lines[-1].end
     return lines
@@ -196,14 +250,28 @@ def text_of(lines: Lines) -> str:
 def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
     """Write a check that spells out the changes from `begin` to the wrong one.
 
-    The last result is omitted, so that the check does not contain the answer.
+    The last result is omitted, so that the check does not contain the answer. For `inverse` the
+    check spells out where the wrong guess leads.
     """
+    if tale.inverse:
+        values = tale.values_from(tale.start + slip[1])
+        steps = zip(values, tale.changes, values[1:], strict=False)
+        sums = ", ".join(f"{a}{change.sum}={b}" for a, change, b in steps)
+        missing = tale.end - values[-1]
+        return f"{sums}, not {tale.end}, {abs(missing)} too {'few' if missing > 0 else 'many'}."
     value, sums = begin[1], []
     for change in tale.changes[begin[0] : slip[0] + 1]:
         sums.append(f"{value}{change.sum}={(value := change.apply(value))}")
     if slip[0] < len(tale.changes) - 1:
         return ", ".join(sums) + f", not {value + slip[1]}."
     return ", ".join(sums).rpartition("=")[0] + f" is not {value + slip[1]}."
+
+
+def write_turn(tale: Tale, begin: Point, slip: Slip) -> str:
+    """Write the sentence that leads back to the point before a mistake."""
+    if tale.inverse:
+        return f"Back, {tale.start + slip[1]} is too {'small' if slip[1] < 0 else 'large'}."
+    return f"Back to {begin[1]}, before {tale.changes[begin[0]].verb}."
 
 
 # ---- (prompt, reply) pairs ----
@@ -214,7 +282,16 @@ PAIRS = {"act": 48, "bare": 20, "plain": 2, "verify": 12, "refine": 4, "output":
 `bare` asks for an act without role, examples and label. The question is then where a bare question
 has it, so that the warm-up starts from a model that can read one (docs/log.md).
 """
+CHECKED = {"act": 36, "verify": 30}
+"""The shares that differ for `inverse`, whose sums are spelled out in checks alone."""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
+ERRORS = (-10, -5, -4, -3, -2, -2, -1, -1, 1, 1, 2, 2, 3, 4, 5, 10)
+"""Errors of the wrong guesses of `inverse`."""
+CORRECTIONS = 0.5
+"""Share of the `inverse` examples whose solution so far ends with a wrong guess and its check.
+
+Without them the base has never read a check, and its second guess is no better than its first.
+"""
 PROMPTS = load_prompts(str(Path(__file__).parents[1] / "data/tiny/prompts.yaml"))
 LABEL, AFTER = PROMPTS.templates["act"].split("{question}")
 SO_FAR = AFTER.split("{so_far}")[0]
@@ -231,24 +308,39 @@ class Pair(NamedTuple):
     """Whether the solution so far is right, so that it is trained on like the reply."""
 
 
-def make_pair(rng: Random, seen: set[str]) -> Pair:
+def make_slip(rng: Random, tale: Tale, first: int = 0) -> Slip:
+    """Return a random mistake in one of the changes from `first` on, or in a guess."""
+    while tale.inverse:
+        if min(tale.values_from(tale.start + (error := rng.choice(ERRORS)))) >= 1:
+            return 0, error
+    return rng.randrange(first, len(tale.changes)), rng.choice(SLIPS)
+
+
+def make_pair(rng: Random, seen: set[str], family: Family = "tale") -> Pair:
     """Make one training example of the base model. Questions in `seen` are not used."""
-    tale = make_tale(rng, seen)
+    tale = make_tale(rng, seen, family)
     question, root = tale.question, (0, tale.start)
-    (kind,) = rng.choices(list(PAIRS), list(PAIRS.values()))
+    shares = PAIRS | CHECKED if tale.inverse else PAIRS
+    (kind,) = rng.choices(list(shares), list(shares.values()))
     if kind == "guard":
         asked, answer = make_guard(rng, seen)
         return Pair(question_messages(asked), f"So \\boxed{{{answer}}}.")
     if kind == "plain":
         return Pair(question_messages(question), write_line("direct_answer", tale, root).text)
-    slip = (rng.randrange(len(tale.changes)), rng.choice(SLIPS))
+    slip = make_slip(rng, tale)
     sound = rng.random() < 0.8  # else the reply continues from a mistake
     path = write_path(tale, root, None, rng, None if sound else slip)
     if kind == "output":
         reply = write_line("output", tale, path[-1].end).text
         return Pair(PROMPTS.ask("output", question, text_of(path)), reply, sound)
+    failed: Lines = []
+    if tale.inverse and kind in ("act", "bare") and rng.random() < CORRECTIONS:
+        failed, sound = write_path(tale, root, None, rng, slip), False
+        for text in (write_check(tale, root, slip), write_turn(tale, root, slip)):
+            failed.append(Line("refine", text, root, root))
+        path = write_path(tale, root, "refine", rng, None)
     (cut,) = rng.choices(range(len(path)), [SHARES[line.act] for line in path])
-    done, line = path[:cut], path[cut]
+    done, line = failed + path[:cut], path[cut]
     if kind in ("act", "bare"):
         line = write_line(line.act, tale, line.begin)
         messages = PROMPTS.ask(line.act, question, text_of(done))
@@ -258,11 +350,11 @@ def make_pair(rng: Random, seen: set[str]) -> Pair:
     if line.begin[0] == len(tale.changes):
         done, line = [], path[0]
     act = done[-1].act if done else None
-    slip = (rng.randrange(line.begin[0], len(tale.changes)), rng.choice(SLIPS))
+    slip = make_slip(rng, tale, line.begin[0])
     wrong = write_path(tale, line.begin, act, rng, slip)
     check = write_check(tale, line.begin, slip)
     if kind == "refine":
-        reply = f"Back to {line.begin[1]}, before {tale.changes[line.begin[0]].verb}."
+        reply = write_turn(tale, line.begin, slip)
         messages = PROMPTS.ask("refine", question, text_of([*done, *wrong]), {"check": check})
         return Pair(messages, reply)
     right = write_path(tale, line.begin, act, rng, None)
@@ -275,7 +367,7 @@ def make_pair(rng: Random, seen: set[str]) -> Pair:
 PAD, END = "<|pad|>", "<|end|>"
 
 
-def build_tokenizer() -> PreTrainedTokenizerBase:
+def build_tokenizer(family: Family = "tale") -> PreTrainedTokenizerBase:
     """Build Qwen2's tokenizer over bytes, plus one entry for every phrase of this world.
 
     Phrases keep sequences short, digits are never merged, and other text is encoded as bytes. The
@@ -291,7 +383,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
         eos_token=END,
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
     )
-    for phrase in sorted(_phrases()):
+    for phrase in sorted(_phrases(family)):
         tokenizer.add_tokens(AddedToken(phrase, normalized=False))
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
@@ -306,9 +398,14 @@ PHRASES = (
     " gives |Back to |, before |, not | is not |The final answer is \\boxed{|so \\boxed{|"
     "So \\boxed{|}.|, |: |? "
 )
+GUESSED = (
+    ". Now |. How many at first?|. Asked: how many at first.|try \\boxed{|Back, | is too small.|"
+    " is too large.| too few.| too many."
+)
+"""Further phrases of `inverse`."""
 
 
-def _phrases() -> set[str]:
+def _phrases(family: Family) -> set[str]:
     """Return the fixed parts of prompts, replies and questions."""
     hole = "\0"
     others = {"wrong": hole, "correct": hole, "check": hole}
@@ -316,6 +413,8 @@ def _phrases() -> set[str]:
     texts = [message["content"] for messages in shown for message in messages]
     phrases = {part for text in texts for part in text.split(hole)} | {PROMPTS.nothing_yet}
     phrases |= {description_of(f"<{act}>") for act in ACTS} | {"end: "}
+    if family == "inverse":
+        phrases |= {f"{name} has some" for name in NAMES} | set(GUESSED.split("|"))
     phrases |= {f"{name} has " for name in NAMES} | {f" {thing}" for thing in THINGS}
     return phrases.union(VERBS, PHRASES.split("|")) - {""}
 
@@ -448,19 +547,20 @@ def main(config: TinyConfig) -> None:
     for name, n in (("test", config.n_test), ("train", config.n_train)):
         rows = []
         for i in range(n):
-            tale = make_tale(rng, seen)
+            tale = make_tale(rng, seen, config.family)
             seen.add(tale.question)
             own = Random(f"{config.seed}-{name}-{i}")  # solutions do not change the problems
             lines = write_path(tale, (0, tale.start), None, own, None)
             row = {"id": f"{name}-{i}", "problem": tale.question, "solution": text_of(lines)}
-            rows.append(row | {"answer": str(tale.values[-1]), "level": len(tale.changes)})
+            rows.append(row | {"answer": str(tale.answer), "level": len(tale.changes)})
         write_jsonl(folder / f"{name}.jsonl", rows)
     guard = dict(make_guard(rng, seen) for _ in range(config.n_guard))
     rows = [{"id": f"guard-{i}", "problem": q, "answer": guard[q]} for i, q in enumerate(guard)]
     write_jsonl(folder / "guard.jsonl", rows)
     seen |= set(guard)
-    tokenizer = build_tokenizer()
-    model = train_model(config, tokenizer, iter(lambda: make_pair(rng, seen), None))
+    tokenizer = build_tokenizer(config.family)
+    pairs = iter(lambda: make_pair(rng, seen, config.family), None)
+    model = train_model(config, tokenizer, pairs)
     for part in (model.bfloat16(), tokenizer):  # half the size on disk
         part.save_pretrained(folder / "base.tmp")
     (folder / "base.tmp").rename(folder / "base")  # so an existing base is complete
