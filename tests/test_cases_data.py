@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,10 @@ def test_rows_carry_the_line_on_which_they_begin(tmp_path) -> None:
         ("a.csv", CSV.encode("latin-1"), r"a\.csv:3 must be UTF-8"),
         ("a.jsonl.gz", gzip.compress(CSV.encode(), mtime=0)[:-9], "must be a complete gzip file"),
         ("a.gz", b"\x1f\x8bnonsense", "must be a complete gzip file"),
+        ("a.jsonl.bz2", bz2.compress(CSV.encode()), "must be text or gzip, got bzip2; unpack it"),
+        ("a.jsonl.xz", lzma.compress(CSV.encode()), "got xz; unpack it"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\0", "got zstd; unpack it"),
+        ("a.zip", b"PK\3\4\0", "got zip; unpack it"),
         ("a.parquet", b"PAR1nonsense", "cannot be read as Parquet"),
         ("a.json", '[{"question": "1?"},\n {"question": }]', r"a\.json:2 is not JSON"),
         ("a.json", '[{"question": "1?"},\n]', r"a\.json:2 is not JSON"),
@@ -320,6 +326,8 @@ def test_a_column_whose_name_has_dots_or_braces_is_itself(tmp_path) -> None:
          (None, None), "all parts of a message must be text"),
         ({"prompt": [{"role": "user", "content": None}], "answer": "2"}, (None, None),
          "content of a message must be text"),
+        ({"prompt": [{"role": "user", "content": "1?"}, 3], "answer": "2"}, (None, None),
+         "'prompt' must be text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused_with_line_and_key(tmp_path, row, keys, message) -> None:
@@ -437,6 +445,18 @@ def test_pairs_of_two_questions_are_refused() -> None:
 
 
 # ---- Text that files cannot hold ----
+
+
+def test_a_number_that_no_float_holds_stays_a_number(tmp_path) -> None:
+    digits = "7" * 400
+    row = f'{{"question": "1?", "answer": {digits}, "level": {digits}, "id": {digits}}}\n'
+    [problem] = load_problems(written(tmp_path / "a.jsonl", row))
+    assert (problem.answer, problem.level) == (digits, digits)
+
+
+def test_a_path_of_data_that_is_too_long_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"x cannot be read .*File name too long"):
+        load_problems("x" * 5000)
 
 
 def test_lone_surrogates_become_the_replacement_character(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import re
@@ -23,7 +24,15 @@ import train_sft
 from rftt.engines import build_engine, slots, vocabulary_size
 from rftt.engines.base import Sampling
 from rftt.engines.chat import load_tokenizer, open_tokenizer, reply_ends
-from rftt.engines.opened import check_context, check_files, check_rows, logit_head, open_model
+from rftt.engines.opened import (
+    check_context,
+    check_files,
+    check_rows,
+    check_savable,
+    listed_ends,
+    logit_head,
+    open_model,
+)
 from rftt.engines.vocabulary import check_free, check_question, check_text, end_ids, turn_end
 from rftt.graders.prm_local import LocalPRM, check_padding
 from rftt.learner import attention, logprobs
@@ -36,7 +45,7 @@ from rftt.run import provenance
 from rftt.run.config import RLConfig, ServeConfig, SFTConfig, load_config
 from rftt.run.data import load_rows
 from rftt.run.files import write_jsonl
-from rftt.run.provenance import weights_digest
+from rftt.run.provenance import model_digest, weights_digest
 from rftt.tokens import add_function_tokens
 from rftt.types import UserError
 from tests.conftest import ROOT, run
@@ -318,6 +327,56 @@ def test_a_damaged_header_is_one_line(
         check_files(str(folder))
     monkeypatch.setattr(provenance, "WHOLE", 0)
     weights_digest(str(folder))  # a journal's digest comes first, and leaves it to the check
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff{}", b'{"max_new_tokens": -5}'])
+def test_a_damaged_generation_config_is_one_line(world: Path, tmp_path: Path, content) -> None:
+    file = tmp_path / "generation_config.json"
+    file.write_bytes(content)
+    for use in (check_savable, listed_ends):
+        with pytest.raises(UserError, match=r"generation_config\.json cannot be used") as error:
+            use(str(tmp_path))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_hidden_layers": 3}, "must be equal to the number of `layer_types`"),
+        ({"max_position_embeddings": "x"}, "expected int, got str"),
+        ({"num_attention_heads": 0}, "division or modulo by zero"),
+        ({"quantization_config": "x"}, "no attribute 'to_dict'"),
+    ],
+)
+def test_a_config_with_values_that_do_not_fit_is_one_line(
+    world: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    """Those of another version of transformers are among them."""
+    folder = copied(world, tmp_path, lambda f: edit(f / "config.json", **changes))
+    with pytest.raises(UserError, match=rf"no model at .*{reason}") as error:
+        load_policy(str(folder), torch.float32)
+    assert "\n" not in str(error.value)
+    with contextlib.suppress(UserError):  # the tokenizer's class reads config.json as well
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "[" * 100_000])
+def test_a_config_that_is_not_one_is_one_line(world: Path, tmp_path: Path, content: str) -> None:
+    folder = copied(world, tmp_path, lambda f: (f / "config.json").write_text(content))
+    for use in (load_tokenizer, check_files):
+        with pytest.raises(UserError) as error:
+            use(str(folder))
+        assert "\n" not in str(error.value)
+
+
+def test_hidden_files_of_other_programs_are_ignored(world: Path, tmp_path: Path) -> None:
+    """macOS writes a file ._name beside each file on a foreign disk or in an archive."""
+    folder = copied(world, tmp_path, lambda _: None)
+    before = model_digest(str(folder))
+    for name in ("._model.safetensors", "._pytorch_model.bin", "._tokenizer.json"):
+        (folder / name).write_bytes(b"\0\5\26\7")
+    check_files(str(folder))
+    assert model_digest(str(folder)) == before
 
 
 def test_an_unreadable_weight_file_is_named(

@@ -89,6 +89,8 @@ def test_a_training_ends_after_its_step_and_a_second_ctrl_c_ends_it_at_once(name
         (errno.EROFS, "use a writable output_dir"),
         (errno.EACCES, "cannot be opened"),
         (errno.EIO, "the disk has a fault"),
+        (errno.EMFILE, "raise the limit (ulimit -n)"),
+        (errno.ESTALE, "mount the drive again"),
     ],
 )
 def test_a_disk_that_fails_is_one_line(capsys, code, cure) -> None:
@@ -98,6 +100,17 @@ def test_a_disk_that_fails_is_one_line(capsys, code, cure) -> None:
     assert (status, line.count("\n")) == (2, 1)
     assert cure in line
     assert "o/metrics.jsonl" in line
+
+
+@pytest.mark.parametrize("name", ["output_dir", "config file"])
+def test_a_path_that_is_too_long_is_one_line(tmp_path, capsys, name) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    words = [*EVALUATE[:2], "dtype=float32"]
+    for path in ("x" * 300, tmp_path / "loop"):
+        more = [f"output_dir={path}"] if name == "output_dir" else [str(path), "output_dir=o"]
+        with pytest.raises(SystemExit) as ended:
+            cli(lambda c: RunLog(Path(c.output_dir), {}, enabled=True), EvalConfig, [*more, *words])
+        assert (ended.value.code, capsys.readouterr().err.count("\n")) == (2, 1)
 
 
 def test_a_disk_that_fails_in_a_library_is_one_line(capsys) -> None:

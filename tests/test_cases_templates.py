@@ -133,6 +133,11 @@ def test_named_templates_need_a_default_one(opened, tmp_path) -> None:
         ("{{ raise_exception('System role not supported') }}", "set system_prompt: null"),
         ("{{ messages[0].content.items() }}", "must accept the roles system, user"),
         ("{% if %}", "must accept the roles system, user"),
+        ("{{ 1 / 0 }}", "must accept the roles system, user .division by zero"),
+        ("{{ 'a' + none }}", "must accept the roles system, user"),
+        ("{{ messages[0].content.split('') }}", "roles system, user .empty separator"),
+        ("{% for i in range(1000000) %}x{% endfor %}", "roles system, user .Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "roles system, user .maximum recur"),
     ],
 )
 def test_a_template_that_refuses_the_messages_is_one_line(opened, template, message) -> None:
@@ -141,6 +146,16 @@ def test_a_template_that_refuses_the_messages_is_one_line(opened, template, mess
         asked(tokenizer, system="Be brief.")
     assert "\n" not in str(error.value)
     assert "qwen2" not in str(error.value) or "model" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "3", "null", "[" * 100_000])
+def test_a_damaged_file_of_a_tokenizer_is_one_line(opened, tmp_path, name, content) -> None:
+    opened(THINKING)
+    (tmp_path / "model" / name).write_text(content)
+    with pytest.raises(UserError, match=r"must be a folder with a tokenizer|another version") as e:
+        load_tokenizer(str(tmp_path / "model"))
+    assert "\n" not in str(e.value)
 
 
 # ---- Dates ----

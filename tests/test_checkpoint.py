@@ -98,9 +98,10 @@ def test_files_of_others_do_not_damage_a_checkpoint(world: World, tmp_path: Path
     train(world, tmp_path, 1)
     path = latest(tmp_path)
     assert path is not None
-    for name in (".DS_Store", "hf/.DS_Store", "state/Thumbs.db"):
+    for name in (".DS_Store", "hf/.DS_Store", "state/Thumbs.db", "state/._1.safetensors"):
         (path / name).write_bytes(b"\x00")
     assert newest_whole(tmp_path, world) == path
+    train(world, tmp_path, 2)  # goes on from it
 
 
 @pytest.mark.faults

@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from jinja2 import TemplateError
-
 from rftt.engines import build_engine, vocabulary_size
 from rftt.engines.base import Reply, Sampling
 from rftt.engines.templates import (
     CUT,
+    FAULTS,
     apart,
     encode_pieces,
     single_template,
@@ -49,11 +48,13 @@ def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, chat: bool = True
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer. Raises UserError if it is missing or, with `chat`, has no chat template."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
+    broken = (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (*broken, StrictDataclassError) as error:
         raise UserError(
             f"model_name_or_path must be a folder with a tokenizer or a reachable hub name, got "
             f"{path!r} ({one_line(error)})."
@@ -107,7 +108,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[
         else:
             text = tokenizer.apply_chat_template(cut, add_generation_prompt=True, tokenize=False)
             ids = encode_pieces(tokenizer, cast(str, text).split(CUT))
-    except TemplateError as error:
+    except FAULTS as error:
         roles = ", ".join(message["role"] for message in messages)
         cure = "set system_prompt: null" if "system" in roles else "set chat_template to another"
         raise UserError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BROKEN = (
-    AttributeError, ImportError, IndexError, KeyError, NotImplementedError, OSError, RuntimeError,
-    SafetensorError, TypeError, ValueError,
+    ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+    SafetensorError, StrictDataclassError, TypeError, ValueError,
 )  # fmt: skip
 """What transformers raises on a folder that is not a model, or on a call that a model refuses."""
 
@@ -132,11 +133,11 @@ def check_savable(path: str) -> None:
 
     Without this check training would fail when it saves its first checkpoint.
     """
-    if not _file(path, "generation_config.json"):
-        return
+    settings = _generation_settings(path)
     try:
-        with quiet():
-            GenerationConfig.from_pretrained(path).validate(strict=True)
+        if settings:
+            with quiet():
+                settings.validate(strict=True)
     except ValueError as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.startswith("-")]
         raise UserError(
@@ -148,11 +149,23 @@ def check_savable(path: str) -> None:
 
 def listed_ends(path: str) -> tuple[int, ...]:
     """Return the ids that the model's generation_config.json lists as ends of a reply."""
-    if not _file(path, "generation_config.json"):
-        return ()
-    with quiet():
-        listed = GenerationConfig.from_pretrained(path).eos_token_id
+    settings = _generation_settings(path)
+    listed = settings.eos_token_id if settings else None
     return tuple(listed) if isinstance(listed, list) else () if listed is None else (listed,)
+
+
+def _generation_settings(path: str) -> GenerationConfig | None:
+    """Return the model's generation settings, or None. Raises UserError for a damaged file."""
+    if not _file(path, "generation_config.json"):
+        return None
+    try:
+        with quiet():
+            return GenerationConfig.from_pretrained(path)
+    except BROKEN as error:
+        raise UserError(
+            f"{path}/generation_config.json cannot be used ({one_line(error)}); correct or remove "
+            "that file."
+        ) from error
 
 
 RESCALED = ("longrope", "dynamic")

@@ -12,6 +12,8 @@ from datetime import date, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from rftt.prompts import Messages
 from rftt.run.files import decode_text, read_bytes
 from rftt.tokens import CLOSERS, OPENERS
@@ -20,6 +22,8 @@ from rftt.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FAULTS = (ArithmeticError, LookupError, RecursionError, TemplateError, TypeError, ValueError)
+"""What a chat template can raise while it is rendered: Jinja's errors and those of expressions."""
 CUT = "\ufdd0"
 """A noncharacter of Unicode that marks where a control text is cut in a rendered prompt."""
 SETTINGS = re.compile(r"\A\{# rftt settings #\}.*?\{\{ '' \}\}", re.DOTALL)

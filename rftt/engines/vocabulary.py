@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from jinja2 import TemplateError
-
 from rftt.engines import vocabulary_size
+from rftt.engines.templates import FAULTS
 from rftt.types import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def check_question(
     """
     try:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except TemplateError:
+    except FAULTS:
         return
     if (n := cast(str, text).count(QUESTION)) != 1:
         raise UserError(
@@ -85,7 +84,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": REPLY}]
     try:
         text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError:
+    except FAULTS:
         return None
     _, found, rest = text.rpartition(REPLY)
     control = set(tokenizer.all_special_ids)

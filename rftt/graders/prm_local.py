@@ -38,10 +38,11 @@ from transformers import AutoModel, AutoModelForCausalLM
 from rftt.engines.chat import load_tokenizer
 from rftt.engines.loop import StepLoop
 from rftt.engines.opened import HEADS, check_files, check_same, logit_head, open_model, probes
-from rftt.engines.templates import CUT, cut_control, single_template, with_date
+from rftt.engines.templates import CUT, FAULTS, cut_control, single_template, with_date
 from rftt.engines.vocabulary import QUESTION, check_question, check_text
 from rftt.graders.prm import TAG, Unscored, checked
 from rftt.prompts import question_messages
+from rftt.run.files import one_line
 from rftt.types import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +109,13 @@ class Writer:
             turns = [("system", self.system_prompt)] if self.system_prompt else []
             turns += [("user", question), ("assistant", body)]
             messages = [{"role": role, "content": content} for role, content in turns]
-            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            try:
+                text = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+            except FAULTS as error:
+                raise UserError(
+                    f"the PRM's chat template must accept the roles {', '.join(dict(turns))} "
+                    f"({one_line(error)}); use a tokenizer with another template."
+                ) from error
         start = text.rfind(body)
         if start < 0:
             raise UserError(

@@ -47,6 +47,12 @@ DISK = {
     errno.EIO: "a file cannot be written ({}); the disk has a fault; use another output_dir "
     + AGAIN,
     **dict.fromkeys((errno.EACCES, errno.EPERM), ACCESS),
+    errno.ENAMETOOLONG: "a path is longer than the file system allows ({}); use a shorter one",
+    errno.ELOOP: "a path leads through too many links ({}); correct the links",
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "too many files are open ({}); raise the limit (ulimit -n)"
+    ),
+    errno.ESTALE: "a file of a network drive has gone ({}); mount the drive again " + AGAIN,
 }
 """Errors of a file system -> message. Without permission reading fails as well as writing."""
 

@@ -80,7 +80,7 @@ def as_text(value: Any, name: str, place: str, *, lists: bool = False) -> str | 
         return value
     if isinstance(value, float) and value.is_integer():  # AMC: 27.0
         return str(int(value))
-    if is_number(value) and math.isfinite(value):
+    if is_finite(value):
         return str(value)
     if isinstance(value, list) and lists:
         return ", ".join(as_text(item, name, place) or "" for item in value)
@@ -93,6 +93,11 @@ def as_text(value: Any, name: str, place: str, *, lists: bool = False) -> str | 
 def is_number(value: Any) -> bool:
     """Return whether a value is a number, which true and false are not."""
     return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a value is a finite number. An integer may be too large for a float."""
+    return is_number(value) and (isinstance(value, int) or math.isfinite(value))
 
 
 def filled(row: Row, key: str, place: str, *, lists: bool = False) -> str | None:
@@ -119,7 +124,7 @@ def label_of(row: Row, label: str) -> str | None:
     """Return an id, a level or a subject. Values other than text and numbers are ignored."""
     for key in LABELS[label]:
         value = value_at(row, key)
-        if isinstance(value, str) or (is_number(value) and math.isfinite(value)):
+        if isinstance(value, str) or is_finite(value):
             text = as_text(value, key, "")
             if text is not None:
                 return text
@@ -138,8 +143,10 @@ def messages_in(value: Any, place: str) -> list[dict[str, str]] | None:
         return None
     messages = []
     for message in value:
+        if not isinstance(message, dict):
+            return None
         names = ("role", "content") if "role" in message else ("from", "value")
-        if not isinstance(message, dict) or not set(names) <= message.keys():
+        if not set(names) <= message.keys():
             return None
         role, content = message[names[0]], message[names[1]]
         if isinstance(content, list) and all(isinstance(part, dict) for part in content):

@@ -29,6 +29,10 @@ UTF_16_OR_32 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 """Byte order marks. That of little-endian UTF-32 starts with that of UTF-16."""
 
 
+PACKED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+"""First bytes of a compressed file -> its format."""
+
+
 MAX_NAME = 120
 """Longest file name made from an id, in bytes: file systems allow 255, some of them 143."""
 
@@ -58,10 +62,10 @@ def one_line(text: object, limit: int = 200) -> str:
 
 def read_bytes(path: str | Path) -> bytes:
     """Return the content of a file. Raises UserError if it cannot be read."""
-    if Path(path).is_dir():
-        raise UserError(f"{path} must be a file, got a folder; name a file in it.")
     try:
         return Path(path).read_bytes()
+    except IsADirectoryError as error:
+        raise UserError(f"{path} must be a file, got a folder; name a file in it.") from error
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; check the path.") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -70,6 +74,9 @@ def read_bytes(path: str | Path) -> bytes:
 
 def decode_text(data: bytes, path: str | Path) -> str:
     """Return UTF-8 as text without its byte order mark. Raises UserError for other encodings."""
+    for magic, kind in PACKED.items():
+        if data.startswith(magic):
+            raise UserError(f"{path} must be text or gzip, got {kind}; unpack it.")
     one_nul = data[:2].count(0) == 1  # ASCII text in UTF-16 or UTF-32, without a mark
     if data.startswith(UTF_16_OR_32) or one_nul:
         raise UserError(f"{path} must be UTF-8, got UTF-16 or UTF-32; save it as UTF-8.")
