@@ -68,7 +68,7 @@ TEXT: dict[str, tuple[str, list[str], list[str]]] = {
     "unknown key": ("train_rl", ["{bad}/rl.yaml"],
         ["unknown key 'learing_rate'", "rl.yaml line 2", "Did you mean 'learning_rate'?"]),
     "wrong choice": ("train_rl", ["advantage_estimator=ppo2"],
-        ["`advantage_estimator` must be one of ppo,", "grpo, got 'ppo2' (on the command line)"]),
+        ["`advantage_estimator` must be one of ppo,", "tree, got 'ppo2' (on the command line)"]),
     "wrong type": ("train_rl", ["max_steps=many"], ["must be an integer", "got 'many'"]),
     "incompatible": ("train_rl", ["num_generations=1", "train_batch_size=2"],
         ["num_generations=1", "zero advantages with grpo", "use at least 2"]),
