@@ -126,8 +126,15 @@ def test_search_killed_and_started_again_ends_with_the_same_rows(demo):
     assert process.wait() == -signal.SIGKILL
     assert 4 <= len(Journal(journal).rows) < 24
     run(*command, f"output_dir={killed}")
-    for name in ("data/sft.jsonl", "stats.json"):
-        assert (killed / name).read_text() == (out / "unbroken" / name).read_text()
+    rows = [(folder / "data/sft.jsonl").read_text() for folder in (killed, out / "unbroken")]
+    assert rows[0] == rows[1]
+    # Not the tokens and refusals: the problems that are left share other batches, whose sums differ
+    # in the last bit. On one CPU (AVX2) that turned one reply of 24 problems, a refused one.
+    counts = [
+        json.loads((folder / "stats.json").read_text()) for folder in (killed, out / "unbroken")
+    ]
+    for key in ("problems", "rows", "solved"):
+        assert counts[0][key] == counts[1][key]
 
 
 def rl(out, name, *arguments, torchrun=0):
