@@ -331,7 +331,8 @@ def make_pair(rng: Random, seen: set[str], family: Family = "tale") -> Pair:
     sound = rng.random() < 0.8  # else the reply continues from a mistake
     path = write_path(tale, root, None, rng, None if sound else slip)
     if kind == "output":
-        reply = write_line("output", tale, path[-1].end).text
+        guessed = slip if tale.inverse and not sound else None  # output repeats a wrong guess
+        reply = write_line("output", tale, path[-1].end, guessed).text
         return Pair(PROMPTS.ask("output", question, text_of(path)), reply, sound)
     failed: Lines = []
     if tale.inverse and kind in ("act", "bare") and rng.random() < CORRECTIONS:
