@@ -110,10 +110,15 @@ def test_every_search_method_ends_in_rows_with_a_price(demo, method):
 
 
 def test_search_killed_and_started_again_ends_with_the_same_rows(demo):
+    """The problems that are left share other batches, whose sums differ in the last bit.
+
+    With seed 0 a draw of train-8 is 3e-8 from the border between two tokens, and its reply depends
+    on that bit. With seed 4 no draw is nearer than 1.3e-5.
+    """
     out, _ = demo
     command = [
         "python", "search.py", "configs/tiny/search.yaml", f"model_name_or_path={out / 'base'}",
-        f"train_file={out / 'train.jsonl'}", "max_problems=24", "problems_in_flight=4",
+        f"train_file={out / 'train.jsonl'}", "max_problems=24", "problems_in_flight=4", "seed=4",
     ]  # fmt: skip
     run(*command, f"output_dir={out / 'unbroken'}")
     killed = out / "killed"
@@ -126,15 +131,8 @@ def test_search_killed_and_started_again_ends_with_the_same_rows(demo):
     assert process.wait() == -signal.SIGKILL
     assert 4 <= len(Journal(journal).rows) < 24
     run(*command, f"output_dir={killed}")
-    rows = [(folder / "data/sft.jsonl").read_text() for folder in (killed, out / "unbroken")]
-    assert rows[0] == rows[1]
-    # Not the tokens and refusals: the problems that are left share other batches, whose sums differ
-    # in the last bit. On one CPU (AVX2) that turned one reply of 24 problems, a refused one.
-    counts = [
-        json.loads((folder / "stats.json").read_text()) for folder in (killed, out / "unbroken")
-    ]
-    for key in ("problems", "rows", "solved"):
-        assert counts[0][key] == counts[1][key]
+    for name in ("data/sft.jsonl", "stats.json"):
+        assert (killed / name).read_text() == (out / "unbroken" / name).read_text()
 
 
 def rl(out, name, *arguments, torchrun=0):
