@@ -15,7 +15,7 @@ import torch
 from rftt.learner import fsdp
 from rftt.learner.logprobs import CHUNK_LOGITS, chunk_width
 from rftt.run.cli import cli
-from rftt.run.config import EvalConfig, RLConfig, SFTConfig, load_config
+from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.types import UserError
 from tools import doctor
 
@@ -43,6 +43,15 @@ def test_the_doctor_starts_the_ranks_of_the_run() -> None:
     assert doctor.launcher(8)[1:] == [
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8",
     ]  # fmt: skip
+
+
+def test_the_doctor_starts_one_process_where_the_model_is_behind_a_url(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GPUS", "8")
+    api = ["engine=api", "api_url=http://127.0.0.1:1", "api_model=m", "api_max_tokens=9"]
+    assert doctor.ranks_of(load_config(SearchConfig, [*NEEDED, "train_file=t", *api])) == 1
+    assert doctor.ranks_of(load_config(SearchConfig, [*NEEDED, "train_file=t"])) == 8
 
 
 def test_the_doctor_sleeps_wakes_and_loads_as_a_run_does(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def memory(cfg: Config) -> Finding:
     gpu = torch.cuda.is_available() and cfg.device != "cpu"
     available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = torch.cuda.mem_get_info()[1] if gpu else available
-    ranks = _ranks(cfg)
+    ranks = ranks_of(cfg)
     kind, gpu_bytes = ("cuda", available) if gpu else ("cpu", 0)
     logits = CHUNK_LOGITS[kind], KEPT_LOGITS[kind]
     model, n = model_of(cfg)
@@ -255,11 +255,11 @@ def disk(cfg: Config) -> Finding:
 
 def one_step(cfg: Config) -> Finding:
     """Run the script itself on one prompt: engine, grader and, in training, one step."""
-    script, begin = SCRIPTS[type(cfg)], time.monotonic()
+    script, begin, ranks = SCRIPTS[type(cfg)], time.monotonic(), ranks_of(cfg)
     with TemporaryDirectory(dir=_existing(cfg.output_dir), prefix=".doctor-") as folder:
-        small = asdict(cfg) | smallest(cfg, _ranks(cfg)) | {"output_dir": folder}
+        small = asdict(cfg) | smallest(cfg, ranks) | {"output_dir": folder}
         write_json(f"{folder}/small.yaml", small)  # JSON is YAML
-        command = [*launcher(_ranks(cfg)), str(ROOT / script), f"{folder}/small.yaml"]
+        command = [*launcher(ranks), str(ROOT / script), f"{folder}/small.yaml"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise UserError(
@@ -304,10 +304,15 @@ def gpu_lacks(capability: tuple[int, int]) -> str | None:
     return None
 
 
-def _ranks(cfg: Config) -> int:
-    """Return the ranks of the run: WORLD_SIZE or GPUS (runs/recipe.sh), else one per GPU."""
+def ranks_of(cfg: Config) -> int:
+    """Return the ranks of the run: WORLD_SIZE or GPUS (runs/recipe.sh), else one per GPU.
+
+    engine=api is one process.
+    """
     import torch
 
+    if not isinstance(cfg, SFTConfig) and cfg.engine == "api":
+        return 1
     gpus = torch.cuda.device_count() if cfg.device != "cpu" else 0
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("GPUS") or max(gpus, 1))
 
