@@ -37,7 +37,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from rftt.run.files import read_jsonl, write_json
+from bench.tiny_results import last_rounds, scores, steps
+from rftt.run.files import write_json
 from rftt.run.stats import paired_bootstrap
 
 ROOT = Path(__file__).parents[1]
@@ -262,16 +263,9 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 """Seeds -> the 97.5 % quantile of Student's t with one degree of freedom less."""
 
 
-def scores(folder: Path) -> dict[str, list[float]] | None:
-    """Return per problem greedy correctness and the share of right samples; None: not finished."""
-    if not beside(folder, ".done.json").exists():
-        return None
-    (file,) = (folder / "eval").glob("*.jsonl")
-    rows = sorted((row for _, row in read_jsonl(file)), key=lambda row: row["id"])
-    return {
-        "greedy": [float(row["greedy"]["correct"]) for row in rows],
-        "sampled": [fmean(s["correct"] for s in row["samples"]) for row in rows],
-    }
+def finished_scores(folder: Path) -> dict[str, list[float]] | None:
+    """Return the scores of a finished evaluation, or None."""
+    return scores(folder) if beside(folder, ".done.json").exists() else None
 
 
 def over_seeds(changes: list[float]) -> list[float] | None:
@@ -286,11 +280,6 @@ def percent(values: Sequence[float]) -> list[float]:
     return [round(100 * value, 2) for value in values]
 
 
-def last_rounds(rows: list[dict[str, Any]], key: str) -> float:
-    """Return the mean of a metric over the last three rounds."""
-    return round(fmean(row[key] for row in rows[-3:]), 3)
-
-
 def explorer_of(keys: dict[str, str]) -> str:
     """Return plain, mcts (acts are forced), tree (acts are the policy's own) or fork."""
     if keys["sampling_method"] != "mcts":
@@ -303,19 +292,21 @@ def cell_of(out: Path, name: str, recipe_name: str, seeds: Sequence[int]) -> dic
     recipe = RECIPES[recipe_name]
     keys = dict(key.split("=", 1) for key in recipe.keys.split())
     estimator = keys.get("advantage_estimator", "grpo")
-    own, plain, runs, used = [], [], [], []
+    own, plain, folders, used = [], [], [], []
     for seed in seeds:
         here = out / name / f"seed{seed}"
-        found, beside_it = scores(here / f"eval-{recipe_name}"), scores(here / "eval-plain")
+        found = finished_scores(here / f"eval-{recipe_name}")
+        beside_it = finished_scores(here / "eval-plain")
         if found and beside_it:
             own.append(found)
             plain.append(beside_it)
-            runs.append([row for _, row in read_jsonl(here / recipe_name / "metrics.jsonl")])
+            folders.append(here / recipe_name)
             used.append(seed)
     if not used:
         return None
     first = out / name / f"seed{used[0]}"
     done = json.loads(beside(first / recipe_name, ".done.json").read_text())
+    runs = [steps(folder) for folder in folders]
     tokens = [round(sum(row["tokens_generated"] for row in run)) for run in runs]
     cell = {
         "recipe": recipe_name,
@@ -341,7 +332,7 @@ def cell_of(out: Path, name: str, recipe_name: str, seeds: Sequence[int]) -> dic
         pairs = zip(each, [fmean(found[metric]) for found in plain], strict=True)
         t_intervals[metric] = over_seeds([a - b for a, b in pairs])
     for key in ("malformed_share", "response_length", "acts/verify", "acts/refine"):
-        per_seed[key] = [last_rounds(run, key) for run in runs]
+        per_seed[key] = [round(last_rounds(folder, key), 3) for folder in folders]
     cell |= {"change_vs_plain": bootstrapped, "change_vs_plain_seeds": t_intervals}
     cell["per_seed"] = per_seed
     if recipe.searched:
@@ -358,7 +349,7 @@ def starts(out: Path, name: str, seeds: Sequence[int]) -> dict[str, dict[str, li
     """Return the accuracies before RL: model -> metric -> one figure per finished seed."""
     found: dict[str, dict[str, list[float]]] = {}
     for model in ("base", "sft", "sft-cot"):
-        each = [scores(out / name / f"seed{seed}" / f"eval-{model}") for seed in seeds]
+        each = [finished_scores(out / name / f"seed{seed}" / f"eval-{model}") for seed in seeds]
         if whole := [one for one in each if one]:
             found[model] = {m: percent([fmean(one[m]) for one in whole]) for m in METRICS}
     return found
