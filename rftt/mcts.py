@@ -96,7 +96,7 @@ class Tree:
         self.max_depth = max_depth
         self.exploration_weight = exploration_weight
         self.selection = selection
-        self.random = Random(seed)  # the order in which acts of equal prior are tried
+        self.random = Random(seed)  # the order of acts of equal prior, and where forks begin
         self.root_log_priors: dict[str, float] = {}  # log π(act | root); a step brings its own
         self.nodes: list[Node] = []
         self.root = self._add(None, None, ())

@@ -103,7 +103,7 @@ class Rollout:
 
     @property
     def reward(self) -> float:
-        """Reward of the whole response. Rounding makes sums equal that are equal but for noise."""
+        """Reward of the whole response. Rounded, so that equal sums of floats compare equal."""
         return round(sum(self.step_rewards), 9)
 
     def step_ids(self) -> list[tuple[int, ...]]:

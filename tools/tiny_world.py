@@ -290,7 +290,7 @@ ERRORS = (-10, -5, -4, -3, -2, -2, -1, -1, 1, 1, 2, 2, 3, 4, 5, 10)
 CORRECTIONS = 0.5
 """Share of the `inverse` examples whose solution so far ends with a wrong guess and its check.
 
-Without them the base has never read a check, and its second guess is no better than its first.
+Without them the base has never read a check, and its second guess is as bad as its first.
 """
 PROMPTS = load_prompts(str(Path(__file__).parents[1] / "data/tiny/prompts.yaml"))
 LABEL, AFTER = PROMPTS.templates["act"].split("{question}")

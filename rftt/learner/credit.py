@@ -13,7 +13,7 @@ from statistics import fmean
 
 from rftt.types import Rollout
 
-# ---- Advantages on a tree: rollouts that share steps tell which step made the difference ----
+# ---- Advantages on a tree: rollouts that share steps show which step made the difference ----
 
 Steps = list[tuple[float, ...]]
 """One number per step of each rollout, (S,). A step's number holds for all its tokens."""
@@ -130,8 +130,8 @@ MIN_TEMPERATURE = 0.1
 def min_form(scores: Sequence[float]) -> list[float]:
     """Return PURE's rewards of the steps, whose sum is about the weakest one (arXiv 2504.15275).
 
-    r_s = softmax(−p / T)_s · p_s with p = 2 · score − 1 in [−1, 1] and T = 0.1. Without a PRM all
-    are 0. One more step adds at most 0.2785 T, so length is not paid.
+    r_s = softmax(−p / T)_s · p_s with p = 2 · score − 1 in [−1, 1] and T = 0.1. One more step adds
+    at most 0.2785 T, so length is not paid.
     """
     signed = [2.0 * score - 1.0 for score in scores]
     weights = [math.exp((min(signed) - p) / MIN_TEMPERATURE) for p in signed]

@@ -30,7 +30,7 @@ OUT_OF_MEMORY = (
     "CUDA Error: out of memory",  # vLLM's allocator
     "DefaultCPUAllocator: can't allocate memory",
 )
-"""Parts of their messages. Its exception types are not used, because torch is not imported."""
+"""Parts of messages of torch and vLLM, whose exception types would have to be imported."""
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 """Exit codes of a script that was stopped. It continues when it is started again."""
 AGAIN = "and start the same command again to continue"

@@ -661,8 +661,8 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
     importance_cap: Annotated[float, Field(ge=1)] | None = 2.0
     """Upper bound on π_trainer/π_engine, which weights the loss; None is off."""
     forced_actions: Literal["keep", "weigh", "mask"] = "keep"
-    """Openers that the tree chose count as actions (keep), as actions weighted by π(opener)
-    (weigh), or not as actions (mask)."""
+    """Openers that the tree chose count as actions (keep), as actions with the weight that gives
+    the policy gradient (weigh: docs/method.md), or not as actions (mask)."""
     malformed_responses: Literal["grade", "mask", "reject"] = "grade"
     """Responses with text outside whole segments are graded normally; mask: likewise, but this text
     is not trained; reject: they count as no answer."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reward:
-    """What scores the rollouts of a run, and with what."""
+    """Scores rollouts with the grader, the user's functions and the PRM, if any."""
 
     cfg: RLConfig
     tokenizer: PreTrainedTokenizerBase
