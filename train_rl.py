@@ -70,7 +70,7 @@ def train(cfg: RLConfig, world: World) -> None:
     sampler = sampler_of(cfg, engine, tokenizer, ids, stepwise=cfg.rollout_mode == "stepwise")
     explorer = Explorer(cfg, sampler)
     reward = Reward(cfg, tokenizer, ids, asyncio.run(open_prm(cfg, run.info)))
-    models = load_models(cfg, world, engine.n_tokens)
+    models = load_models(cfg, world, engine.n_tokens, ids)
     learner = Learner(cfg, models.trained(), cfg.max_steps, world, run.folder / "debug", run.info)
     if run.is_new:
         check_warm(cfg, sampler, problems[:8])

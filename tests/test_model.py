@@ -11,9 +11,10 @@ from rftt import rl
 from rftt.batch import Batch
 from rftt.learner.fsdp import empty_like, flat_microbatches
 from rftt.learner.logprobs import _ChunkedLogprobs, token_logprobs, token_values
-from rftt.learner.model import Critic, add_function_rows, load_critic, load_policy, prepare
+from rftt.learner.model import Critic, load_critic, load_policy, prepare
 from rftt.learner.offline import collate_rows
 from rftt.learner.prefix_tree import forest_of, n_saved, tree_microbatches
+from rftt.learner.rows import add_function_rows
 from rftt.tokens import CLOSERS, OPENERS, add_function_tokens, description_of
 from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model, word_tokenizer

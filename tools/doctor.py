@@ -106,7 +106,8 @@ def model(cfg: Config) -> Finding:
 
     from rftt.engines.opened import check_savable
     from rftt.learner.check import check_backbone, check_policy
-    from rftt.learner.model import add_function_rows, load_critic, load_policy
+    from rftt.learner.model import load_critic, load_policy
+    from rftt.learner.rows import add_function_rows
 
     path, trust = cfg.model_name_or_path, cfg.trust_remote_code
     if cfg.skip_model_check:

@@ -367,10 +367,15 @@ def _whole_weights(model: nn.Module, world: World, dtype: str) -> dict[str, Tens
 
 
 def _tensors(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return every tensor to save under a flat name. Shards stay local. A tied head comes once."""
+    """Return every tensor to save under a flat name. Shards stay local. A tied head comes once.
+
+    Frozen weights are those of the model that the run started from, and are not saved.
+    """
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
-        tensors |= {f"module.{name}.{key}": tensor for key, tensor in own_tensors(module)}
+        frozen = {key for key, p in module.named_parameters() if not p.requires_grad}
+        own = ((key, tensor) for key, tensor in own_tensors(module) if key not in frozen)
+        tensors |= {f"module.{name}.{key}": tensor for key, tensor in own}
     for name, optimizer in optimizers.items():
         state = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
         for key, value in state.items():

@@ -19,7 +19,7 @@ from datetime import timedelta
 from itertools import accumulate
 from random import Random
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,10 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from rftt.batch import Batch
+from rftt.learner.lora import lora_config, merged
 from rftt.learner.prefix_tree import tree_microbatches
 from rftt.run.files import one_line
 from rftt.types import UserError
@@ -273,9 +275,20 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, whole tensor); a tied head comes once. Collective."""
+    """Yield (Hugging Face name, whole tensor); a tied head comes once. Collective.
+
+    The adapter of an adapted model (lora.py) is merged.
+    """
+    if lora_config(model):
+        yield from merged(cast(PreTrainedModel, model), own_tensors(model), whole)
+        return
     for name, tensor in own_tensors(model):
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, whole(tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the tensor that a shard is part of, or a tensor that is not sharded. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

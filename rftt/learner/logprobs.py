@@ -8,7 +8,7 @@ temperature.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from rftt.batch import Batch
 from rftt.engines.opened import capped, logit_head
 from rftt.learner.attention import Layout, layout_of
 from rftt.learner.prefix_tree import forest_of
+from rftt.learner.rows import trained_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +46,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        own: Tensor | None,
+        own_ids: tuple[int, ...],
         cap: float | None,
         targets: Tensor,
         temperature: float,
@@ -57,7 +60,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
         total, mean = torch.zeros_like(peak), torch.zeros_like(peak)
         kept: list[Tensor] = []
         for start in starts:
-            raw = _raw(hidden, weight, bias, slice(start, min(start + starts.step, starts.stop)))
+            rows = slice(start, min(start + starts.step, starts.stop))
+            raw = _raw(hidden, _replaced(weight, own, own_ids, rows), bias, rows)
             kept += [raw] if len(kept) < n_kept else []
             logits = _divided(capped(raw.to(wide), cap), temperature)
             column, inside = _place(targets, start, logits.shape[1])
@@ -69,23 +73,26 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 mean = mean * shrink + mass.mul_(logits).sum(-1)
         normalizer = peak + total.log()
         entropy = normalizer - mean / total
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy, *kept)
+        ctx.save_for_backward(hidden, weight, bias, own, targets, normalizer, entropy, *kept)
         ctx.set_materialize_grads(False)
-        ctx.cap, ctx.temperature, ctx.starts = cap, temperature, starts
+        ctx.cap, ctx.temperature, ctx.starts, ctx.own_ids = cap, temperature, starts, own_ids
         return picked - normalizer, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalizer, entropy, *kept = ctx.saved_tensors
+        hidden, weight, bias, own, targets, normalizer, entropy, *kept = ctx.saved_tensors
         slopes, grad_entropy = grads  # None where the loss does not use it
         slopes = torch.zeros_like(normalizer) if slopes is None else slopes
         grad_hidden = torch.zeros_like(hidden, dtype=normalizer.dtype)
-        grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.starts.stop :] = 0  # rows of padding beyond the tokenizer
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            grad_weight[ctx.starts.stop :] = 0  # rows of padding beyond the tokenizer
+        grad_own = None if own is None else torch.zeros_like(own)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for number, start in enumerate(ctx.starts):
             rows = slice(start, min(start + ctx.starts.step, ctx.starts.stop))
-            raw = kept[number] if number < len(kept) else _raw(hidden, weight, bias, rows)
+            matrix = _replaced(weight, own, ctx.own_ids, rows)
+            raw = kept[number] if number < len(kept) else _raw(hidden, matrix, bias, rows)
             logits = capped(raw.to(normalizer.dtype), ctx.cap)
             logp = _divided(logits, ctx.temperature) - normalizer[:, None]
             factor = -slopes[:, None]
@@ -100,18 +107,36 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad = grad.to(hidden.dtype)
             if grad_bias is not None:
                 grad_bias[rows] = grad.sum(0)
-            torch.mm(grad.T, hidden, out=grad_weight[rows])
+            if grad_weight is not None:
+                torch.mm(grad.T, hidden, out=grad_weight[rows])
+            if grad_own is not None:
+                which, columns = _inside(ctx.own_ids, rows)
+                grad_own[which] = grad[:, columns].T @ hidden
             if grad.dtype == grad_hidden.dtype:
-                grad_hidden.addmm_(grad, weight[rows])
+                grad_hidden.addmm_(grad, matrix)
             else:  # the sum over chunks stays in float32
-                grad_hidden += grad @ weight[rows]
-        grads_of_head = (grad_weight, grad_bias, None)
-        return grad_hidden.to(hidden.dtype), *grads_of_head, None, None, None, None, None
+                grad_hidden += grad @ matrix
+        grads_of_head = (grad_weight, grad_bias, grad_own)
+        return grad_hidden.to(hidden.dtype), *grads_of_head, *[None] * 7
 
 
-def _raw(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+def _inside(ids: tuple[int, ...], rows: slice) -> tuple[list[int], list[int]]:
+    """Return which of `ids` are in `rows`, and their places there."""
+    which = [i for i, token in enumerate(ids) if rows.start <= token < rows.stop]
+    return which, [ids[i] - rows.start for i in which]
+
+
+def _replaced(weight: Tensor, own: Tensor | None, own_ids: tuple[int, ...], rows: slice) -> Tensor:
+    """Return `rows` of the head's weight, with the rows `own` in the place of `own_ids`."""
+    which, places = _inside(own_ids, rows)
+    if own is None or not which:
+        return weight[rows]
+    return weight[rows].index_copy(0, torch.tensor(places, device=own.device), own[which])
+
+
+def _raw(hidden: Tensor, matrix: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
     """Return (A, width) logits of the ids `rows`, before any soft cap."""
-    logits = hidden @ weight[rows].T
+    logits = hidden @ matrix.T
     return logits if bias is None else logits + bias[rows]
 
 
@@ -174,8 +199,11 @@ def packed_logprobs(
     kind, n = hidden.device.type, len(targets) or 1
     starts = range(0, n_tokens, chunk or chunk_width(kind, n))
     n_kept = KEPT_LOGITS[kind] // (starts.step * n)
+    rows = trained_rows(model)
+    own, ids = (rows.output, rows.ids) if rows and rows.active else (None, ())
+    weights = (head.weight, head.bias, own, ids)
     return _ChunkedLogprobs.apply(
-        hidden, head.weight, head.bias, head.cap, targets, temperature, starts, n_kept, with_entropy
+        hidden, *weights, head.cap, targets, temperature, starts, n_kept, with_entropy
     )
 
 
@@ -235,8 +263,3 @@ def packed_inputs(batch: Batch) -> dict[str, Any]:
 
 def _inputs(input_ids: Tensor, position_ids: Tensor, layout: Layout) -> dict[str, Any]:
     return {"input_ids": input_ids[None], "position_ids": position_ids[None], "layout": layout}
-
-
-def weight_of(module: nn.Module | None) -> Tensor:
-    """Return the (vocabulary, width) weight of an embedding or head."""
-    return cast(nn.Linear, module).weight

@@ -1,11 +1,10 @@
-"""Load Hugging Face causal language models for packed batches, critics, and new vocabulary rows.
+"""Load Hugging Face causal language models for packed batches, and critics.
 
 Attention never crosses documents (attention.py), and other layers process no padding tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from inspect import getsource
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -17,17 +16,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rftt.engines import vocabulary_size
 from rftt.engines.opened import HEADS, open_model, quiet
 from rftt.learner.attention import ATTENTION
-from rftt.learner.logprobs import hidden_states, packed_logprobs, weight_of
+from rftt.learner.logprobs import hidden_states, packed_logprobs
 from rftt.rl import WorldSum, kl_estimate
-from rftt.tokens import CLOSERS, OPENERS, description_of
-from rftt.types import UserError
 
 if TYPE_CHECKING:
     from rftt.batch import Batch
@@ -164,40 +159,3 @@ def score_metrics(batch: Batch, world: World) -> dict[str, float]:
         n_drawn = world.sum(float(drawn.sum()))  # of all ranks
         metrics["kl"] = world.sum(float(kl)) / max(n_drawn, 1.0)
     return metrics
-
-
-# ---- New vocabulary rows ----
-
-
-@torch.no_grad()
-def add_function_rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    new: Sequence[str] = OPENERS + CLOSERS,
-) -> None:
-    """Initialise the embedding of each `new` delimiter with the mean of its description's rows.
-
-    An untied head is initialised in the same way. `new` is the result of
-    tokens.add_function_tokens, so rows that are already trained stay unchanged. Call this before
-    sharding. Raises UserError if the model lacks rows for other tokens.
-    """
-    n_rows = len(weight_of(model.get_input_embeddings()))
-    n_tokens = vocabulary_size(tokenizer)
-    n_earlier = 1 + max(i for token, i in tokenizer.get_vocab().items() if token not in set(new))
-    if n_rows < n_earlier:
-        raise UserError(
-            f"the model must have a vocabulary row for each of the tokenizer's "
-            f"{n_earlier} earlier ids, got {n_rows} rows: they do not belong "
-            "together; use the tokenizer of this model."
-        )
-    if n_rows < n_tokens:
-        model.resize_token_embeddings(n_tokens, mean_resizing=False)
-    if not new:
-        return
-    embedding = weight_of(model.get_input_embeddings())
-    head = weight_of(model.get_output_embeddings())
-    ids = tokenizer.convert_tokens_to_ids(list(new))
-    described = [tokenizer.encode(description_of(t), add_special_tokens=False) for t in new]
-    for weight in [embedding] if head is embedding else [embedding, head]:
-        means = [weight[description].mean(0) for description in described]
-        weight[ids] = torch.stack(means)

@@ -15,9 +15,12 @@ from rftt.engines.opened import check_rows, check_savable, open_config
 from rftt.engines.vocabulary import check_free
 from rftt.learner.check import check_backbone, check_policy
 from rftt.learner.fsdp import World, shard
-from rftt.learner.model import Critic, add_function_rows, load_critic, load_policy
+from rftt.learner.lora import Reference, attach
+from rftt.learner.model import Critic, load_critic, load_policy
+from rftt.learner.rows import add_function_rows, matrices
 from rftt.run.config import RLConfig, SFTConfig
 from rftt.run.data import Example, lengths_of
+from rftt.tokens import CLOSERS, OPENERS, FunctionIds
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Models:
     """The models of an RL run."""
 
     policy: PreTrainedModel
-    reference: PreTrainedModel | None
+    reference: PreTrainedModel | Reference | None
     """The frozen initial policy. None without a KL term."""
     critic: Critic | None
     """The value model of ppo. None for other estimators."""
@@ -38,9 +41,12 @@ class Models:
         return {"policy": self.policy, **critic}
 
 
-def load_models(cfg: RLConfig, world: World, vocabulary: int) -> Models:
+def load_models(
+    cfg: RLConfig, world: World, vocabulary: int, ids: FunctionIds | None = None
+) -> Models:
     """Load every model that the run needs, all of them from `model_name_or_path`.
 
+    With `use_peft` there is one, whose functional tokens `ids` are trained beside the adapter.
     Raises UserError if a model is not what its folder says, or would be scored wrongly.
     """
     if not cfg.skip_model_check:
@@ -50,7 +56,8 @@ def load_models(cfg: RLConfig, world: World, vocabulary: int) -> Models:
     def load(load_one: Any, *, frozen: bool = False) -> Any:
         model = load_one(
             cfg.model_name_or_path,
-            compute if frozen else torch.float32,  # the optimizer needs float32 weights
+            # The optimizer needs float32 weights, and never sees frozen ones.
+            compute if frozen or cfg.use_peft else torch.float32,
             gradient_checkpointing=cfg.gradient_checkpointing and not frozen,
             trust_remote_code=cfg.trust_remote_code,
             check=not cfg.skip_model_check,
@@ -60,11 +67,16 @@ def load_models(cfg: RLConfig, world: World, vocabulary: int) -> Models:
                 check_backbone(model.backbone)
             else:
                 check_policy(model, vocabulary, tree=cfg.packing == "tree")
+        if cfg.use_peft:
+            attach(cfg, model, (*ids.openers, *ids.closers) if ids else (), cfg.seed)
         return shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
 
+    policy, reference = load(load_policy), None
+    if cfg.kl_coef:
+        reference = Reference(policy) if cfg.use_peft else load(load_policy, frozen=True)
     return Models(
-        policy=load(load_policy),
-        reference=load(load_policy, frozen=True) if cfg.kl_coef else None,
+        policy=policy,
+        reference=reference,
         critic=load(load_critic) if cfg.advantage_estimator == "ppo" else None,
         vocabulary=vocabulary,
     )
@@ -87,16 +99,21 @@ def load_trainee(
         check_free(tokenizer, new_tokens)
         config = open_config(path, trust_remote_code=cfg.trust_remote_code)
         check_rows(path, config, lengths_of(rows))
+    compute = getattr(torch, cfg.dtype)
     model = load_policy(
         path,
-        torch.float32,  # the optimizer needs float32 weights
+        # The optimizer needs float32 weights, and never sees frozen ones.
+        compute if cfg.use_peft else torch.float32,
         gradient_checkpointing=cfg.gradient_checkpointing,
         trust_remote_code=cfg.trust_remote_code,
         check=not cfg.skip_model_check,
     )
+    rows = tokenizer.convert_tokens_to_ids([*OPENERS, *CLOSERS]) if cfg.functional_tokens else []
+    before = [m[rows] for m in matrices(model) if len(m) > max(rows, default=0)]
     add_function_rows(model, tokenizer, new_tokens)
     if not cfg.skip_model_check:
         check_policy(model, n_tokens)
-    compute = getattr(torch, cfg.dtype)
+    if cfg.use_peft:
+        attach(cfg, model, rows, cfg.seed, frozen=before)
     shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
     return model, n_tokens

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import pydantic.dataclasses
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -122,6 +123,13 @@ def _typed(value: Any) -> Any:
     except ValueError:
         return value
 
+
+def _listed(value: Any) -> Any:
+    """Return a list where a single text may stand for one."""
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 
 # ---- The settings ----
 
@@ -228,6 +236,16 @@ class Training:
     """Decay of the second moment (arXiv 2502.13389)."""
     weight_decay: Share = 0.0
     """AdamW, decoupled."""
+    use_peft: bool = False
+    """Train a low-rank adapter and the functional tokens' rows, and freeze all other weights (LoRA,
+    arXiv 2106.09685). Needs peft."""
+    lora_r: Count = 16
+    """LoRA: rank of the adapter."""
+    lora_alpha: Positive = 32.0
+    """LoRA: scale of the adapter times its rank: a layer adds lora_alpha / lora_r · B A x."""
+    lora_target_modules: Names = field(default_factory=lambda: ["all-linear"])
+    """LoRA: ends of the names of the adapted layers, such as [q_proj, v_proj]. all-linear is every
+    linear layer but the head."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
     """Optimizer. adamw_8bit needs bitsandbytes and a GPU and is untested."""
     max_grad_norm: Positive = 1.0
@@ -726,6 +744,15 @@ class RLConfig(Common, Graded, EngineKeys, Training, Process, Acts):
         if self.top_p != 1:
             raise UserError(f"top_p={self.top_p} biases the policy ratio; set top_p: 1.0.")
         _require_ids(self)
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_has_no_critic(self) -> Self:
+        if self.use_peft and self.advantage_estimator == "ppo":
+            raise UserError(
+                "use_peft trains no critic, which advantage_estimator=ppo needs; use grpo, tree or "
+                "reinforce++, or set use_peft: false."
+            )
         return self
 
     def _check_explorer(self) -> None:

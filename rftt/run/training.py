@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole, try_saving
-from rftt.learner.fsdp import World
+from rftt.learner.fsdp import World, own_tensors, whole
+from rftt.learner.lora import adapter, lora_config, save_adapter, trained_share, why_not_alone
 from rftt.run.cli import check_same_run, stop_on_signals
 from rftt.run.config import RLConfig, SFTConfig
 from rftt.run.files import write_json, write_jsonl
@@ -72,6 +73,8 @@ class Run:
             best=best_score,
         )
         self._log.rewind(self.first_step)
+        for name, module in learner.modules.items():
+            self.info(f"{name}: {trained_share(module)}")
         self._world.gather_or_raise(self._try_saving)
         self._stop = stop_on_signals()
 
@@ -171,6 +174,21 @@ class Run:
         policy = cast(PreTrainedModel, self._learner.modules["policy"])
         export_hf(policy, self._tokenizer, self.folder / "hf", self._world, self._cfg.dtype)
         self.info(f"model written to {self.folder / 'hf'}")
+        if lora_config(policy):
+            self._write_adapter(policy)
+
+    def _write_adapter(self, policy: PreTrainedModel) -> None:
+        """Write the adapter alone, if peft and vLLM can add it to the model. Collective."""
+        folder, base = self.folder / "adapter", self._cfg.model_name_or_path
+        if reason := why_not_alone(policy):
+            self.info(f"no adapter folder: {reason}; the merged model has everything")
+            return
+        tensors, settings = adapter(policy, own_tensors(policy), whole)
+        if self._world.is_main:
+            save_adapter(policy, tensors, settings, base, folder)
+            self._tokenizer.save_pretrained(folder)
+        self._world.barrier()
+        self.info(f"adapter of {base} written to {folder}")
 
     def _try_saving(self) -> None:
         if self._world.is_main:
