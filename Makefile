@@ -94,7 +94,7 @@ $(VENV)/.runtime: requirements.txt $(if $(LOCKED),requirements.lock)
 	$(call install,$(VENV),-r requirements.txt)
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt requirements-check.txt requirements-serve.txt requirements-api.txt requirements-data.txt $(VENV)/.runtime
+$(VENV)/.dev: requirements-dev.txt requirements-check.txt requirements-serve.txt requirements-api.txt requirements-data.txt requirements-lora.txt $(VENV)/.runtime
 	$(call install,$(VENV),-r requirements-dev.txt)
 	@touch $@
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from rftt.learner import offline
@@ -136,6 +137,31 @@ def test_two_ranks_resume_to_the_bit_and_one_rank_takes_over(
     alone = train(world, two_ranks / "alone", 5)
     assert len(taken_over.history) == 5
     assert taken_over.history[4][:4] == pytest.approx(alone.history[4][:4], rel=1e-4)
+
+
+@pytest.mark.lora
+@pytest.mark.invariant
+@pytest.mark.dist
+def test_an_adapter_on_two_ranks_equals_one_and_resumes_to_the_bit(
+    world: World, two_ranks: Path, tmp_path: Path
+) -> None:
+    """Checkpoints hold the adapter, the rows and their moments, but no frozen weight."""
+    result = json.loads((two_ranks / "result.json").read_text())
+    unbroken, resumed = result["lora"]
+    assert resumed == unbroken
+    one = train(world, tmp_path / "one", 4, adapted=True)
+    train(world, tmp_path / "broken", 2, adapted=True)
+    assert train(world, tmp_path / "broken", 4, adapted=True).digest == one.digest
+    for mine, theirs in zip(one.history, result["lora_history"], strict=True):
+        assert mine[:4] == pytest.approx(theirs[:4], rel=1e-5, abs=1e-5)
+    weights = torch.load(two_ranks / "lora_weights.pt", weights_only=True)
+    for name, weight in one.weights.items():
+        torch.testing.assert_close(weight, weights[name], atol=1e-4, rtol=0)
+    (state,) = (tmp_path / "one/checkpoints/step_000004/state").glob("*.safetensors")
+    with safe_open(state, "pt") as file:
+        policy = [name for name in file.keys() if "policy" in name]  # noqa: SIM118
+    assert policy
+    assert all("lora_" in name or "function_rows" in name for name in policy)
 
 
 @pytest.mark.dist

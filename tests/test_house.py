@@ -169,7 +169,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "vllm": ("rftt/engines/vllm.py",),
     "torch.distributed": ("rftt/learner/fsdp.py", "rftt/learner/checkpoint.py"),
     "peft": ("rftt/learner/lora.py",),
-    "bitsandbytes": ("rftt/learner/lora.py", "rftt/learner/optim.py"),
+    "bitsandbytes": ("rftt/learner/optim.py",),
     "datasets": ("rftt/run/tables.py",),
     "pyarrow": ("rftt/run/tables.py",),
     "openai": ("rftt/engines/openai.py",),

@@ -1,6 +1,7 @@
 """Test LoRA: what is trained, what is frozen, and that the merged weights are the trained model."""
 
-from types import SimpleNamespace
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +10,15 @@ from torch import nn
 
 from rftt.learner.fsdp import full_weights, own_tensors, whole
 from rftt.learner.logprobs import token_logprobs
-from rftt.learner.lora import Reference, adapter, attach, save_adapter, trained_share
+from rftt.learner.lora import Reference, adapter, attach, save_adapter, trained_share, why_not_alone
 from rftt.learner.model import prepare
+from rftt.run.config import RLConfig, Training
 from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model
 
 pytestmark = pytest.mark.lora
 IDS = tuple(range(VOCABULARY - 19, VOCABULARY - 3))  # sixteen, before three other rows
+SETTINGS = Training(learning_rate=1.0, use_peft=True, lora_r=4, lora_alpha=6.0)
 BATCH = random_batch([9, 14, 6])
 
 
@@ -31,8 +34,7 @@ def adapted(family: str = "qwen2", *, tied: bool = True, ids: Any = IDS, **keys:
 
 def fresh(family: str = "qwen2", *, tied: bool = True, ids: Any = IDS, **keys: Any) -> Any:
     model = prepare(tiny_model(family, tied=tied))
-    settings = {"lora_r": 4, "lora_alpha": 6.0, "lora_target_modules": ["all-linear"]} | keys
-    attach(SimpleNamespace(**settings), model, ids, seed=0)  # pyright: ignore[reportArgumentType]
+    attach(replace(SETTINGS, **keys), model, ids, seed=0)
     return model
 
 
@@ -168,3 +170,26 @@ def test_modules_that_cannot_be_adapted_are_one_line() -> None:
     for names in (["no_such_proj"], ["lm_head"], ["embed_tokens"]):
         with pytest.raises(UserError, match="lora_target_modules"):
             fresh(tied=False, lora_target_modules=names)
+
+
+def test_an_adapter_for_ppo_is_one_line() -> None:
+    with pytest.raises(UserError, match="use_peft trains no critic"):
+        RLConfig(
+            model_name_or_path="m", output_dir="o", train_file="t", learning_rate=1.0,
+            advantage_estimator="ppo", use_peft=True,
+        )  # fmt: skip
+
+
+def test_a_missing_peft_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-lora\.txt"):
+        fresh()
+
+
+def test_a_base_without_rows_gets_no_adapter_folder() -> None:
+    model = fresh()
+    assert why_not_alone(model) is None
+    grown = prepare(tiny_model())
+    attach(SETTINGS, grown, IDS, seed=0, frozen=[])
+    assert why_not_alone(grown) == "the base model has no rows for the functional tokens"
+    assert "scales its embeddings" in str(why_not_alone(fresh("gemma")))

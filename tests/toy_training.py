@@ -6,7 +6,7 @@ python tests/toy_training.py RUN_DIR STEPS, or under torchrun. It continues wher
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from rftt.learner.fsdp import (
     shard,
 )
 from rftt.learner.logprobs import token_logprobs, token_values
+from rftt.learner.lora import attach
 from rftt.learner.model import Critic, prepare
 from rftt.learner.optim import build_optimizer, lr_at, set_lr
 from rftt.run.config import Training
@@ -49,10 +50,14 @@ def train(
     param_dtype: torch.dtype | None = None,
     keep: int = 0,
     checkpoint: bool = True,
+    adapted: bool = False,
 ) -> Result:
-    """Train from the run's latest checkpoint to `steps`."""
+    """Train from the run's latest checkpoint to `steps`, all weights or an adapter."""
+    policy = prepare(tiny_model())
+    if adapted:
+        attach(replace(SCHEDULE, lora_r=4), policy, range(48, 64), seed=0)
     modules = {
-        "policy": shard(prepare(tiny_model()), world, param_dtype=param_dtype),
+        "policy": shard(policy, world, param_dtype=param_dtype),
         "critic": shard(Critic(prepare(tiny_model(seed=1)).model), world, param_dtype=param_dtype),
     }
     optimizers = {name: build_optimizer(SCHEDULE, module, 1e-3) for name, module in modules.items()}
@@ -118,15 +123,21 @@ def suite(world: World, root: Path) -> None:
     train(world, root / "broken", 2)
     resumed = train(world, root / "broken", 4)
     half = train(world, root / "half", 2, param_dtype=torch.bfloat16, checkpoint=False)
+    whole = train(world, root / "lora", 4, adapted=True)
+    train(world, root / "lora_broken", 2, adapted=True)
+    resumed_adapter = train(world, root / "lora_broken", 4, adapted=True)
     gathered = world.gather({"rank": world.rank})
     if world.is_main:
         result = {
+            "lora": [whole.digest, resumed_adapter.digest],
+            "lora_history": whole.history,
             "world": [world.size, gathered, world.max(3.0), [unbroken.digest, resumed.digest]],
             "history": unbroken.history,
             "half": half.history,
         }
         (root / "result.json").write_text(json.dumps(result))
         torch.save(unbroken.weights, root / "weights.pt")
+        torch.save(whole.weights, root / "lora_weights.pt")
     else:
         world.max(4.0)
 

@@ -24,6 +24,7 @@ def build_optimizer(cfg: Training, model: nn.Module, lr: float) -> torch.optim.O
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # an adapter has matrices only
     betas = (cfg.adam_beta1, cfg.adam_beta2)
     if cfg.optim == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
