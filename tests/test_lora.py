@@ -12,9 +12,10 @@ from rftt.learner.fsdp import full_weights, own_tensors, whole
 from rftt.learner.logprobs import token_logprobs
 from rftt.learner.lora import Reference, adapter, attach, save_adapter, trained_share, why_not_alone
 from rftt.learner.model import prepare
-from rftt.run.config import RLConfig, Training
+from rftt.run.config import RLConfig, SFTConfig, Training
 from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model
+from tools.memory import adapter_size
 
 pytestmark = pytest.mark.lora
 IDS = tuple(range(VOCABULARY - 19, VOCABULARY - 3))  # sixteen, before three other rows
@@ -84,6 +85,7 @@ def test_gradients_are_those_of_the_merged_weights(
     for one in (model, plain):
         found, entropy = token_logprobs(one, BATCH, 0.9, VOCABULARY, chunk=chunk, with_entropy=True)
         assert entropy is not None
+        assert BATCH.advantages is not None
         (found * BATCH.advantages + 0.1 * entropy).sum().backward()
     own = dict(model.named_parameters())
     grads = {name: parameter.grad for name, parameter in plain.named_parameters()}
@@ -193,3 +195,16 @@ def test_a_base_without_rows_gets_no_adapter_folder() -> None:
     attach(SETTINGS, grown, IDS, seed=0, frozen=[])
     assert why_not_alone(grown) == "the base model has no rows for the functional tokens"
     assert "scales its embeddings" in str(why_not_alone(fresh("gemma")))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("names", [["all-linear"], ["q_proj", "v_proj", "down_proj"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_estimate_counts_what_is_trained(tied: bool, names: list[str]) -> None:
+    model = fresh(tied=tied, lora_target_modules=names)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    cfg = SFTConfig(
+        model_name_or_path="m", output_dir="o", train_file="t", learning_rate=1.0, use_peft=True,
+        lora_r=4, lora_target_modules=names,
+    )  # fmt: skip
+    assert adapter_size(model.config, cfg) == trained

@@ -12,7 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig
+from rftt.tokens import ACTS
 
+MLP = ("gate_proj", "up_proj", "down_proj")
+"""Linear layers of a gated feed-forward layer."""
 Config = SearchConfig | SFTConfig | RLConfig | EvalConfig
 Parts = dict[str, float]
 CURES = {
@@ -38,12 +41,14 @@ def estimate(
     if isinstance(cfg, SFTConfig | RLConfig):
         rl = isinstance(cfg, RLConfig)
         learners = n_params * (2 if rl and cfg.advantage_estimator == "ppo" else 1)
-        reference = compute * n_params if rl and cfg.kl_coef else 0
+        frozen = n_params if rl and cfg.kl_coef else 0
+        if cfg.use_peft:  # the frozen weights are the reference too
+            learners, frozen = adapter_size(model, cfg), n_params
         share = 0 if cfg.fsdp_cpu_offload and gpu_bytes else 1 / ranks
         # FSDP keeps the vocabulary and two layers unsharded, the current and the next one.
         vocabulary = model.vocab_size * model.hidden_size
         whole = vocabulary + 2 * (n_params - vocabulary) / model.num_hidden_layers
-        parts["params"] = share * (4 * learners + reference) + compute * whole
+        parts["params"] = share * (4 * learners + compute * frozen) + compute * whole
         parts["optimizer"] = share * learners * (8 if cfg.optim == "adamw" else 2)
         activations = _activations(model, cfg, compute, logits)
         learn = parts | {"activations": activations}
@@ -93,6 +98,24 @@ def _kv_tokens(cfg: SearchConfig | RLConfig | EvalConfig) -> int:
     )
 
 
+def adapter_size(model: Any, cfg: SFTConfig | RLConfig) -> int:
+    """Return the number of trained parameters with use_peft, for the layers of Llama-like models.
+
+    An adapter has lora_r · (inputs + outputs). The functional tokens have 16 rows of the embedding,
+    and 16 of a head that is not tied.
+    """
+    width, feed = model.hidden_size, getattr(model, "intermediate_size", 4 * model.hidden_size)
+    heads, groups = (
+        n * head_size(model) for n in (model.num_attention_heads, key_value_heads(model))
+    )
+    sizes = {"q_proj": width + heads, "k_proj": width + groups, "v_proj": width + groups}
+    sizes |= {"o_proj": heads + width} | dict.fromkeys(MLP, width + feed)
+    wanted = cfg.lora_target_modules
+    chosen = [n for name, n in sizes.items() if wanted == ["all-linear"] or name in wanted]
+    rows = (1 if model.tie_word_embeddings else 2) * 2 * len(ACTS) * width
+    return model.num_hidden_layers * cfg.lora_r * sum(chosen) + rows
+
+
 def head_size(model: Any) -> int:
     """Return the width of an attention head."""
     return getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
@@ -118,5 +141,6 @@ def _activations(
     if cfg.gradient_checkpointing:
         layers = model.num_hidden_layers * compute * width + layer
     chunk, kept = (min(most, tokens * model.vocab_size) for most in logits)
-    # Log-probs and their gradient, the logits kept, the head's gradient.
-    return 8.0 * chunk + compute * kept + 4.0 * model.vocab_size * width + tokens * layers
+    head = 0.0 if cfg.use_peft else 4.0 * model.vocab_size * width  # its gradient
+    # Log-probs and their gradient, and the logits kept.
+    return 8.0 * chunk + compute * kept + head + tokens * layers

@@ -53,7 +53,7 @@ def attach(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
+        lora_alpha=cfg.lora_alpha,  # pyright: ignore[reportArgumentType]
         target_modules="all-linear" if wanted == ["all-linear"] else wanted,
     )
     with torch.random.fork_rng(devices=[]):  # all ranks draw the same A
@@ -71,8 +71,7 @@ def attach(
                 "embedding and head; name layers such as q_proj."
             )
     if ids:
-        _train_rows(model, ids)
-        model.function_rows.in_base = frozen is None or len(frozen) > 0
+        _train_rows(model, ids, in_base=frozen is None or len(frozen) > 0)
         for matrix, rows in zip(matrices(model), frozen or (), strict=False):
             matrix.data[list(ids)] = rows
     for parameter in model.parameters():
@@ -81,8 +80,9 @@ def attach(
     model.lora_config = config  # pyright: ignore[reportArgumentType]
 
 
-def _train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    rows, embedding = TrainedRows(model, ids), cast(nn.Module, model.get_input_embeddings())
+def _train_rows(model: PreTrainedModel, ids: Sequence[int], *, in_base: bool) -> None:
+    rows = TrainedRows(model, ids, in_base=in_base)
+    embedding = cast(nn.Module, model.get_input_embeddings())
     before = embedding(rows.index[None])
     if not torch.equal(rows.embed(embedding, (rows.index[None],), 0 * before), before):
         raise UserError(
@@ -116,7 +116,11 @@ class Reference:
 @contextmanager
 def switched_off(model: PreTrainedModel) -> Iterator[None]:
     """Compute with the frozen weights alone: s is 0, and no row is replaced."""
-    layers = [cast(Any, module) for module in model.modules() if hasattr(module, "lora_A")]
+    layers = [
+        cast(Any, module)
+        for module in model.modules()
+        if getattr(module, "lora_A", None) is not None
+    ]
     scales = [layer.scaling[NAME] for layer in layers]
     rows = trained_rows(model)
     try:
@@ -239,4 +243,4 @@ def save_adapter(
         base_model_name_or_path=base,
         inference_mode=True,
         **settings,
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))

@@ -58,16 +58,19 @@ class TrainedRows(nn.Module):
     hook, in the head by logprobs.py.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Sequence[int]) -> None:
+    index: Tensor
+    """(n,) ids of the rows."""
+
+    def __init__(self, model: PreTrainedModel, ids: Sequence[int], *, in_base: bool = True) -> None:
         super().__init__()
         self.ids = tuple(ids)
         self.active = True
         """False while the model computes with the frozen rows."""
-        self.in_base = True
+        self.in_base = in_base
         """Whether the model's folder has rows of these ids."""
         embedding, head = matrices(model)
         index = torch.tensor(ids, device=embedding.device)
-        self.register_buffer("index", index, persistent=False)  # (n,)
+        self.register_buffer("index", index, persistent=False)
         self.input = nn.Parameter(embedding[index].detach().float())  # (n, width)
         tied = head is embedding
         self.head = None if tied else nn.Parameter(head[index].detach().float())  # (n, width)

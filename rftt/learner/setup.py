@@ -67,7 +67,7 @@ def load_models(
                 check_backbone(model.backbone)
             else:
                 check_policy(model, vocabulary, tree=cfg.packing == "tree")
-        if cfg.use_peft:
+        if cfg.use_peft and not isinstance(model, Critic):
             attach(cfg, model, (*ids.openers, *ids.closers) if ids else (), cfg.seed)
         return shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
 
@@ -80,6 +80,12 @@ def load_models(
         critic=load(load_critic) if cfg.advantage_estimator == "ppo" else None,
         vocabulary=vocabulary,
     )
+
+
+def _function_rows(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the vocabulary rows of the sixteen delimiters, which the tokenizer must have."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in OPENERS + CLOSERS]
 
 
 def load_trainee(
@@ -108,12 +114,12 @@ def load_trainee(
         trust_remote_code=cfg.trust_remote_code,
         check=not cfg.skip_model_check,
     )
-    rows = tokenizer.convert_tokens_to_ids([*OPENERS, *CLOSERS]) if cfg.functional_tokens else []
-    before = [m[rows] for m in matrices(model) if len(m) > max(rows, default=0)]
+    ids = _function_rows(tokenizer) if cfg.functional_tokens else []
+    before = [matrix[ids] for matrix in matrices(model) if len(matrix) > max(ids, default=0)]
     add_function_rows(model, tokenizer, new_tokens)
     if not cfg.skip_model_check:
         check_policy(model, n_tokens)
     if cfg.use_peft:
-        attach(cfg, model, rows, cfg.seed, frozen=before)
+        attach(cfg, model, ids, cfg.seed, frozen=before)
     shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
     return model, n_tokens
