@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ from rftt.learner.fsdp import (
     shard,
 )
 from rftt.learner.logprobs import token_logprobs
+from rftt.learner.lora import attach
 from rftt.learner.model import prepare
+from rftt.learner.optim import build_optimizer
 from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model
-from tests.toy_training import train
+from tests.toy_training import SCHEDULE, train
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -162,6 +165,28 @@ def test_an_adapter_on_two_ranks_equals_one_and_resumes_to_the_bit(
         policy = [name for name in file.keys() if "policy" in name]  # noqa: SIM118
     assert policy
     assert all("lora_" in name or "function_rows" in name for name in policy)
+
+
+@pytest.mark.lora
+@pytest.mark.invariant
+def test_a_small_step_of_an_adapter_on_a_bfloat16_base_is_not_lost(world: World) -> None:
+    """1e-6 is below the spacing of bfloat16 at the rows, so bfloat16 would lose it."""
+    model = prepare(tiny_model(tied=False)).bfloat16()
+    adapter = replace(SCHEDULE, use_peft=True, lora_r=4)
+    attach(adapter, model, range(48, 64), seed=0)
+    shard(model, world, param_dtype=torch.bfloat16)
+    before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(adapter, model, 1e-6)
+    logprobs, _ = token_logprobs(model, random_batch([9, 14, 4]), 1.0, VOCABULARY)
+    logprobs.sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        now = parameter.full_tensor()
+        assert now.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+        moved = "lora_B" in name or "function_rows" in name  # A has no gradient while B is 0
+        assert torch.equal(now, before[name]) != moved
+        if "function_rows" in name:
+            assert (now.bfloat16() == before[name].bfloat16()).float().mean() > 0.9
 
 
 @pytest.mark.dist

@@ -148,6 +148,21 @@ def test_merging_does_not_drift_in_bfloat16() -> None:
     assert all(tensor.dtype == torch.bfloat16 for tensor in last.values())
 
 
+@pytest.mark.invariant
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    found = []
+    for on in (False, True):
+        model = prepare(tiny_model(), gradient_checkpointing=on)
+        attach(SETTINGS, model, IDS, seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.constant_(parameter, 0.1)
+        logprobs(model).sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.oracle
 @pytest.mark.parametrize(("family", "tied"), FAMILIES[:3])
 def test_peft_loads_the_adapter_folder(family: str, tied: bool, tmp_path: Any) -> None:
@@ -169,7 +184,8 @@ def test_peft_loads_the_adapter_folder(family: str, tied: bool, tmp_path: Any) -
 
 
 def test_modules_that_cannot_be_adapted_are_one_line() -> None:
-    for names in (["no_such_proj"], ["lm_head"], ["embed_tokens"]):
+    absent = ["q_proj", "no_such_proj"]  # peft alone would adapt q_proj and say nothing
+    for names in (["no_such_proj"], absent, ["lm_head"], ["embed_tokens"]):
         with pytest.raises(UserError, match="lora_target_modules"):
             fresh(tied=False, lora_target_modules=names)
 
@@ -180,6 +196,18 @@ def test_an_adapter_for_ppo_is_one_line() -> None:
             model_name_or_path="m", output_dir="o", train_file="t", learning_rate=1.0,
             advantage_estimator="ppo", use_peft=True,
         )  # fmt: skip
+
+
+NEEDED: Any = {
+    "model_name_or_path": "m", "output_dir": "o", "train_file": "t", "learning_rate": 1.0,
+}  # fmt: skip
+
+
+def test_settings_that_would_have_no_effect_are_one_line() -> None:
+    with pytest.raises(UserError, match="lora_r, lora_target_modules: no adapter is trained"):
+        SFTConfig(**NEEDED, lora_r=8, lora_target_modules=["q_proj"])
+    with pytest.raises(UserError, match="use_peft cannot go on from initial_state"):
+        SFTConfig(**NEEDED, use_peft=True, initial_state="o/checkpoints/step_000001")
 
 
 def test_a_missing_peft_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

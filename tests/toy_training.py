@@ -55,7 +55,7 @@ def train(
     """Train from the run's latest checkpoint to `steps`, all weights or an adapter."""
     policy = prepare(tiny_model())
     if adapted:
-        attach(replace(SCHEDULE, lora_r=4), policy, range(48, 64), seed=0)
+        attach(replace(SCHEDULE, use_peft=True, lora_r=4), policy, range(48, 64), seed=0)
     modules = {
         "policy": shard(policy, world, param_dtype=param_dtype),
         "critic": shard(Critic(prepare(tiny_model(seed=1)).model), world, param_dtype=param_dtype),

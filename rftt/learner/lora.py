@@ -63,9 +63,16 @@ def attach(
         except ValueError as error:
             raise UserError(f"lora_target_modules {wanted}: {one_line(error)}") from error
     head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if base is not None and (type(base) is not nn.Linear or module is head):
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    ends = {name.split(".", at)[-1] for name in adapted for at in range(name.count(".") + 1)}
+    if missing := sorted({*wanted} - ends) if wanted != ["all-linear"] else []:
+        raise UserError(
+            f"lora_target_modules must name layers of the model, got {missing[0]!r}, which it does "
+            "not have; correct or remove it."
+        )
+    for name in adapted:
+        module = model.get_submodule(name)
+        if type(module.base_layer) is not nn.Linear or module is head:
             raise UserError(
                 f"lora_target_modules {wanted} names {name}, which is not a linear layer between "
                 "embedding and head; name layers such as q_proj."
@@ -165,7 +172,8 @@ def merged(
             a, b = (whole(tensors[name.removesuffix(BASE + "weight") + end]) for end in ADAPTED)
             full = (full.float() + scale * (b @ a)).to(full.dtype)
         elif name in replaced and rows:
-            full = full.index_copy(0, rows.index, whole(replaced[name]).to(full.dtype))
+            new = whole(replaced[name]).to(full.dtype)  # on the host with fsdp_cpu_offload
+            full = full.index_copy(0, rows.index.to(full.device), new)
         yield name.replace(BASE, "."), full
 
 
@@ -191,7 +199,8 @@ def adapter(
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for module, own_rows in ((embedding, rows.input), (head, rows.output)):
             matrix, path = whole(weight_of(module).detach()), paths[id(module)]
-            change = (whole(own_rows.detach()) - matrix[rows.index].float()) / scale  # (n, width)
+            before = matrix[list(rows.ids)].float()
+            change = (whole(own_rows.detach()) - before) / scale  # (n, width)
             select = change.new_zeros(n, len(matrix))
             select[range(n), list(rows.ids)] = 1.0
             if module is embedding:

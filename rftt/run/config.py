@@ -131,6 +131,12 @@ def _listed(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 
+
+def _default(own: Any) -> Any:
+    """Return the default of a dataclass's field that has one."""
+    return own.default if own.default_factory is MISSING else own.default_factory()
+
+
 # ---- The settings ----
 
 
@@ -262,6 +268,17 @@ class Training:
     """Number of newest checkpoints kept beside the best one."""
     report_to: Runtime[list[str]] = field(default_factory=list)
     """Any of tensorboard, wandb and trackio. metrics.jsonl is always written."""
+
+    @model_validator(mode="after")
+    def _adapter_is_wanted(self) -> Self:
+        own = [f for f in fields(Training) if f.name.startswith("lora_")]
+        idle = [f.name for f in own if getattr(self, f.name) != _default(f)]
+        if idle and not self.use_peft:
+            raise UserError(
+                f"{', '.join(idle)}: no adapter is trained without use_peft: true; set it, or "
+                "remove them."
+            )
+        return self
 
 
 @config_class
@@ -554,6 +571,15 @@ class SFTConfig(Common, Training):
     """Optimizer steps between two evaluation losses; every checkpoint has one."""
     initial_state: LocalPath | None = None
     """Checkpoint folder of another run, whose weights and optimizer moments are the start."""
+
+    @model_validator(mode="after")
+    def _adapter_has_one_base(self) -> Self:
+        if self.use_peft and self.initial_state:
+            raise UserError(
+                "use_peft cannot go on from initial_state, whose adapter may belong to another "
+                "base; set model_name_or_path to the hf folder of that run and remove it."
+            )
+        return self
 
 
 @config_class
