@@ -2,19 +2,26 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+import train_rl
+import train_sft
+from rftt.engines.opened import open_model
 from rftt.learner.fsdp import full_weights, own_tensors, whole
 from rftt.learner.logprobs import token_logprobs
 from rftt.learner.lora import Reference, adapter, attach, save_adapter, trained_share, why_not_alone
 from rftt.learner.model import prepare
-from rftt.run.config import RLConfig, SFTConfig, Training
+from rftt.run.config import RLConfig, SFTConfig, Training, load_config
+from rftt.run.files import read_jsonl, write_jsonl
 from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, tiny_model
+from tests.small_world import make_world, settings
 from tools.memory import adapter_size
 
 pytestmark = pytest.mark.lora
@@ -181,6 +188,41 @@ def test_peft_loads_the_adapter_folder(family: str, tied: bool, tmp_path: Any) -
     ids = BATCH.input_ids[None, :9]
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, plain.eval()(ids).logits, rtol=0, atol=2e-5)
+
+
+@pytest.mark.invariant
+def test_runs_begin_at_their_reference_and_leave_two_folders(tmp_path: Path) -> None:
+    """Warm-up and RL as a user starts them; a run without an adapter removes an old folder."""
+    from peft import PeftModel
+
+    world = make_world(tmp_path)
+    rows = [{"question": f"Tom has {i} pens.", "response": "So \\boxed{4}."} for i in range(4)]
+    write_jsonl(world / "rows.jsonl", rows)
+    speaks = str(world / "speaks")
+    lora = ["dtype=float32", "use_peft=true", "lora_r=2", "learning_rate=0.01"]
+    own = [f"model_name_or_path={speaks}", f"train_file={world / 'rows.jsonl'}", "eval_ratio=0"]
+    keys = settings("train_sft", world, world / "sft", *own, "num_train_epochs=1", *lora)
+    train_sft.main(load_config(SFTConfig, keys))
+    base, trained = (
+        open_model(AutoModelForCausalLM, str(path), torch.float32)
+        for path in (speaks, world / "sft" / "hf")
+    )
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before, ours = base(ids).logits, trained(ids).logits
+        theirs = PeftModel.from_pretrained(base, world / "sft" / "adapter").eval()(ids).logits
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert (before - ours).abs().max() > 1e-3
+    assert "parameters are trained" in (world / "sft" / "log.txt").read_text()
+
+    more = [f"model_name_or_path={world / 'sft' / 'hf'}", "max_steps=1", "kl_coef=0.1"]
+    keys = settings("train_rl", world, world / "rl", *more, "packing=tree")
+    train_rl.main(load_config(RLConfig, [*keys, *lora]))
+    ((_, row),) = read_jsonl(world / "rl" / "metrics.jsonl")
+    assert row["kl"] == 0.0
+    assert (world / "rl" / "adapter").is_dir()
+    train_rl.main(load_config(RLConfig, [*keys, "dtype=float32", "overwrite_output_dir=true"]))
+    assert not (world / "rl" / "adapter").exists()
 
 
 def test_modules_that_cannot_be_adapted_are_one_line() -> None:

@@ -87,7 +87,7 @@ def try_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_d
 
     What the last step would fail at is found before the first one. Raises UserError for it.
     """
-    for name in ("checkpoints", "hf", "samples", "trees"):
+    for name in ("adapter", "checkpoints", "hf", "samples", "trees"):
         if (run_dir / name).exists() and not (run_dir / name).is_dir():
             raise UserError(f"{run_dir / name} must be a folder, but is a file; remove it.")
     try:

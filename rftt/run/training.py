@@ -62,7 +62,7 @@ class Run:
         self.first_step: int = self.state.pop("step", 0)
         best_score: float = self.state.pop("best_score", -math.inf)
         if cfg.overwrite_output_dir and self._world.is_main:  # the log's lock makes it safe by now
-            for name in ("checkpoints", "samples", "trees"):
+            for name in ("adapter", "checkpoints", "samples", "trees"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         self._checkpoints = Checkpoints(
             self.folder,
