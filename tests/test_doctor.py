@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from rftt.engines import build_engine
 from rftt.engines.base import Sampling
+from rftt.engines.chat import open_tokenizer
+from rftt.engines.sampler import functional_ids
 from rftt.learner.fsdp import close_world, open_world
 from rftt.learner.logprobs import CHUNK_LOGITS, KEPT_LOGITS, token_logprobs
+from rftt.learner.lora import attach
 from rftt.learner.model import load_policy
 from rftt.learner.offline import collate_rows, sft_loss
 from rftt.learner.setup import load_models
@@ -209,27 +213,45 @@ def size(tensors: Any) -> int:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_estimate_against_the_bytes_of_a_run(world: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [("float32", []), ("bfloat16", []), ("bfloat16", ["use_peft=true", "lora_r=2"])],
+)
+def test_estimate_against_the_bytes_of_a_run(world: Path, dtype: str, more: list[str]) -> None:
     """Weights and optimizer state to the byte; what is saved for the backward pass to 10 %."""
-    cfg = config("train_rl", world, f"dtype={dtype}", "max_tokens_per_microbatch=400")
+    cfg = config("train_rl", world, f"dtype={dtype}", "max_tokens_per_microbatch=400", *more)
     model, n = doctor.model_of(cfg)
     phases = estimate(model, n, cfg, ranks=1, logits=LOGITS, gpu_bytes=0)
     ranks = open_world("cpu")
-    models = load_models(cfg, ranks, model.vocab_size)
+    ids = functional_ids(open_tokenizer(cfg), required=True)
+    models = load_models(cfg, ranks, model.vocab_size, ids)
     modules = models.trained()
     learner = Learner(cfg, modules, 1, ranks, world, print)
     optimizers = learner.optimizers
     for module, optimizer in zip(modules.values(), optimizers.values(), strict=True):
         for parameter in module.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()
     states = [x for o in optimizers.values() for s in o.state.values() for x in s.values()]
     moments = size([x.to_local() for x in states if x.ndim])
-    everything = [*modules.values(), *([models.reference] if models.reference else [])]
+    reference = models.reference  # a second model, or the first one without its adapter
+    everything = [*modules.values(), *([reference] if isinstance(reference, nn.Module) else [])]
     own = size([p.to_local() for each in everything for p in each.parameters()])
-    gradients = size([p.grad.to_local() for m in modules.values() for p in m.parameters()])
-    del models, modules, everything, learner, optimizers, states, module, optimizer, parameter
+    trained = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    gradients = size([p.grad.to_local() for p in trained])
+    del (
+        models,
+        modules,
+        everything,
+        reference,
+        trained,
+        learner,
+        optimizers,
+        states,
+        module,
+        optimizer,
+        parameter,
+    )
     close_world(ranks)
     compute = 2 if dtype == "bfloat16" else 4
     vocabulary = model.vocab_size * model.hidden_size
@@ -238,6 +260,9 @@ def test_estimate_against_the_bytes_of_a_run(world: Path, dtype: str) -> None:
     assert phases["learn"]["optimizer"] == moments + gradients
 
     policy = load_policy(cfg.model_name_or_path, getattr(torch, dtype))
+    if cfg.use_peft:
+        attach(cfg, policy, (*ids.openers, *ids.closers), cfg.seed)
+        policy.to(getattr(torch, dtype))  # as FSDP computes
     batch = collate_rows([([3] * 10, [5] * 90, [True] * 90)] * 4)
     weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     saved: list[torch.Tensor] = []
@@ -248,7 +273,8 @@ def test_estimate_against_the_bytes_of_a_run(world: Path, dtype: str) -> None:
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
         sft_loss(token_logprobs(policy, batch, 1.0, model.vocab_size)[0], batch.action_mask)
-    extra = 4 * (2 * 400 * model.vocab_size + vocabulary)  # in the backward pass
+    head = 0 if cfg.use_peft else vocabulary
+    extra = 4 * (2 * 400 * model.vocab_size + head)  # in the backward pass
     assert size(saved) + extra == pytest.approx(phases["learn"]["activations"], rel=0.1)
 
 
