@@ -234,24 +234,11 @@ def test_estimate_against_the_bytes_of_a_run(world: Path, dtype: str, more: list
         optimizer.step()
     states = [x for o in optimizers.values() for s in o.state.values() for x in s.values()]
     moments = size([x.to_local() for x in states if x.ndim])
-    reference = models.reference  # a second model, or the first one without its adapter
-    everything = [*modules.values(), *([reference] if isinstance(reference, nn.Module) else [])]
-    own = size([p.to_local() for each in everything for p in each.parameters()])
-    trained = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    gradients = size([p.grad.to_local() for p in trained])
-    del (
-        models,
-        modules,
-        everything,
-        reference,
-        trained,
-        learner,
-        optimizers,
-        states,
-        module,
-        optimizer,
-        parameter,
-    )
+    frozen = [models.reference] if isinstance(models.reference, nn.Module) else []
+    own = size([p.to_local() for each in [*modules.values(), *frozen] for p in each.parameters()])
+    every = [p for module in modules.values() for p in module.parameters()]
+    gradients = size([p.grad.to_local() for p in every if p.grad is not None])
+    del models, modules, frozen, every, learner, optimizers, states, module, optimizer, parameter
     close_world(ranks)
     compute = 2 if dtype == "bfloat16" else 4
     vocabulary = model.vocab_size * model.hidden_size
