@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from rftt.update import Learner
 from tests.conftest import run
 from tests.small_world import damage, make_world, settings
 from tools import doctor
-from tools.memory import complaint, estimate
+from tools.memory import adapter_size, complaint, estimate, gigabytes
 
 SCHEMAS = {"search": SearchConfig, "train_sft": SFTConfig, "train_rl": RLConfig}
 SCHEMAS |= {"evaluate": EvalConfig}
@@ -194,6 +195,16 @@ def test_estimate_by_hand() -> None:
     evaluation = load_config(EvalConfig, arguments)
     phases = estimate(MODEL, 100, evaluation, ranks=1, logits=(16, 24), gpu_bytes=0)
     assert phases == {"explore": {"params": 200, "optimizer": 0, "activations": 0, "KV": 336}}
+
+
+def test_checkpoints_of_an_adapter_need_less_disk(world: Path) -> None:
+    """Full: 16 bytes per parameter. Adapter: 4, and 12 per trained one."""
+    model, n = doctor.model_of(config("train_rl", world))
+    trained = adapter_size(model, config("train_rl", world, "use_peft=true", "lora_r=1"))
+    for more, size in (([], 16 * n), (["use_peft=true", "lora_r=1"], 4 * n + 12 * trained)):
+        cfg = config("train_rl", world, "save_total_limit=1000000000", *more)
+        with pytest.raises(UserError, match=re.escape(gigabytes(size * 1e9))):
+            doctor.disk(cfg)
 
 
 def test_what_does_not_fit_is_told_with_the_cure() -> None:

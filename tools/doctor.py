@@ -45,7 +45,7 @@ from rftt.run.precision import computes_in_bfloat16
 from rftt.run.tables import read_table
 from rftt.tokens import add_function_tokens, function_ids
 from rftt.types import UserError
-from tools.memory import Config, complaint, details, estimate, gigabytes
+from tools.memory import Config, adapter_size, complaint, details, estimate, gigabytes
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS: dict[type, str] = {
@@ -244,8 +244,11 @@ def memory(cfg: Config) -> Finding:
 
 def disk(cfg: Config) -> Finding:
     """Check the space for all kept checkpoints and two more: weights, moments, an export."""
-    saves = isinstance(cfg, SFTConfig | RLConfig)
-    needed = 1e9 + (16 * model_of(cfg)[1] * (cfg.save_total_limit + 2) if saves else 0)
+    needed = 1e9
+    if isinstance(cfg, SFTConfig | RLConfig):
+        model, n = model_of(cfg)
+        n_trained = adapter_size(model, cfg) if cfg.use_peft else n
+        needed += (12 * n_trained + 4 * n) * (cfg.save_total_limit + 2)
     if (free := shutil.disk_usage(_existing(cfg.output_dir)).free) < needed:
         raise UserError(
             f"output_dir {cfg.output_dir} must have {gigabytes(needed)} free for checkpoints, got "
