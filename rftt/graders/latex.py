@@ -1,7 +1,7 @@
 r"""Normalize answers: LaTeX, unicode and plain text become one sequence of tokens.
 
-1. `normalize` applies the rewrites below in order. A rewrite is a function of the text that changes
-   one notation of several tokens. Each has one worked example.
+1. `normalize` applies the rewrites below in order. A rewrite is a pattern that changes one notation
+   of several tokens. Each has one worked example.
 2. `tokens` splits the text and replaces every token by the first spelling in `SPELLINGS`.
 
 This is not a grammar of LaTeX. Every pattern runs in linear time, and `tokens` reads at most 500
@@ -11,6 +11,8 @@ characters, so no text can make the grader hang.
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
+from typing import NamedTuple
 
 MAX_CHARS = 500
 
@@ -64,345 +66,193 @@ SPELLINGS: dict[str, str] = {
 # fmt: on
 _TOKEN_OF = {other: token for token, others in SPELLINGS.items() for other in others.split()}
 
-# ---- Rewrites: characters ----
-
-_INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufeff\xad]|\\displaystyle")
-_RAISED = re.compile(r"[²³¹⁰⁴-⁹⁺⁻ⁿ]+")
-_LOWERED = re.compile(r"[₀-₉]+")
-_VULGAR_FRACTION = re.compile(r"(?<!\d)(\d*)([¼-¾⅐-⅞])")
-_REALS = re.compile(r"ℝ|\\mathbb\s*\{?R\}?|(?:all\s+)?real\s+numbers")
-_DEGREES = re.compile(r"\^\s*(?:\{\s*)?(?:\\circ|\\degree|°)\s*\}?|[º˚]")
+# ---- Rewrites ----
 
 
-def drop_invisible(text: str) -> str:
-    r"""Remove characters and commands that print nothing.
+class Rewrite(NamedTuple):
+    """A pattern, what replaces it, and a worked example that the doctest below checks."""
 
-    >>> drop_invisible(r"\displaystyle 7" + "\u200b")
-    ' 7'
-    """
-    return _INVISIBLE.sub("", text)
+    pattern: re.Pattern[str]
+    replacement: str | Callable[[re.Match[str]], str]
+    example: tuple[str, str]
+    """A text and what it becomes."""
 
-
-def raised_digits(text: str) -> str:
-    """Write raised digits as an exponent. `compatible_characters` lowers them.
-
-    >>> raised_digits("x²")
-    'x^{²}'
-    """
-    return _RAISED.sub(r"^{\g<0>}", text)
-
-
-def lowered_digits(text: str) -> str:
-    """Write lowered digits as a subscript.
-
-    >>> lowered_digits("x₁")
-    'x_{₁}'
-    """
-    return _LOWERED.sub(r"_{\g<0>}", text)
-
-
-def vulgar_fractions(text: str) -> str:
-    """Write a whole number before a fraction character as a sum.
-
-    >>> vulgar_fractions("1½")
-    '(01+½)'
-    """
-    return _VULGAR_FRACTION.sub(r"(0\1+\2)", text)
-
-
-def real_numbers(text: str) -> str:
-    r"""Write the set of real numbers as an interval.
-
-    >>> real_numbers(r"x \in \mathbb{R}")
-    'x \\in (-∞,∞)'
-    """
-    return _REALS.sub("(-∞,∞)", text)
-
-
-def degree_signs(text: str) -> str:
-    r"""Write a raised circle as a degree sign.
-
-    >>> degree_signs(r"30^{\circ}")
-    '30°'
-    """
-    return _DEGREES.sub("°", text)
-
-
-def compatible_characters(text: str) -> str:
-    """Replace full-width, raised and styled characters by plain ones.
-
-    >>> compatible_characters("７^{²}")
-    '7^{2}'
-    """
-    return unicodedata.normalize("NFKC", text)
-
-
-# ---- Rewrites: environments ----
-
-_TEXT_COMMAND = re.compile(
-    r"\\(?:text\w*|[mh]box|math\w+|boldsymbol|bm|emph|operatorname)\s*\{([^{}]*)\}"
-)
-_TEXT_WORD = re.compile(r"\b(?:[A-Za-z]{2,}|[mgshlL])\b")
-_MATRIX_BEGIN = re.compile(r"\\begin\s*\{(?:array|\w*matrix)\}(?:\s*\{[clr|\s]+\})?")
-_MATRIX_END = re.compile(r"\\end\s*\{(?:array|\w*matrix)\}")
-_LATEX_SPACE = re.compile(r"(?<!\\)\\(?:\s|$|q?quad)")
-
-
-def text_commands(text: str) -> str:
-    r"""Unwrap \text{…} and its relatives, and quote the words in it.
-
-    >>> text_commands(r"3\text{ m and x}")
-    '3  "m" "and" x '
-    """
-    for _ in range(3):  # \text{\textbf{…}}
-        text = _TEXT_COMMAND.sub(lambda found: _quote_words(f" {found[1]} "), text)
-    return text
-
-
-def _quote_words(text: str) -> str:
-    return _TEXT_WORD.sub(r'"\g<0>"', text)
-
-
-def matrices(text: str) -> str:
-    r"""Write a matrix environment as a pair of brackets.
-
-    >>> matrices(r"\begin{pmatrix}1&2\end{pmatrix}")
-    '⟦1&2⟧'
-    """
-    return _MATRIX_END.sub("⟧", _MATRIX_BEGIN.sub("⟦", text))
-
-
-def latex_spaces(text: str) -> str:
-    r"""Write wide spaces as one space.
-
-    >>> latex_spaces(r"7 \quad")
-    '7  '
-    """
-    return _LATEX_SPACE.sub(" ", text)
-
-
-# ---- Rewrites: numbers ----
-
-_SPACED_THOUSANDS = re.compile(
-    r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ | |,\s*\\!)\s*(?=\d{3}(?![\d/]|\s*\\?/))"
-)
-_COMMA_THOUSANDS = re.compile(r"(?<![\d,.(\[{])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
-# Bounds keep both patterns linear: the digits before the period, the period and its repeats.
-_OVERLINED_PERIOD = re.compile(r"(?<!\d)(\d*)\.(\d{0,20}?)\\overline\s*\{?(\d{1,20})\}?")
-_DOTTED_PERIOD = re.compile(r"(?<!\d)(\d*)\.(\d{0,20}?)(\d{1,10}?)\3{2,20}(?:\.{3}|\\[lc]?dots)")
-_BARE_ARGUMENT = re.compile(r"\\([dtc]?frac|sqrt|[dt]?binom)\s*(\d)")
-_BARE_SECOND_ARGUMENT = re.compile(r"\\([dtc]?(?:frac|binom)\s*\{[^{}]*\})\s*(\d)")
-_MIXED_SLASH = re.compile(r"(?<=\d) (\d+)\s*/\s*(\d+)")
-_MIXED_FRACTION = re.compile(r"(?<![\d.^_])(\d+)\s*(\\[dtc]?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})")
-_NUMBER_GAP = re.compile(r"(?<=\d)(?<![_^]\d)\s+(?=\.?\d)")
-
-
-def spaced_thousands(text: str) -> str:
-    r"""Remove a LaTeX separator or a space between groups of three digits.
-
-    >>> spaced_thousands(r"10{,}080")
-    '10080'
-    """
-    return _SPACED_THOUSANDS.sub("", text)
-
-
-def comma_thousands(text: str) -> str:
-    """Remove commas between groups of three digits, but not inside brackets: (1,000) is a pair.
-
-    >>> comma_thousands("1,000,000")
-    '1000000'
-    """
-    return _COMMA_THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    def __call__(self, text: str) -> str:
+        """Return the text with every match replaced."""
+        return self.pattern.sub(self.replacement, text)
 
 
 def _repeating(found: re.Match[str]) -> str:
+    """Write a repeating decimal as a geometric series."""
     whole, start, period = found.groups()
     shifted = "0" * len(start) + period
     return f"({whole}.{start}0+.{shifted}/(1-.1^{len(period)}))"
 
 
-def overlined_periods(text: str) -> str:
-    r"""Write a repeating decimal as a geometric series.
-
-    >>> overlined_periods(r"0.1\overline{6}")
-    '(0.10+.06/(1-.1^1))'
-    """
-    return _OVERLINED_PERIOD.sub(_repeating, text)
+_TEXT_WORD = re.compile(r"\b(?:[A-Za-z]{2,}|[mgshlL])\b")
 
 
-def dotted_periods(text: str) -> str:
-    """Write a decimal that repeats three times before an ellipsis as a geometric series.
-
-    >>> dotted_periods("0.333...")
-    '(0.0+.3/(1-.1^1))'
-    """
-    return _DOTTED_PERIOD.sub(_repeating, text)
+def _quoted_words(found: re.Match[str]) -> str:
+    """Return the content of a text command with its words in quotes."""
+    return _TEXT_WORD.sub(r'"\g<0>"', f" {found[1]} ")
 
 
-def bare_arguments(text: str) -> str:
-    r"""Add braces around one digit after a command.
-
-    >>> bare_arguments(r"\frac12")
-    '\\frac{1}{2}'
-    """
-    return _BARE_SECOND_ARGUMENT.sub(r"\\\1{\2}", _BARE_ARGUMENT.sub(r"\\\1{\2}", text))
-
-
-def mixed_numbers(text: str) -> str:
-    r"""Write a mixed number as a sum.
-
-    >>> mixed_numbers("1 4/5"), mixed_numbers(r"1\frac{4}{5}")
-    ('(1+\\frac{4}{5})', '(1+\\frac{4}{5})')
-    """
-    return _MIXED_FRACTION.sub(r"(\1+\2)", _MIXED_SLASH.sub(r"\\frac{\1}{\2}", text))
-
-
-def number_gaps(text: str) -> str:
-    """Keep two numbers apart with a token that the parser rejects: 7 8 is not 56.
-
-    >>> number_gaps("7 8")
-    '7#8'
-    """
-    return _NUMBER_GAP.sub("#", text)
-
-
-# ---- Rewrites: functions, sets and relations ----
-
-_INVERSE_FUNCTION = re.compile(r"\\?(sin|cos|tan)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)")
-_CHOOSE = re.compile(r"\{(?=[^{}]*+\})([^{}]*)\\choose([^{}]*)\}")
-_SET_BUILDER = re.compile(
-    r"\\\{\s*[a-z]\s*(?:\\in\s*\(-∞,∞\)\s*)?(?:\||:|\\mid)"
-    r"(?=.{0,100}?(?:[<>=≤≥≠∈]|\\[gln][et]))"  # the bar is followed by a condition
+_TEXT_COMMAND = Rewrite(
+    re.compile(r"\\(?:text\w*|[mh]box|math\w+|boldsymbol|bm|emph|operatorname)\s*\{([^{}]*)\}"),
+    _quoted_words,
+    (r"3\text{ m and x}", '3  "m" "and" x '),
 )
-_REALS_WITHOUT = re.compile(r"\(-∞,∞\)\s*(?:\\setminus|\\backslash|∖)\s*\\?\{([^,{}\\]*)\\?\}")
-_ELEMENT_OF = re.compile(r"^([\s$]*)\w\s*(?:∈|\\in(?![a-z]))")
-_UNEQUAL = re.compile(r"^[\s$]*\w\s*(?:≠|!=|\\neq?(?![a-z]))(.*)$")
-_ABOUT_AT_START = re.compile(r"^(\s*+\$*+\w*+)\s*+(?:\\approx|≈)")
-_ABOUT = re.compile(r"(?:\\approx|\\simeq|≈).*")
 
-
-def inverse_functions(text: str) -> str:
-    r"""Write the inverse of a trigonometric function by its name.
-
-    >>> inverse_functions(r"\tan^{-1} x")
-    '\\arctan  x'
-    """
-    return _INVERSE_FUNCTION.sub(r"\\arc\1 ", text)
-
-
-def choose(text: str) -> str:
-    r"""Write a binomial coefficient as a command with two arguments.
-
-    >>> choose(r"{5 \choose 2}")
-    '\\binom{5 }{ 2}'
-    """
-    return _CHOOSE.sub(r"\\binom{\1}{\2}", text)
-
-
-def set_builders(text: str) -> str:
-    r"""Keep only the condition of a set.
-
-    >>> set_builders(r"\{x \mid x > 3\}")
-    '\\{ x > 3\\}'
-    """
-    return _SET_BUILDER.sub(r"\\{", text)
-
-
-def reals_without(text: str) -> str:
-    r"""Write the real numbers without one number as two intervals.
-
-    >>> reals_without(r"(-∞,∞) \setminus \{3\}")
-    '(-∞,3)∪(3,∞)'
-    """
-    return _REALS_WITHOUT.sub(r"(-∞,\1)∪(\1,∞)", text)
-
-
-def elements(text: str) -> str:
-    r"""Drop the name of an element.
-
-    >>> elements(r"x \in [2, 7]")
-    ' [2, 7]'
-    """
-    return _ELEMENT_OF.sub(r"\1", text)
-
-
-def unequal(text: str) -> str:
-    r"""Write an excluded number as two intervals.
-
-    >>> unequal(r"x \ne 3")
-    '(-∞, 3)∪( 3,∞)'
-    """
-    found = _UNEQUAL.match(text)
-    if not found:
-        return text
-    excluded = found[1].rstrip(".$ \t\n")
-    return f"(-∞,{excluded})∪({excluded},∞)"
-
-
-def approximations(text: str) -> str:
-    r"""Keep an approximate answer, but drop one that follows an exact answer.
-
-    >>> approximations(r"x \approx 11"), approximations(r"x = 1/3 \approx 0.33")
-    ('x= 11', 'x = 1/3 ')
-    """
-    return _ABOUT.sub("", _ABOUT_AT_START.sub(r"\1=", text))
-
-
-# ---- Rewrites: units ----
-
-_UNIT_WORD = re.compile(
-    r"(?<=[\d)}\"])(?:\s|\\[,;:!])*"
-    r"((?:[ckm]m|k?g|m[lg]|min|hr|in|ft)\b|[A-Za-z]{4,})(?![\"\w(])"
+CHARACTERS = (
+    # Characters and commands that print nothing
+    Rewrite(re.compile(r"[\u200b-\u200f\u2060\ufeff\xad]|\\displaystyle"), "", ("7\u200b", "7")),
+    # Raised digits are an exponent and lowered digits a subscript. NFKC makes them plain later.
+    Rewrite(re.compile("[²³¹⁰⁴-⁹⁺⁻ⁿ]+"), r"^{\g<0>}", ("x²", "x^{²}")),
+    Rewrite(re.compile("[₀-₉]+"), r"_{\g<0>}", ("x₁", "x_{₁}")),
+    # A whole number before a fraction character is the first term of a sum.
+    Rewrite(re.compile(r"(?<!\d)(\d*)([¼-¾⅐-⅞])"), r"(0\1+\2)", ("1½", "(01+½)")),
+    Rewrite(
+        re.compile(r"ℝ|\\mathbb\s*\{?R\}?|(?:all\s+)?real\s+numbers"),
+        "(-∞,∞)",
+        (r"x \in \mathbb{R}", r"x \in (-∞,∞)"),
+    ),
+    # A raised circle is a degree sign.
+    Rewrite(
+        re.compile(r"\^\s*(?:\{\s*)?(?:\\circ|\\degree|°)\s*\}?|[º˚]"), "°", (r"30^{\circ}", "30°")
+    ),
 )
-_PER_UNIT = re.compile(r"(?<=\")\s*(?:/|per\b)\s*([a-z]+)\b(?!\")")
 
+ENVIRONMENTS = (
+    *(_TEXT_COMMAND, _TEXT_COMMAND, _TEXT_COMMAND),  # \text{\textbf{…}}
+    # A matrix is a pair of brackets.
+    Rewrite(
+        re.compile(r"\\begin\s*\{(?:array|\w*matrix)\}(?:\s*\{[clr|\s]+\})?"),
+        "⟦",
+        (r"\begin{array}{cc}1&2", "⟦1&2"),
+    ),
+    Rewrite(re.compile(r"\\end\s*\{(?:array|\w*matrix)\}"), "⟧", (r"1&2\end{pmatrix}", "1&2⟧")),
+)
 
-def unit_words(text: str) -> str:
-    """Quote a word that follows a number.
+NUMBERS = (
+    # Separators between groups of three digits. (1,000) is a pair.
+    Rewrite(
+        re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\ | |,\s*\\!)\s*(?=\d{3}(?![\d/]|\s*\\?/))"),
+        "",
+        (r"10{,}080", "10080"),
+    ),
+    Rewrite(
+        re.compile(r"(?<![\d,.(\[{])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)"),
+        lambda found: found[0].replace(",", ""),
+        ("1,000,000", "1000000"),
+    ),
+    # Repeating decimals: at least three times before an ellipsis, or overlined. The bounds on
+    # digits keep both patterns linear.
+    Rewrite(
+        re.compile(r"(?<!\d)(\d*)\.(\d{0,20}?)(\d{1,10}?)\3{2,20}(?:\.{3}|\\[lc]?dots)"),
+        _repeating,
+        ("0.333...", "(0.0+.3/(1-.1^1))"),
+    ),
+    Rewrite(
+        re.compile(r"(?<!\d)(\d*)\.(\d{0,20}?)\\overline\s*\{?(\d{1,20})\}?"),
+        _repeating,
+        (r"0.1\overline{6}", "(0.10+.06/(1-.1^1))"),
+    ),
+)
 
-    >>> unit_words("5 cm"), unit_words("5 pens")
-    ('5 "cm"', '5 "pens"')
-    """
-    return _UNIT_WORD.sub(r' "\1"', text)
+FUNCTIONS_AND_SETS = (
+    # Wide spaces
+    Rewrite(re.compile(r"(?<!\\)\\(?:\s|$|q?quad)"), " ", (r"7 \quad", "7  ")),
+    # The inverse of a trigonometric function has a name.
+    Rewrite(
+        re.compile(r"\\?(sin|cos|tan)\s*\^\s*(?:\{\s*-\s*1\s*\}|-1)"),
+        r"\\arc\1 ",
+        (r"\tan^{-1} x", r"\arctan  x"),
+    ),
+    # Only the condition of a set counts. It follows the bar.
+    Rewrite(
+        re.compile(
+            r"\\\{\s*[a-z]\s*(?:\\in\s*\(-∞,∞\)\s*)?(?:\||:|\\mid)"
+            r"(?=.{0,100}?(?:[<>=≤≥≠∈]|\\[gln][et]))"
+        ),
+        r"\\{",
+        (r"\{x \mid x > 3\}", r"\{ x > 3\}"),
+    ),
+    # The real numbers without one are two intervals.
+    Rewrite(
+        re.compile(r"\(-∞,∞\)\s*(?:\\setminus|\\backslash|∖)\s*\\?\{([^,{}\\]*)\\?\}"),
+        r"(-∞,\1)∪(\1,∞)",
+        (r"(-∞,∞) \setminus \{3\}", "(-∞,3)∪(3,∞)"),
+    ),
+    Rewrite(
+        re.compile(r"\{(?=[^{}]*+\})([^{}]*)\\choose([^{}]*)\}"),
+        r"\\binom{\1}{\2}",
+        (r"{5\choose 2}", r"\binom{5}{ 2}"),
+    ),
+)
 
+ARGUMENTS = (
+    # A digit can be an argument without braces.
+    Rewrite(
+        re.compile(r"\\([dtc]?frac|sqrt|[dt]?binom)\s*(\d)"),
+        r"\\\1{\2}",
+        (r"\frac12", r"\frac{1}2"),
+    ),
+    Rewrite(
+        re.compile(r"\\([dtc]?(?:frac|binom)\s*\{[^{}]*\})\s*(\d)"),
+        r"\\\1{\2}",
+        (r"\frac{1}2", r"\frac{1}{2}"),
+    ),
+    # A mixed number is a sum.
+    Rewrite(
+        re.compile(r"(?<=\d) (\d+)\s*/\s*(\d+)"), r"\\frac{\1}{\2}", ("1 4/5", r"1\frac{4}{5}")
+    ),
+    Rewrite(
+        re.compile(r"(?<![\d.^_])(\d+)\s*(\\[dtc]?frac\s*\{\s*\d+\s*\}\s*\{\s*\d+\s*\})"),
+        r"(\1+\2)",
+        (r"1\frac{4}{5}", r"(1+\frac{4}{5})"),
+    ),
+    # The parser rejects `#`, because 7 8 is not 56.
+    Rewrite(re.compile(r"(?<=\d)(?<![_^]\d)\s+(?=\.?\d)"), "#", ("7 8", "7#8")),
+)
 
-def per_units(text: str) -> str:
-    """Quote a unit that divides another.
+RELATIONS = (
+    # The name of an element does not count.
+    Rewrite(re.compile(r"^([\s$]*)\w\s*(?:∈|\\in(?![a-z]))"), r"\1", (r"x \in [2, 7]", " [2, 7]")),
+    # One excluded number leaves two intervals.
+    Rewrite(
+        re.compile(r"^[\s$]*\w\s*(?:≠|!=|\\neq?(?![a-z]))((?:.*[^.$\s])?)[.$\s]*$"),
+        r"(-∞,\1)∪(\1,∞)",
+        (r"x \ne 3.", "(-∞, 3)∪( 3,∞)"),
+    ),
+)
 
-    >>> per_units('60 "km" per hour')
-    '60 "km"/"hour"'
-    """
-    return _PER_UNIT.sub(r'/"\1"', text)
+UNITS = (
+    # A word that follows a number is a unit. So is one that divides a unit.
+    Rewrite(
+        re.compile(
+            r"(?<=[\d)}\"])(?:\s|\\[,;:!])*"
+            r"((?:[ckm]m|k?g|m[lg]|min|hr|in|ft)\b|[A-Za-z]{4,})(?![\"\w(])"
+        ),
+        r' "\1"',
+        ("5 pens", '5 "pens"'),
+    ),
+    Rewrite(
+        re.compile(r"(?<=\")\s*(?:/|per\b)\s*([a-z]+)\b(?!\")"),
+        r'/"\1"',
+        ('60 "km" per hour', '60 "km"/"hour"'),
+    ),
+)
 
+APPROXIMATIONS = (
+    # An approximation is the answer unless it follows an exact one.
+    Rewrite(re.compile(r"^(\s*+\$*+\w*+)\s*+(?:\\approx|≈)"), r"\1=", (r"x \approx 11", "x= 11")),
+    Rewrite(re.compile(r"(?:\\approx|\\simeq|≈).*"), "", (r"1/3 \approx 0.33", "1/3 ")),
+)
 
-REWRITES = (
-    # The order matters: numbers are read after the text commands around them are gone.
-    drop_invisible,
-    raised_digits,
-    lowered_digits,
-    vulgar_fractions,
-    real_numbers,
-    degree_signs,
-    compatible_characters,
-    text_commands,
-    matrices,
-    spaced_thousands,
-    comma_thousands,
-    dotted_periods,
-    overlined_periods,
-    latex_spaces,
-    inverse_functions,
-    set_builders,
-    reals_without,
-    choose,
-    bare_arguments,
-    mixed_numbers,
-    number_gaps,
-    elements,
-    unequal,
-    unit_words,
-    per_units,
-    approximations,
+# The order matters: numbers are read after the text commands around them are gone.
+NOTATIONS = (
+    *(*ENVIRONMENTS, *NUMBERS, *FUNCTIONS_AND_SETS, *ARGUMENTS, *RELATIONS, *UNITS),
+    *APPROXIMATIONS,
 )
 
 
@@ -411,8 +261,13 @@ def normalize(text: str) -> str:
 
     >>> normalize(r"1\frac12 \text{ km}")
     '(1+\\frac{1}{2})   "km" '
+    >>> [r for r in (*CHARACTERS, *NOTATIONS) if r(r.example[0]) != r.example[1]]
+    []
     """
-    for rewrite in REWRITES:
+    for rewrite in CHARACTERS:
+        text = rewrite(text)
+    text = unicodedata.normalize("NFKC", text)  # full-width, raised and styled characters
+    for rewrite in NOTATIONS:
         text = rewrite(text)
     return text
 
