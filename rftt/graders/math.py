@@ -219,33 +219,18 @@ Value = Any  # a number, a matrix of mpmath, or one of the classes below
 
 @dataclass(frozen=True)
 class Tuple:
-    """Values in order: a point, a vector, or an open interval, which is spelled like a pair."""
+    """Values in order: a point, a vector, an interval, or a matrix, which has rows as items."""
 
     items: tuple[Value, ...]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An interval with at least one end that belongs to it."""
-
-    brackets: str
-    """One of "[]", "[)" and "(]"."""
-    low: Value
-    high: Value
+    brackets: str = "()"
+    """What surrounds them: "[]", "[)" or "(]" of an interval, "⟦⟧" of a matrix, else "()". An open
+    interval is spelled like a pair. A matrix of one column is a vector."""
 
 
 @dataclass(frozen=True)
 class Set:
     """Values in any order: a set, or answers that are separated by commas."""
 
-    items: tuple[Value, ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix of more than one column. One column is a Tuple."""
-
-    n_rows: int
     items: tuple[Value, ...]
 
 
@@ -266,7 +251,7 @@ class Equation:
     """Right side minus left side, relative to the first point: 2x = 2y is the equation x = y."""
 
 
-_STRUCTURES = (Tuple, Interval, Set, Matrix, Numeral, Equation, MP.matrix)
+_STRUCTURES = (Tuple, Set, Numeral, Equation, MP.matrix)
 
 
 def _is_number(value: Value) -> bool:
@@ -277,13 +262,9 @@ def _settled(value: Value) -> Value:
     """Return a matrix of mpmath, which is for arithmetic, as a value to compare."""
     if not isinstance(value, MP.matrix):
         return value
-    return Tuple(tuple(value)) if value.cols == 1 else Matrix(value.rows, tuple(value))
-
-
-def _interval(low: Value, high: Value, brackets: str) -> Value:
-    if brackets == "()":
-        return Tuple((low, high))
-    return Interval(brackets, low, high)
+    if value.cols == 1:
+        return Tuple(tuple(value))
+    return Tuple(tuple(Tuple(tuple(row)) for row in value.tolist()), "⟦⟧")
 
 
 def _union(values: Sequence[Value], distinct_numbers: bool) -> Set:
@@ -709,11 +690,12 @@ class Evaluator:
         start = _whole(self._value(first))
         stop = _whole(self._value(last))
         outer = self.indices
-        total = MP.mpf(0) if call.function == "Σ" else MP.mpf(1)
+        total, combine = MP.mpf(0), operator.add
+        if call.function == "Π":
+            total, combine = MP.mpf(1), operator.mul
         for k in range(start, stop + 1):
             self.indices = {**outer, index: MP.mpf(k)}
-            term = self._value(body)
-            total = total + term if call.function == "Σ" else total * term
+            total = combine(total, self._value(body))
         self.indices = outer
         return total
 
@@ -745,8 +727,6 @@ def _flattened(values: list[Value]) -> list[Value]:
     for value in values:
         if isinstance(value, Tuple | Set):
             flat += value.items
-        elif isinstance(value, Interval):
-            flat += [value.low, value.high]
         else:
             flat.append(value)
     return flat
@@ -764,7 +744,7 @@ def _listed(brackets: str, values: list[Value]) -> Value:
         return Tuple(tuple(values))
     if len(values) != 2:
         raise SyntaxError("an interval has two ends")
-    return _interval(values[0], values[1], brackets)
+    return Tuple(tuple(values), brackets)
 
 
 def index_and_first(parts: dict[str, Part], lower: ast.expr) -> tuple[str, ast.expr]:
@@ -793,7 +773,7 @@ def _inequality(cell: Cell, sides: list[Value]) -> Value:
         raise SyntaxError("not an inequality for one name")
     left = "[" if signs[0] == "≤" else "("
     right = "]" if signs[1] == "≤" else ")"
-    return _interval(sides[0], sides[2], left + right)
+    return Tuple((sides[0], sides[2]), left + right)
 
 
 # ---- 5. Compare ----
@@ -814,20 +794,10 @@ def equal(a: Value, b: Value) -> bool:
         return _same_items(a, b)
     if _is_number(a) and _is_number(b):
         return a == b or abs(a - b) < TOLERANCE * (max(abs(a), abs(b)) if a and b else 1)
-    match a, b:
-        case Tuple(items), Tuple(others):
-            return _same_order(items, others)
-        case Matrix(n_rows, items), Matrix(n_other_rows, others):
-            return n_rows == n_other_rows and _same_order(items, others)
-        case Interval(), Interval():
-            return a.brackets == b.brackets and equal(a.low, b.low) and equal(a.high, b.high)
-        case Numeral(), Numeral():
-            return a.value == b.value
-    return False
-
-
-def _same_order(items: tuple[Value, ...], others: tuple[Value, ...]) -> bool:
-    return len(items) == len(others) and all(map(equal, items, others))
+    if isinstance(a, Tuple) and isinstance(b, Tuple):
+        alike = a.brackets == b.brackets and len(a.items) == len(b.items)
+        return alike and all(map(equal, a.items, b.items))
+    return isinstance(a, Numeral) and a == b
 
 
 def _same_items(a: Value, b: Value) -> bool:
@@ -920,12 +890,8 @@ def _key_of(value: Value) -> str:
             return _key_of(item)
         case Set(items):
             return "{" + ", ".join(sorted(map(_key_of, items))) + "}"
-        case Tuple(items):
-            return "(" + ", ".join(map(_key_of, items)) + ")"
-        case Interval(brackets, low, high):
-            return f"{brackets[0]}{_key_of(low)}, {_key_of(high)}{brackets[1]}"
-        case Matrix(n_rows, items):
-            return f"{n_rows} rows: {', '.join(map(_key_of, items))}"
+        case Tuple(items, brackets):
+            return brackets[0] + ", ".join(map(_key_of, items)) + brackets[1]
         case Numeral(number):
             return f"numeral {number}"
     return str(MP.nstr(value, 40))
