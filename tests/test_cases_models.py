@@ -579,9 +579,7 @@ def test_ids_are_bounded_by_the_largest_one(world: Path, tmp_path: Path) -> None
 
 def test_a_system_prompt_does_not_hide_the_question(world: Path) -> None:
     tokenizer = load_tokenizer(str(world / "base"))
-    from rftt.engines.vocabulary import QUESTION
-
-    check_question(tokenizer, question_messages(QUESTION, "Think."))
+    check_question(tokenizer, lambda question: question_messages(question, "Think."))
 
 
 # ---- Ends of a turn ----

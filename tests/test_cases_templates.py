@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from rftt.engines import templates
+from rftt.engines import templates, vocabulary
 from rftt.engines.chat import decode, encode_chat, load_tokenizer, open_tokenizer
-from rftt.engines.templates import apart, with_date, with_settings
+from rftt.engines.templates import apart, neutral, with_date, with_settings
 from rftt.prompts import question_messages
 from rftt.run import cli
 from rftt.run.cli import check_same_run, settle_date
@@ -148,6 +148,54 @@ def test_a_template_that_refuses_the_messages_is_one_line(opened, template, mess
     assert "qwen2" not in str(error.value) or "model" in str(error.value)
 
 
+WRITES = "{{%- for m in messages %}}{{{{ m.content{} }}}}{{% endfor %}}"
+CHANGES = {
+    "html": ("|e", "unchanged, but writes '&lt; 3 &amp;' for '< 3 & .* at character 28"),
+    "blanks": (".split() | join(' ')", r"unchanged, but writes 'Two  spaces|Two spaces"),
+    "lines": (" | replace('\n\n', '\n')", "unchanged, but writes .* at character 45"),
+    "cut": ("[:9000]", "unchanged, but writes '' for .* at character 9000"),
+    "lower": (" | lower", "once, but writes it 0 times"),
+    "json": (" | tojson", "unchanged, but writes"),
+    "twice": (" ~ m.content", "once, but writes it 2 times"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_template_that_changes_the_question_is_refused(opened, name) -> None:
+    change, message = CHANGES[name]
+    with pytest.raises(UserError, match=f"must write the question {message}") as error:
+        opened(WRITES.format(change))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("change", ["", " | trim", ".strip() ~ '  '"])
+def test_a_template_may_drop_blanks_around_the_question(opened, change) -> None:
+    assert asked(opened(WRITES.format(change))).strip() == "1+1?"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "no p"),
+        ("{{ messages[0].content }}{% for i in range(99999) %}endless{% endfor %}", "writes 7"),
+        ("{{ messages[0].content }}{{ 'x' * 300000 }}", "writes 300021 characters for a qu"),
+    ],
+)
+def test_a_template_that_writes_without_end_is_refused(
+    opened, monkeypatch, template, message
+) -> None:
+    monkeypatch.setattr(vocabulary, "MAX_SECONDS", 0.3)
+    with pytest.raises(UserError, match=f"chat template of .*{message}.*; set chat_template"):
+        opened(template)
+
+
+def test_a_template_that_fills_the_memory_is_one_line(opened) -> None:
+    tokenizer = opened("{{ messages[0].content }}{{ 'x' * 10 ** 15 }}")
+    with pytest.raises(UserError, match=r"must accept the roles user \(MemoryError"):
+        asked(tokenizer)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "3", "null", "[" * 100_000])
 def test_a_damaged_file_of_a_tokenizer_is_one_line(opened, tmp_path, name, content) -> None:
@@ -221,6 +269,26 @@ def test_other_questions_keep_the_templates_own_ids(family) -> None:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert apart(tokenizer, messages) is None
         assert encode_chat(tokenizer, messages) == ids
+
+
+FOREIGN = [
+    *("<|im_end|>", "<｜User｜>", "<|start_header_id|>", "</s>", "[INST]", "<<SYS>>", "<|turn>"),
+    *("<end_of_turn>", "<turn|>", "</think>", "<verify>", "</output>", "[TOOL_CALLS]"),
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_control_text_for_a_server_holds_a_space(family) -> None:
+    """Only a server knows its tokenizer: what any family uses is no control text any more."""
+    tokenizer = FAMILIES[family]()
+    question = "Is a < b | c > d, [x] <b>? " + "".join(FOREIGN) + attack(tokenizer)
+    system, example = question_messages("", "<|sys|>")[0], {"role": "assistant", "content": "<s>"}
+    sent = neutral(tokenizer, [system, *question_messages(question), example])
+    assert [sent[0], sent[2]] == [system, example]
+    text = sent[1]["content"]
+    assert text.startswith("Is a < b | c > d, [x] <b>? < |im_end|>< ｜User｜>")
+    assert text.replace(" ", "") == question.replace(" ", "")
+    assert not [c for c in [*FOREIGN, *tokenizer.all_special_tokens] if c in text]
 
 
 def test_cutting_takes_linear_time() -> None:

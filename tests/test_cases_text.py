@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from rftt.curate import repeats
-from rftt.engines.templates import apart, holds_control_text, with_date, with_settings
+from rftt.engines.templates import apart, holds_control_text, neutral, with_date, with_settings
 from rftt.graders import audit
 from rftt.graders.math import canonical, extract, grade, parse_gold
 from rftt.graders.prm import Unscored
-from rftt.prompts import sentences
+from rftt.prompts import question_messages, sentences
 from rftt.run import columns, files, tables
 from rftt.run.contract import best_check, breach, clean, leaks, nameable, trimmed
 from rftt.run.filters import ngrams, script_ratio
@@ -86,7 +86,8 @@ READERS: dict[str, Callable[[str], Any]] = {
     "filters": lambda text: (script_ratio(text, ["latin"]), ngrams(text)),
     "segments": lambda text: (segments(text), step_texts(text)),
     "control text": lambda text: holds_control_text(TOKENIZER, text, functional=True),
-    "questions": lambda text: apart(TOKENIZER, [{"role": "user", "content": text}]),
+    "questions": lambda text: apart(TOKENIZER, question_messages(text)),
+    "questions to servers": lambda text: neutral(TOKENIZER, question_messages(text)),
     "templates": read_template,
     "rows": read_rows,
     "JSON array": lambda text: list(tables._read_json(f"[{text}", "a.json")),

@@ -28,7 +28,6 @@ from evaluate import main as evaluate
 from rftt.engines import vocabulary_size
 from rftt.engines.chat import decode, encode_chat, load_tokenizer, open_tokenizer, reply_ends
 from rftt.engines.templates import holds_control_text
-from rftt.engines.vocabulary import QUESTION as ASKED
 from rftt.engines.vocabulary import check_question, check_text, end_ids
 from rftt.prompts import question_messages
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
@@ -163,7 +162,7 @@ def test_text_survives(family: tuple[str, Any]) -> None:
 
 def test_prompts_hold_the_question_once(family: tuple[str, Any]) -> None:
     name, tokenizer = family
-    check_question(tokenizer, question_messages(ASKED))
+    check_question(tokenizer, question_messages)
     prompt = decode(tokenizer, encode_chat(tokenizer, question_messages(QUESTION)))
     if name == "llama3_1":  # its template writes a system turn with dates first
         assert prompt.endswith(TURNS[name].removeprefix("<|begin_of_text|>").format(QUESTION))

@@ -17,16 +17,12 @@ from rftt.engines.templates import (
     FAULTS,
     apart,
     encode_pieces,
+    neutral,
     single_template,
     with_date,
     with_settings,
 )
-from rftt.engines.vocabulary import (
-    QUESTION,
-    check_question,
-    check_text,
-    end_ids,
-)
+from rftt.engines.vocabulary import check_question, check_text, end_ids
 from rftt.prompts import Messages, question_messages
 from rftt.run.files import one_line
 from rftt.types import UserError
@@ -84,7 +80,7 @@ def open_tokenizer(cfg: Common) -> PreTrainedTokenizerBase:
     tokenizer.chat_template = template
     if not cfg.skip_model_check:
         check_text(tokenizer)
-        check_question(tokenizer, question_messages(QUESTION, cfg.system_prompt))
+        check_question(tokenizer, lambda asked: question_messages(asked, cfg.system_prompt))
     return tokenizer
 
 
@@ -162,7 +158,7 @@ async def open_chat(
     """Open the instruct model of a search: a local engine, or an API with its `ledger`.
 
     The API's model has another tokenizer. `max_model_len` is therefore enforced with the token
-    counts of the local one.
+    counts of the local one, and control text of users is spaced instead of cut.
     """
     if cfg.engine != "api":
         engine = build_engine(cfg, cfg.model_name_or_path, vocabulary_size(tokenizer))
@@ -181,7 +177,7 @@ async def open_chat(
             if room <= 0:
                 return Reply("", whole=False)
             capped = replace(sampling, max_tokens=min(sampling.max_tokens, room))
-            return await api.chat(messages, capped)
+            return await api.chat(neutral(tokenizer, messages), capped)
 
         yield api_chat
     say(f"{cfg.api_url}: {api.spending}")

@@ -22,8 +22,15 @@ from rftt.types import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FAULTS = (ArithmeticError, LookupError, RecursionError, TemplateError, TypeError, ValueError)
+FAULTS = (
+    ArithmeticError, LookupError, MemoryError, RecursionError, TemplateError, TypeError, ValueError,
+)  # fmt: skip
 """What a chat template can raise while it is rendered: Jinja's errors and those of expressions."""
+FOREIGN = re.compile(
+    r"<[|｜][^<>|｜\s]{1,40}[|｜]?>|<[^<>|｜\s]{1,40}[|｜]>|\[/?[A-Z_]{3,20}\]|<</?SYS>>"
+    r"|</?(?:s|bos|eos|pad|unk|think|tool_call|tool_response|start_of_turn|end_of_turn)>"
+)
+"""Control tokens as model families write them. A server's tokenizer may have any of them."""
 CUT = "\ufdd0"
 """A noncharacter of Unicode that marks where a control text is cut in a rendered prompt."""
 SETTINGS = re.compile(r"\A\{# rftt settings #\}.*?\{\{ '' \}\}", re.DOTALL)
@@ -145,6 +152,25 @@ def apart(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages | 
     return [
         message
         | {"content": _cut(message["content"], pattern if message["role"] == "user" else None)}
+        for message in messages
+    ]
+
+
+def neutral(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+    """Return messages for a server, in which control texts of users hold a space.
+
+    A server encodes text with a tokenizer that is not known here: `<|im_end|>` would end the turn
+    there. `< |im_end|>` says the same to a reader, and is nobody's control token.
+    """
+    own = _control_pattern(tokenizer, len(tokenizer), in_responses=False, functional=True)
+
+    def spaced(text: str) -> str:
+        for pattern in (own, FOREIGN):
+            text = _cut(text, pattern).replace(CUT, " ")
+        return text
+
+    return [
+        message | {"content": spaced(message["content"])} if message["role"] == "user" else message
         for message in messages
     ]
 

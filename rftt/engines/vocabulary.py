@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from rftt.engines import vocabulary_size
@@ -14,10 +17,22 @@ if TYPE_CHECKING:
 
     from rftt.prompts import Messages
 
-SENTENCE = "What is 2+2? It is 4, so x = 4."
-"""Text that a tokenizer must give back: its words and spaces are what most questions consist of."""
+SENTENCE = (
+    "What is 2+2? It is 4, so x = 4.\n\nHe has  12 pens , and she:\n\t- $5 (or 6 %) ;\n  - 7 < 8."
+)
+"""Text that a tokenizer must give back: words, signs and spaces of which questions consist."""
 QUESTION = "How many are 3 and 4?"
 REPLY = "There are 7 of them."
+LONG_QUESTION = (
+    "How many are 12 and 7? Is 2 < 3 & \"x\" > 'y'?\n\n  Two  spaces,\ta tab, \\frac{1}{2} {{ x }} "
+    "{% y %}, é 数 🙂 .\n"
+    f"Add up {', '.join(map(str, range(3000)))}.\n\n* [a](b) `c` **d**\n- How many?"
+)
+"""Signs and spaces that a template could change, in a text that it could cut off."""
+MAX_OVERHEAD = 200_000
+"""Characters that a template may add to a question."""
+MAX_SECONDS = 10.0
+"""CPU time in which a template must write a prompt. It usually takes a millisecond."""
 
 
 def check_free(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
@@ -53,22 +68,74 @@ def check_text(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_question(
     tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
+    ask: Callable[[str], Messages],
     cure: str = "set chat_template to a file that writes message.content",
 ) -> None:
-    """Raise UserError if the prompt that `messages` become does not hold QUESTION exactly once.
+    """Raise UserError if the prompt of `ask(question)` does not hold the question once, unchanged.
 
-    A template that refuses the messages is left to encode_chat, which names the reason.
+    Blanks around a question may be dropped, as Llama and Gemma do. A template that refuses the
+    messages is left to encode_chat, which names the reason.
     """
-    try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except FAULTS:
+    name = tokenizer.name_or_path
+    for question in (QUESTION, LONG_QUESTION):
+        try:
+            with _in_time(name):
+                text = cast(
+                    str,
+                    tokenizer.apply_chat_template(
+                        ask(question), add_generation_prompt=True, tokenize=False
+                    ),
+                )
+        except FAULTS:
+            return
+        if len(text) > len(question) + MAX_OVERHEAD:
+            raise UserError(
+                f"the chat template of {name} writes {len(text)} characters for a question of "
+                f"{len(question)}; set chat_template to another file."
+            )
+        begin = question[: question.index("?")]
+        if (n := text.count(begin)) == 1 and question not in text:
+            raise UserError(
+                f"the chat template of {name} must write the question unchanged, but "
+                f"{_first_change(question, text[text.index(begin) :])}; {cure}."
+            )
+        if n != 1:
+            raise UserError(
+                f"the chat template of {name} must write the question once, but writes it {n} "
+                f"times; {cure}."
+            )
+
+
+def _first_change(question: str, written: str) -> str:
+    """Return where a written question differs from the question itself."""
+    at = next(i for i, sign in enumerate(question) if written[i : i + 1] != sign)
+    return f"writes {written[at : at + 12]!r} for {question[at : at + 12]!r} at character {at}"
+
+
+@contextmanager
+def _in_time(name: str) -> Iterator[None]:
+    """Let a template fail with UserError if it has not ended after MAX_SECONDS of CPU time.
+
+    Jinja has no limit of its own: two loops of 100,000 would run for hours. Only the main thread
+    can be interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    if (n := cast(str, text).count(QUESTION)) != 1:
+
+    def stop(_signal: int, _frame: object) -> None:
         raise UserError(
-            f"the chat template of {tokenizer.name_or_path} must write the question once, but "
-            f"writes it {n} times; {cure}."
+            f"the chat template of {name} writes no prompt within {MAX_SECONDS:g} CPU seconds; set "
+            "chat_template to another file."
         )
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 # ---- What ends a turn ----

@@ -39,7 +39,7 @@ from rftt.engines.chat import load_tokenizer
 from rftt.engines.loop import StepLoop
 from rftt.engines.opened import HEADS, check_files, check_same, logit_head, open_model, probes
 from rftt.engines.templates import CUT, FAULTS, cut_control, single_template, with_date
-from rftt.engines.vocabulary import QUESTION, check_question, check_text
+from rftt.engines.vocabulary import check_question, check_text
 from rftt.graders.prm import TAG, Unscored, checked
 from rftt.prompts import question_messages
 from rftt.run.files import one_line
@@ -175,9 +175,12 @@ def settle_template(
     today = date.fromisoformat(day) if day else date.today()
     tokenizer.chat_template = with_date(single_template(tokenizer, None), today)
     if check:
-        messages = question_messages(QUESTION, cfg.system_prompt)
         reply = {"role": "assistant", "content": "1"}
-        check_question(tokenizer, [*messages, reply], "use a PRM with another template")
+        check_question(
+            tokenizer,
+            lambda question: [*question_messages(question, cfg.system_prompt), reply],
+            "use a PRM with another template",
+        )
 
 
 @dataclass(eq=False)
