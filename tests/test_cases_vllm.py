@@ -19,7 +19,7 @@ from rftt.engines.reference import MARGIN, N_DECODED, N_WRITTEN, Scores, check_s
 from rftt.types import UserError
 from tests.conftest import ROOT, run
 from tools import model_matrix
-from tools.model_matrix import FAMILIES, LENGTH, VOCABULARY, Family, build
+from tools.model_matrix import FAMILIES, GATED, LENGTH, VOCABULARY, Family, build
 
 pytestmark = pytest.mark.cases
 
@@ -135,6 +135,12 @@ def test_what_transformers_cannot_open_is_not_compared(tmp_path: Path) -> None:
     path, model = saved(FAMILIES["Qwen3"], tmp_path)
     model.config.quantization_config = {"quant_method": "gptq"}
     assert own_scores(path, model.config, VOCABULARY, LENGTH, "float32") == []
+    rope = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 14}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 14}
+    path, model = saved(with_changes(Family("phi3", GATED), **changes), tmp_path / "long")
+    assert own_scores(path, model.config, VOCABULARY, 15, "float32") == []  # S1 of docs/cases.md
+    assert len(own_scores(path, model.config, VOCABULARY, 14, "float32")) == 2
     check_scores(path, [], lambda *_: pytest.fail("nothing to score"), "float32")
 
 

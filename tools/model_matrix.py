@@ -359,7 +359,8 @@ must then give the same log-probs to 1e-3 in float32. In half precision the chec
 average 0.5 nats and twice what rounding costs the model, because rounding alone moves log-probs by
 0.2 to 0.7 nats on Qwen2.5-Coder 0.5B. The doctor with `dtype=float32` compares closely. Quantised
 models, and models that transformers does not know, are not compared. In every step of RL,
-`mismatch_kl` compares vLLM with the trainer.
+`mismatch_kl` compares vLLM with the trainer. **not tried**: compared only when a script opens it.
+Qwen3-Next and Falcon-H1 need chunked prefill, which is off in engine vllm on a CPU.
 
 | Family | `model_type` | trainer | tree packing | engine hf | engine vllm | What is special |
 |---|---|---|---|---|---|---|

@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 
-from rftt.engines.opened import BROKEN, in_float32, open_complete, own_logits, probes, quiet
+from rftt.engines.opened import (
+    BROKEN,
+    in_float32,
+    open_complete,
+    own_logits,
+    positions_of,
+    probes,
+    quiet,
+)
 from rftt.run.files import one_line
 from rftt.types import UserError
 
@@ -72,11 +80,13 @@ def own_scores(
 
     `dtype` is the engine's.
 
-    The list is empty if transformers cannot open the model: quantised weights, unknown code. Raises
-    UserError if weights are missing or have another shape.
+    The list is empty if transformers cannot open the model (quantised weights, unknown code), or
+    if vLLM scales all positions for longer sequences. Raises UserError if weights are missing or
+    have another shape.
     """
     model = open_complete(path, config, trust_remote_code=trust_remote_code)
-    if model is None:
+    n_positions = positions_of(config)
+    if model is None or (n_positions and max_model_len > n_positions):
         return []
     n_weights = sum(parameter.numel() for parameter in model.parameters())
     prompts = [ids[: max(2, max_model_len - N_DECODED)] for ids in probes(n_tokens)]
