@@ -63,7 +63,11 @@ def attach(
         except ValueError as error:
             raise UserError(f"lora_target_modules {wanted}: {one_line(error)}") from error
     head = model.get_output_embeddings()
-    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    adapted = [
+        name
+        for name, module in model.named_modules()
+        if getattr(module, "base_layer", None) is not None
+    ]
     ends = {name.split(".", at)[-1] for name in adapted for at in range(name.count(".") + 1)}
     if missing := sorted({*wanted} - ends) if wanted != ["all-linear"] else []:
         raise UserError(
@@ -71,7 +75,7 @@ def attach(
             "not have; correct or remove it."
         )
     for name in adapted:
-        module = model.get_submodule(name)
+        module = cast(Any, model.get_submodule(name))
         if type(module.base_layer) is not nn.Linear or module is head:
             raise UserError(
                 f"lora_target_modules {wanted} names {name}, which is not a linear layer between "
