@@ -229,7 +229,7 @@ async def grow(
 
     End early when nothing is left to try. `value` is awaited in landing order.
     """
-    lanes: Lanes[Choice, list[Step]] = Lanes()
+    lanes = Lanes()
     started = 0
     try:
         while True:

@@ -12,10 +12,11 @@ import asyncio
 import math
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
-C = TypeVar("C")
-R = TypeVar("R")
+if TYPE_CHECKING:
+    from rftt.mcts import Choice
+    from rftt.types import Step
 
 
 @dataclass(eq=False)
@@ -54,9 +55,9 @@ class Meter:
 
 
 @dataclass(eq=False)
-class _Lane(Generic[C, R]):
-    choice: C
-    task: asyncio.Task[R]
+class _Lane:
+    choice: Choice
+    task: asyncio.Task[list[Step]]
     meter: Meter
     start: int  # tokens of the lane before this simulation
     number: int  # of the simulation: ties go to the older one
@@ -67,26 +68,26 @@ class _Lane(Generic[C, R]):
         return self.start + self.meter.tokens, self.number
 
 
-class Lanes(Generic[C, R]):
+class Lanes:
     """Simulations in flight, each as long as its tokens. A new one starts where the last landed.
 
     Without meters every length is 0, and simulations land in the order in which they started.
     """
 
     def __init__(self) -> None:
-        self._lanes: list[_Lane[C, R]] = []
+        self._lanes: list[_Lane] = []
         self._now, self._started = 0, 0
 
     def __len__(self) -> int:
         return len(self._lanes)
 
-    def start(self, choice: C, work: Coroutine[Any, Any, R], meter: Meter) -> None:
+    def start(self, choice: Choice, work: Coroutine[Any, Any, list[Step]], meter: Meter) -> None:
         """Let `work` run as the simulation of `choice`."""
         task = asyncio.create_task(work)
         self._lanes.append(_Lane(choice, task, meter, self._now, self._started))
         self._started += 1
 
-    async def first(self) -> tuple[C, R]:
+    async def first(self) -> tuple[Choice, list[Step]]:
         """Return the simulation that ends first, once no other one can end before it."""
         while True:
             ended = [lane for lane in self._lanes if lane.task.done()]
