@@ -7,21 +7,20 @@ Departures from the textbook:
 
 1. `expand` returns the whole path down to a leaf, and every step of it becomes a node. So each pass
    ends in a leaf, and a node's visits are the sum of its children's.
-2. Several simulations may be in flight. Each counts as a visit of value 0 (virtual loss). They land
-   in the order in which they started, so the tree is a function of its seeds alone.
+2. Several simulations may be in flight. Each counts as a visit of value 0 (virtual loss). The one
+   that needs the fewest tokens lands first, so the tree is a function of its seeds alone.
 3. A subtree with nothing left to try is not entered again: it could only repeat a leaf.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal
 
+from rftt.engines.lanes import Lanes, Meter
 from rftt.types import Step
 
 DRAWN = ""
@@ -79,6 +78,7 @@ class Choice:
     node: Node
     act: str
     key: tuple[str, ...]  # of the node to come
+    meter: Meter = field(default_factory=Meter, compare=False)  # of the simulation's tokens
 
 
 class Tree:
@@ -229,21 +229,19 @@ async def grow(
 
     End early when nothing is left to try. `value` is awaited in landing order.
     """
-    flying: deque[tuple[Choice, asyncio.Task[list[Step]]]] = deque()  # oldest first
+    lanes = Lanes()
     started = 0
     try:
         while True:
-            while started < simulations and len(flying) < in_flight and (choice := tree.select()):
-                flying.append((choice, asyncio.create_task(expand(choice))))
+            while started < simulations and len(lanes) < in_flight and (choice := tree.select()):
+                lanes.start(choice, expand(choice), choice.meter)
                 started += 1
-            if not flying:  # all simulations have landed
+            if not lanes:  # all simulations have landed
                 return
-            choice, task = flying[0]  # landing order is starting order, whichever ends first
-            await settle(tree, choice, await task, value)
-            flying.popleft()
+            choice, steps = await lanes.first()
+            await settle(tree, choice, steps, value)
     finally:
-        for _, task in flying:
-            task.cancel()  # a failed call stops the search: it never becomes a value
+        lanes.cancel()  # a failed call stops the search: it never becomes a value
 
 
 async def settle(tree: Tree, choice: Choice, steps: Sequence[Step], value: Value) -> None:

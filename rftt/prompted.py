@@ -16,6 +16,7 @@ from random import Random
 
 from rftt.engines.base import Counters, Reply, Sampling
 from rftt.engines.chat import Chat
+from rftt.engines.lanes import Meter
 from rftt.graders.math import extract
 from rftt.mcts import Choice, Explore, Tree, grow
 from rftt.prompts import Messages, Prompts, sentences
@@ -45,6 +46,7 @@ class Prompted:
     """Replies and their tokens; each problem gets a copy of its own."""
     refusals: Counter[str] = field(default_factory=Counter)
     """Refused replies by `contract_<act>_<reason>`; each problem gets a copy of its own."""
+    meter: Meter | None = None  # counts the tokens of a simulation, if a local engine samples them
 
     def breach(self, act: str, problem: Problem, so_far: str, text: str) -> str | None:
         """Return the reason for which `text` breaks its act's contract, or None."""
@@ -59,7 +61,7 @@ def visible(steps: Sequence[Step]) -> str:
 async def reply(ctx: Prompted, messages: Messages, act: str | None, *key: object) -> Reply:
     """Return one reply of the model; unless `act` is None, clean and within the act's limits."""
     limit = min(FUNCTIONS[act].max_tokens, ctx.max_tokens) if act else ctx.max_tokens
-    sampling = Sampling(limit, ctx.temperature, seed=seed_for(ctx.seed, *key))
+    sampling = Sampling(limit, ctx.temperature, seed=seed_for(ctx.seed, *key), meter=ctx.meter)
     said = await ctx.chat(messages, sampling)
     ctx.spent.requests += said.n_prompt > 0  # 0: no room was left for a reply
     ctx.spent.generated_tokens += said.n_generated
@@ -76,6 +78,7 @@ async def expand_prompted(ctx: Prompted, problem: Problem, choice: Choice) -> li
 
     The path ends without an answer if no act that may follow gives a fit reply.
     """
+    ctx = replace(ctx, meter=choice.meter)
     steps = [node.step for node in choice.node.path() if node.step]
     known = len(steps)  # these are in the tree already
     random = Random(seed_for(ctx.seed, problem.id, choice.key))

@@ -171,7 +171,8 @@ async def learned_tree(
     async def expand(choice: Choice) -> list[Step]:
         forced = choice.act != DRAWN
         opener_logprob = tree.log_priors(choice.node)[choice.act] if forced else 0.0
-        return await expand_learned(task, choice, opener_logprob)
+        metered = replace(task, meter=choice.meter)
+        return await expand_learned(metered, choice, opener_logprob)
 
     if value is None:
         value = agreement() if problem.answer is None else graded(problem, task.text)

@@ -14,6 +14,7 @@ from transformers import Qwen2ForCausalLM
 
 from rftt.engines import build_engine
 from rftt.engines.base import Engine, Sampling, checksum
+from rftt.engines.lanes import Meter
 from rftt.engines.loop import StepLoop
 from rftt.engines.slots import pick
 from rftt.run.config import SearchConfig
@@ -278,6 +279,26 @@ def test_banned_ids_are_never_sampled_and_the_rest_is_renormalised(engine: Engin
         left = table.index_fill(1, torch.tensor(banned), -math.inf).log_softmax(-1)
         own = left[range(20), list(completion.token_ids)]
         assert (own - torch.tensor(completion.logprobs).double()).abs().max() < 1e-4
+
+
+@pytest.mark.invariant
+def test_engine_tells_a_meter_how_far_a_request_is(engine: Engine) -> None:
+    """In every step at most the tokens sampled so far, so that nothing that lands is late."""
+    meter = Meter()
+
+    async def scenario() -> tuple[list[int], int]:
+        how = Sampling(max_tokens=20, seed=3, meter=meter)
+        request = asyncio.create_task(engine.generate([20, 21], how))
+        seen = []
+        while not request.done():
+            seen.append(meter.running)
+            await asyncio.sleep(0)
+        return seen, len((await request).token_ids)
+
+    seen, n = asyncio.run(scenario())
+    assert seen == sorted(seen)
+    assert max(seen) in (n - 1, n)
+    assert len({*seen}) >= n - 1  # each step tells one more
 
 
 def test_cancelled_request_frees_its_place(engine: Engine) -> None:

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from rftt.engines.lanes import Lanes, Meter
 from rftt.mcts import Node, Tree, grow
 from rftt.tokens import successors
 from rftt.types import Step, seed_for
@@ -144,13 +145,70 @@ def test_visits_are_conserved(in_flight):
 
 
 @pytest.mark.invariant
-@pytest.mark.parametrize("in_flight", [1, 4])
-def test_tree_does_not_depend_on_who_finishes_first(in_flight):
-    one, _ = _random_search(in_flight=in_flight, simulations=40, delays=Random(1))
-    other, _ = _random_search(in_flight=in_flight, simulations=40, delays=Random(2))
-    assert [(n.key, n.visits, n.value_sum) for n in one.nodes] == [
-        (n.key, n.visits, n.value_sum) for n in other.nodes
-    ]
+@pytest.mark.parametrize(
+    ("in_flight", "engine_tells"), [(1, True), (4, True), (8, True), (4, False)]
+)
+def test_tree_does_not_depend_on_who_finishes_first(in_flight, engine_tells):
+    """Whatever is late, and whether or not the engine tells how far its requests are."""
+    how = {"in_flight": in_flight, "simulations": 40}
+    expected, _ = _random_search(**how)
+    for seed in range(5):
+        late, _ = _random_search(**how, delays=Random(seed), engine_tells=engine_tells)
+        assert [(n.key, n.visits, n.value_sum) for n in late.nodes] == [
+            (n.key, n.visits, n.value_sum) for n in expected.nodes
+        ]
+
+
+@pytest.mark.oracle
+def test_the_simulation_with_the_fewest_tokens_lands_first():
+    """Lanes of 5, 2 and 2 tokens; then one of 4 starts at 2 and one of 3 at 2: 2, 2, 5, 5, 6."""
+
+    async def landed():
+        lanes, order = Lanes(), []
+        waiting = iter([("d", 4), ("e", 3)])
+
+        def start(name, n):
+            async def work():
+                await asyncio.sleep(0)
+                meter.end(n)
+                return n
+
+            meter = Meter()
+            lanes.start(name, work(), meter)
+
+        for name, n in (("a", 5), ("b", 2), ("c", 2)):
+            start(name, n)
+        while lanes:
+            order.append((await lanes.first())[0])
+            if new := next(waiting, None):
+                start(*new)
+        return order
+
+    assert asyncio.run(landed()) == ["b", "c", "a", "e", "d"]
+
+
+def test_a_short_simulation_does_not_wait_for_the_end_of_a_long_one():
+    async def first():
+        lanes = Lanes()
+        long, short = Meter(), Meter()
+
+        async def ends():
+            short.end(3)
+
+        lanes.start("long", asyncio.Event().wait(), long)  # its request never ends
+        lanes.start("short", ends(), short)
+        landing = asyncio.create_task(lanes.first())
+        for n in (1, 2, 3):
+            long.see(n)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert not landing.done()  # the long one, which is older, may still end at 3
+        long.see(4)
+        choice, _ = await landing
+        lanes.cancel()
+        return choice
+
+    assert asyncio.run(first()) == "short"
 
 
 @pytest.mark.invariant
@@ -213,8 +271,11 @@ def test_failed_expansion_stops_the_search_and_cancels_the_rest():
     assert len(cancelled) == 3
 
 
-def _random_search(in_flight, simulations, delays=None):
-    """Paths of random acts; rewards from the path; `delays` shuffles who finishes first."""
+def _random_search(in_flight, simulations, delays=None, engine_tells=False):
+    """Paths of random acts; rewards from the path; `delays` shuffles who finishes first.
+
+    A simulation has two requests, whose lengths follow from its key.
+    """
     tree, asked = make_tree(seed=5), []
 
     async def expand(choice):
@@ -224,8 +285,13 @@ def _random_search(in_flight, simulations, delays=None):
         while depth < 6 and rng.random() < 0.8 and learned(steps[-1].act):
             steps.append(Step(rng.choice(learned(steps[-1].act)), ""))
             depth += 1
-        for _ in range(delays.randrange(5) if delays else 0):
-            await asyncio.sleep(0)
+        for tokens in (rng.randrange(20), rng.randrange(20)):
+            for n in range(tokens):
+                for _ in range(delays.randrange(3) if delays else 0):
+                    await asyncio.sleep(0)
+                if engine_tells:
+                    choice.meter.see(n + 1)
+            choice.meter.end(tokens)
         return steps
 
     async def value(steps):

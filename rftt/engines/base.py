@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from rftt.engines.lanes import Meter
 from rftt.types import Completion, UserError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Sampling:
     """Ids (the openers) whose log-probs are returned wherever a segment may begin."""
     watch_after: tuple[int, ...] = ()
     """A segment may begin at position 0 and after each of these ids (the closers)."""
+    meter: Meter | None = field(default=None, compare=False)
+    """Counts the tokens while they are sampled."""
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,8 @@ async def engine_chat(
         return Reply("", whole=False)
     capped = replace(sampling, max_tokens=min(sampling.max_tokens, room), stop_ids=stop)
     completion = await engine.generate(prompt, capped)
+    if sampling.meter:
+        sampling.meter.end(len(completion.token_ids))
     text = decode(tokenizer, completion.token_ids, skip_special=True)
     whole, logprob = completion.finish == "stop", sum(completion.logprobs)
     return Reply(text, whole, len(prompt), len(completion.token_ids), logprob=logprob)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 16_384
 """Padded prompt tokens of one prefill pass. This bounds its memory."""
-ADMIT_SHARE = 4
-"""Prefill once the waiting requests are 1/4 of the running ones, because it costs about a step."""
+ADMIT_SHARE = 8
+"""Prefill once the waiting requests are 1/8 of the running ones, because it costs about a step."""
 
 
 FEW_SHOT = 64
@@ -87,6 +87,9 @@ class HFEngine:
             finished, watched = self._slots.decode()
             for slot, position, logprobs in watched:
                 self._running[slot].watched[position] = logprobs
+            for request in self._running:
+                if meter := request.sampling.meter:
+                    meter.see(meter.running + 1)
             self._retire(finished)
 
     def _admit(self, n: int) -> None:

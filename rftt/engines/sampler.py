@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rftt.engines.base import Engine
+    from rftt.engines.lanes import Meter
     from rftt.run.config import EvalConfig, RLConfig
 
 
@@ -138,6 +139,8 @@ class Task:
     prompt: Sequence[int]
     """Token ids of the chat up to the response. (P,)"""
     group: int = 0
+    meter: Meter | None = None
+    """Counts the tokens of all requests, where a simulation asks them."""
 
     def room(self, n_used: int) -> int:
         """Return the number of tokens left after the first `n_used` of the response."""
@@ -148,9 +151,13 @@ class Task:
     ) -> Completion:
         """Continue the response `before` to its end or, with `one_act`, to the end of an act."""
         sampling = self.sampler.sampling(max_tokens, self.problem.id, *key)
+        sampling = replace(sampling, meter=self.meter)
         if one_act:
             sampling = replace(sampling, stop_ids=self.sampler.stops_of_act)
-        return await self.sampler.engine.generate([*self.prompt, *before], sampling)
+        completion = await self.sampler.engine.generate([*self.prompt, *before], sampling)
+        if self.meter:
+            self.meter.end(len(completion.token_ids))
+        return completion
 
     async def log_priors(self, before: Sequence[int], *key: object) -> dict[str, float]:
         """Return log π(act | the response `before`): the priors of the acts that may follow."""

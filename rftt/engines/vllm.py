@@ -204,6 +204,9 @@ class VLLMEngine:
             self.counters.cached_tokens += completion.n_cached
             if not future.done():
                 future.set_result(completion)
+        for state in self._engine.output_processor.request_states.values():  # those that still run
+            if meter := self._running[state.external_req_id][1].meter:
+                meter.see(state.detokenizer.num_output_tokens())
 
     def _abort_all(self) -> None:
         """Abort the requests that an ended event loop has left running."""
