@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 from dataclasses import replace
@@ -17,7 +18,8 @@ from rftt.learner.logprobs import CHUNK_LOGITS, chunk_width
 from rftt.run.cli import cli
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.types import UserError
-from tools import doctor
+from tests.conftest import run
+from tools import doctor, gpu_check
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +102,40 @@ def test_vllms_memory_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
 def test_engine_args_need_vllm() -> None:
     with pytest.raises(UserError, match="engine_args has no effect with engine=hf"):
         load_config(EvalConfig, [*NEEDED, "eval_file=e", "engine_args={enforce_eager: true}"])
+
+
+# ---- The script for a GPU ----
+
+
+def test_the_gpu_check_prints_a_line_per_check_and_keeps_it(tmp_path: Path) -> None:
+    command = ["bash", "runs/gpu_check.sh", "--cpu", "--out", tmp_path]
+    done = run(*command, "machine", "head")
+    machine, head, summary = map(json.loads, done.stdout.splitlines())
+    assert (machine["ok"], machine["torch"]) == (True, torch.__version__)
+    assert head["ok"] is None
+    assert "needs a GPU" in head["why"]
+    assert (summary["passed"], summary["skipped"]) == (["machine"], ["head"])
+    kept = tmp_path / "lines/machine.json"
+    kept.write_text('{"name": "machine", "ok": true, "kept": 1}')
+    done = run(*command, "machine", "rounds", check=False)
+    machine, rounds, summary = map(json.loads, done.stdout.splitlines())
+    assert machine == json.loads(kept.read_text())
+    assert "needs the files of chain" in rounds["why"]
+    assert (summary["ok"], summary["failed"], done.returncode) == (False, ["rounds"], 1)
+
+
+def test_a_check_that_fails_or_hangs_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = gpu_check.Place(True, tmp_path)
+    with pytest.raises(gpu_check.Failed, match="prints: CUDA Error: invalid argument"):
+        gpu_check.check_words("train_rl.py", "all is well\nCUDA Error: invalid argument at cumem")
+    monkeypatch.setitem(gpu_check.CHECKS, "head", lambda at: gpu_check.metrics(at.folder))
+    line = gpu_check.run_one("head", at)
+    assert line["ok"] is False
+    assert "metrics.jsonl" in line["why"]
+    monkeypatch.setattr(gpu_check, "LIMIT", 0.01)
+    assert gpu_check.run_apart("machine", at)["why"] == "no end within 0 s"
 
 
 # ---- vLLM itself, in the CPU build ----
