@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,28 @@ def test_a_small_step_of_an_adapter_on_a_bfloat16_base_is_not_lost(world: World)
         assert torch.equal(now, before[name]) != moved
         if "function_rows" in name:
             assert (now.bfloat16() == before[name].bfloat16()).float().mean() > 0.9
+
+
+@pytest.mark.gpu_ready
+@pytest.mark.invariant
+@pytest.mark.dist
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_8_bit_moments_are_sharded_and_resume_to_the_bit(
+    world: World, two_ranks: Path, tmp_path: Path
+) -> None:
+    """Blocks are the same on any number of ranks, so one rank also takes over."""
+    unbroken, resumed, history = json.loads((two_ranks / "result.json").read_text())["eight"]
+    assert resumed == unbroken
+    one = train(world, tmp_path, 3, optim="adamw_8bit", wide=True)
+    taken_over = train(world, two_ranks / "eight", 3, optim="adamw_8bit", wide=True)
+    for mine, theirs in zip(one.history, [*history, taken_over.history[2]], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    stored = [
+        safe_open(file, "pt")
+        for file in (two_ranks / "eight/checkpoints/step_000002/state").glob("*.safetensors")
+    ]
+    codes = {k for file in stored for k in file.keys() if k.endswith("exp_avg.codes")}  # noqa: SIM118
+    assert "optimizer.policy.state.model.embed_tokens.weight.exp_avg.codes" in codes
 
 
 @pytest.mark.dist

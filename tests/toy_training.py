@@ -7,9 +7,12 @@ import hashlib
 import json
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from rftt import rl
 from rftt.learner.checkpoint import Checkpoints, latest, restore
@@ -28,10 +31,15 @@ from rftt.learner.lora import attach
 from rftt.learner.model import Critic, prepare
 from rftt.learner.optim import build_optimizer, lr_at, set_lr
 from rftt.run.config import Training
-from tests.learners import VOCABULARY, random_batch, tiny_model, word_tokenizer
+from tests.learners import VOCABULARY, random_batch, random_qwen2, tiny_model, word_tokenizer
 
 LENGTHS = [14, 5, 30, 8, 3, 21, 6]
 SCHEDULE = Training(learning_rate=3e-3, lr_scheduler_type="cosine", warmup_ratio=0.25)
+
+
+def wide_model(seed: int = 0) -> PreTrainedModel:
+    """A model with 8-bit moments for some of its matrices; a vocabulary of odd size."""
+    return random_qwen2(VOCABULARY, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -51,16 +59,20 @@ def train(
     keep: int = 0,
     checkpoint: bool = True,
     adapted: bool = False,
+    optim: Literal["adamw", "adamw_8bit"] = "adamw",
+    wide: bool = False,
 ) -> Result:
     """Train from the run's latest checkpoint to `steps`, all weights or an adapter."""
-    policy = prepare(tiny_model())
+    make = wide_model if wide else tiny_model
+    policy = prepare(make())
     if adapted:
         attach(replace(SCHEDULE, use_peft=True, lora_r=4), policy, range(48, 64), seed=0)
     modules = {
         "policy": shard(policy, world, param_dtype=param_dtype),
-        "critic": shard(Critic(prepare(tiny_model(seed=1)).model), world, param_dtype=param_dtype),
+        "critic": shard(Critic(prepare(make(seed=1)).model), world, param_dtype=param_dtype),
     }
-    optimizers = {name: build_optimizer(SCHEDULE, module, 1e-3) for name, module in modules.items()}
+    schedule = replace(SCHEDULE, optim=optim)
+    optimizers = {name: build_optimizer(schedule, module, 1e-3) for name, module in modules.items()}
     controller, first, history = rl.AdaptiveKL(0.1, 0.05, 100.0), 0, []
     checkpoints = Checkpoints(run_dir, world, word_tokenizer(VOCABULARY), keep=keep)
     if path := latest(run_dir):
@@ -117,6 +129,14 @@ def one_step(
     return (world.sum(totals) / n_tokens).tolist(), world.sum(kl.sum().item()) / n_tokens
 
 
+def eight_bit(world: World, root: Path) -> list[Any]:
+    """Digests of a run with 8-bit moments and of a resumed one; the losses of the first."""
+    unbroken = train(world, root / "eight", 2, optim="adamw_8bit", wide=True)
+    train(world, root / "eight-broken", 1, optim="adamw_8bit", wide=True)
+    resumed = train(world, root / "eight-broken", 2, optim="adamw_8bit", wide=True)
+    return [unbroken.digest, resumed.digest, unbroken.history]
+
+
 def suite(world: World, root: Path) -> None:
     """Everything the two-rank test wants, in one launch; rank 0 writes result.json."""
     unbroken = train(world, root / "unbroken", 4)
@@ -126,6 +146,7 @@ def suite(world: World, root: Path) -> None:
     whole = train(world, root / "lora", 4, adapted=True)
     train(world, root / "lora_broken", 2, adapted=True)
     resumed_adapter = train(world, root / "lora_broken", 4, adapted=True)
+    eight = eight_bit(world, root) if find_spec("torchao") else []
     gathered = world.gather({"rank": world.rank})
     if world.is_main:
         result = {
@@ -134,6 +155,7 @@ def suite(world: World, root: Path) -> None:
             "world": [world.size, gathered, world.max(3.0), [unbroken.digest, resumed.digest]],
             "history": unbroken.history,
             "half": half.history,
+            "eight": eight,
         }
         (root / "result.json").write_text(json.dumps(result))
         torch.save(unbroken.weights, root / "weights.pt")

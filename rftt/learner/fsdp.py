@@ -8,6 +8,7 @@ one global count before `backward`. Gloo does not support PREMUL_SUM, hence the 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import socket
 import sys
@@ -289,6 +290,37 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def whole(tensor: Tensor) -> Tensor:
     """Return the tensor that a shard is part of, or a tensor that is not sharded. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, or the tensor itself if it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like_shard(own: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor whose shards have the rows of those of `like`. `own` is this rank's."""
+    if not isinstance(like, DTensor):
+        return own
+    shape = torch.Size((len(like), *own.shape[1:]))
+    sharded = DTensor.from_local(
+        own,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return sharded.to(like.device)  # with cpu_offload the mesh's device is another one
+
+
+def rows_on_all_ranks(tensor: Tensor) -> bool:
+    """Return whether every rank has a row of the tensor."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    n_shards = math.prod(size for size, placement in sizes if placement.is_shard())
+    longest = -(-len(tensor) // n_shards)
+    return longest * (n_shards - 1) < len(tensor)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

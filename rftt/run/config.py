@@ -253,7 +253,7 @@ class Training:
     """LoRA: ends of the names of the adapted layers, such as [q_proj, v_proj]. all-linear is every
     linear layer but the head."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """Optimizer. adamw_8bit needs bitsandbytes and a GPU and is untested."""
+    """Optimizer. adamw_8bit is torchao's, with moments of 2 instead of 8 bytes per parameter."""
     max_grad_norm: Positive = 1.0
     """Global norm to which gradients are clipped (arXiv 2502.13389)."""
     max_tokens_per_microbatch: Runtime[Count] = 16384
