@@ -223,10 +223,12 @@ def kernels(at: Place) -> Figures:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    from rftt.learner.attention import use_flash_kernels
     from rftt.learner.logprobs import token_logprobs
     from rftt.learner.model import prepare
     from rftt.learner.offline import collate_rows
 
+    kernel = "padded" if at.cpu else use_flash_kernels(torch.cuda.get_device_capability())
     width = at.choose(64, 512)
     generator = torch.Generator().manual_seed(1)
 
@@ -270,7 +272,7 @@ def kernels(at: Place) -> Figures:
     wrong = [n for n, x in figures.items() if not (x > along if "cosine" in n else x < apart)]
     if wrong:
         raise Failed(f"{', '.join(wrong)} must be < {apart} and > {along}: {figures}")
-    return rounded(figures, *figures)
+    return {"kernel": kernel} | rounded(figures, *figures)
 
 
 def head(at: Place) -> Figures:
