@@ -20,6 +20,7 @@ from rftt.learner.fsdp import (
     clip_gradients,
     close_world,
     full_weights,
+    mesh_of,
     open_world,
     shard,
 )
@@ -210,6 +211,28 @@ def test_8_bit_moments_are_sharded_and_resume_to_the_bit(
     ]
     codes = {k for file in stored for k in file.keys() if k.endswith("exp_avg.codes")}  # noqa: SIM118
     assert "optimizer.policy.state.model.embed_tokens.weight.exp_avg.codes" in codes
+
+
+@pytest.mark.gpu_ready
+@pytest.mark.invariant
+@pytest.mark.dist
+def test_replicas_on_two_nodes_equal_one_sharded_model(world: World, two_ranks: Path) -> None:
+    """A replica writes checkpoints that a flat mesh continues."""
+    result = json.loads((two_ranks / "result.json").read_text())
+    shape, history = result["hybrid"]
+    assert shape == [2, 1]
+    for mine, theirs in zip(history, result["history"], strict=False):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    taken_over = train(world, two_ranks / "hybrid", 3)
+    assert taken_over.history[2][:4] == pytest.approx(result["history"][2][:4], rel=1e-4, abs=1e-5)
+
+
+def test_unequal_nodes_are_one_clear_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(
+        UserError, match="needs equally many ranks on every node, got 1 ranks and 3"
+    ):
+        mesh_of("cpu", hsdp=True)
 
 
 @pytest.mark.dist

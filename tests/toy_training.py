@@ -5,6 +5,7 @@ python tests/toy_training.py RUN_DIR STEPS, or under torchrun. It continues wher
 
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from rftt.learner.fsdp import (
     empty_like,
     flat_microbatches,
     full_weights,
+    mesh_of,
     open_world,
     shard,
 )
@@ -48,6 +50,8 @@ class Result:
     """loss, value loss, two gradient norms: per step"""
     digest: str
     weights: dict[str, torch.Tensor]
+    mesh: list[int]
+    """Shape of the mesh of the policy's first weight."""
 
 
 def train(
@@ -95,7 +99,8 @@ def train(
     weights = {name: tensor.clone() for name, tensor in full_weights(modules["policy"])}
     weights |= {name: tensor.clone() for name, tensor in full_weights(modules["critic"])}
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-    return Result(history, digest, weights)
+    mesh = list(next(modules["policy"].parameters()).device_mesh.shape)
+    return Result(history, digest, weights, mesh)
 
 
 def one_step(
@@ -146,6 +151,8 @@ def suite(world: World, root: Path) -> None:
     whole = train(world, root / "lora", 4, adapted=True)
     train(world, root / "lora_broken", 2, adapted=True)
     resumed_adapter = train(world, root / "lora_broken", 4, adapted=True)
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each rank were on a node of its own
+    hybrid = train(replace(world, mesh=mesh_of("cpu", hsdp=True)), root / "hybrid", 2)
     eight = eight_bit(world, root) if find_spec("torchao") else []
     gathered = world.gather({"rank": world.rank})
     if world.is_main:
@@ -155,6 +162,7 @@ def suite(world: World, root: Path) -> None:
             "world": [world.size, gathered, world.max(3.0), [unbroken.digest, resumed.digest]],
             "history": unbroken.history,
             "half": half.history,
+            "hybrid": [hybrid.mesh, hybrid.history],
             "eight": eight,
         }
         (root / "result.json").write_text(json.dumps(result))

@@ -112,8 +112,11 @@ class World:
         return scalar.item()
 
 
-def open_world(device: str = "auto") -> World:
-    """Join torchrun's process group if its environment is set, else open a group of one."""
+def open_world(device: str = "auto", *, hsdp: bool = False) -> World:
+    """Join torchrun's process group if its environment is set, else open a group of one.
+
+    With `hsdp` models are sharded within a node and replicated across nodes.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -133,8 +136,27 @@ def open_world(device: str = "auto") -> World:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     name = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu"
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = mesh_of(device, hsdp=hsdp)
     return World(dist.get_rank(), dist.get_world_size(), torch.device(name), mesh)
+
+
+def mesh_of(device: str, *, hsdp: bool) -> DeviceMesh:
+    """Return the mesh over which models are sharded: all ranks, or (nodes, ranks of a node).
+
+    FSDP replicates over the first of two dimensions: what crosses it is one all-reduce of gradients
+    per microbatch, instead of every weight twice.
+    """
+    size = dist.get_world_size()
+    if not hsdp:
+        return init_device_mesh(device, (size,))
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # torchrun sets it
+    if size % on_node:
+        raise UserError(
+            f"hsdp: true needs equally many ranks on every node, got {size} ranks and {on_node} on "
+            "this node; start the same number on each, or set hsdp: false."
+        )
+    names = ("replicate", "shard")
+    return init_device_mesh(device, (size // on_node, on_node), mesh_dim_names=names)
 
 
 def own_gpu(n_gpus: int) -> int:
@@ -214,13 +236,13 @@ def close_world(world: World, *, wait: bool = True) -> None:
 
 
 @contextmanager
-def process_group(device: str, *, wait: bool = False) -> Iterator[World]:
+def process_group(device: str, *, wait: bool = False, hsdp: bool = False) -> Iterator[World]:
     """Open the process group and leave it even if the work fails.
 
     With `wait` a finished rank waits for the others, which ranks that share a model must do. A
     failed rank never waits.
     """
-    world = open_world(device)
+    world = open_world(device, hsdp=hsdp)
     try:
         yield world
     except BaseException:

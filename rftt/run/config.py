@@ -262,6 +262,9 @@ class Training:
     """Recomputation of activations in the backward pass: less memory, about 30 % more compute."""
     fsdp_cpu_offload: Runtime[bool] = False
     """Storage of sharded weights and optimizer state in host memory between uses."""
+    hsdp: Runtime[bool] = False
+    """On several nodes: models are sharded within a node and replicated across nodes, so that only
+    gradients cross the network. A node must have the memory for all of them."""
     save_steps: Runtime[Whole] = 50
     """Steps between two checkpoints; 0 saves only at the end."""
     save_total_limit: Runtime[Whole] = 2
