@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tries on one GPU what only a GPU can show: sixteen checks, one line of JSON each, then a summary.
+# Tries on one GPU what only a GPU can show: seventeen checks, one line of JSON each, then a summary.
 #   bash runs/gpu_check.sh              all of them, at most 8 minutes each; nothing is downloaded
 #   bash runs/gpu_check.sh --cpu        what a CPU can run, at small sizes: tests the script itself
 #   bash runs/gpu_check.sh kernels head only these

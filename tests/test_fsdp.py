@@ -227,6 +227,15 @@ def test_replicas_on_two_nodes_equal_one_sharded_model(world: World, two_ranks: 
     assert taken_over.history[2][:4] == pytest.approx(result["history"][2][:4], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.gpu_ready
+@pytest.mark.dist
+def test_the_ranks_of_a_node_load_their_models_in_turns(two_ranks: Path) -> None:
+    """Otherwise its memory would have to hold a whole model for each. An error reaches all."""
+    turns = json.loads((two_ranks / "result.json").read_text())["turns"]
+    assert turns[:2] == ["0: rank 1 has no model", "1: rank 1 has no model"]
+    assert turns[2:] == ["begin 0", "end 0", "begin 1", "end 1"]
+
+
 def test_unequal_nodes_are_one_clear_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(

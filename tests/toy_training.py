@@ -33,6 +33,7 @@ from rftt.learner.lora import attach
 from rftt.learner.model import Critic, prepare
 from rftt.learner.optim import build_optimizer, lr_at, set_lr
 from rftt.run.config import Training
+from rftt.types import UserError
 from tests.learners import VOCABULARY, random_batch, random_qwen2, tiny_model, word_tokenizer
 
 LENGTHS = [14, 5, 30, 8, 3, 21, 6]
@@ -134,6 +135,33 @@ def one_step(
     return (world.sum(totals) / n_tokens).tolist(), world.sum(kl.sum().item()) / n_tokens
 
 
+def in_turns(world: World, root: Path) -> list[str]:
+    """What both ranks write while they work in turns, and an error of the second one."""
+    file = root / "turns.txt"
+
+    def note(text: str) -> None:
+        with file.open("a") as opened:
+            opened.write(f"{text}\n")
+
+    def work() -> int:
+        note(f"begin {world.rank}")
+        shard(prepare(wide_model()), world)
+        note(f"end {world.rank}")
+        return world.rank
+
+    def fail() -> None:
+        if world.rank:
+            raise UserError("rank 1 has no model")
+
+    assert world.in_turns(work) == world.rank
+    try:
+        world.in_turns(fail)
+    except UserError as error:
+        note(f"{world.rank}: {error}")
+    world.barrier()
+    return sorted(file.read_text().splitlines()[4:]) + file.read_text().splitlines()[:4]
+
+
 def eight_bit(world: World, root: Path) -> list[Any]:
     """Digests of a run with 8-bit moments and of a resumed one; the losses of the first."""
     unbroken = train(world, root / "eight", 2, optim="adamw_8bit", wide=True)
@@ -154,6 +182,7 @@ def suite(world: World, root: Path) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each rank were on a node of its own
     hybrid = train(replace(world, mesh=mesh_of("cpu", hsdp=True)), root / "hybrid", 2)
     eight = eight_bit(world, root) if find_spec("torchao") else []
+    turns = in_turns(world, root)
     gathered = world.gather({"rank": world.rank})
     if world.is_main:
         result = {
@@ -164,6 +193,7 @@ def suite(world: World, root: Path) -> None:
             "half": half.history,
             "hybrid": [hybrid.mesh, hybrid.history],
             "eight": eight,
+            "turns": turns,
         }
         (root / "result.json").write_text(json.dumps(result))
         torch.save(unbroken.weights, root / "weights.pt")

@@ -436,7 +436,7 @@ def real_rl(at: Place) -> Figures:
 
 def resume(at: Place) -> Figures:
     """End a training by SIGTERM and start it again: each step is logged once."""
-    arguments = rl_settings(at, "resume", "max_steps=4", "save_steps=1")
+    arguments = rl_settings(at, "resume", "max_steps=8", "save_steps=1")
     log = at.folder / "resume.log"
     command = [sys.executable, str(ROOT / "train_rl.py"), *arguments]
     written = at.folder / "resume/metrics.jsonl"
@@ -452,7 +452,7 @@ def resume(at: Place) -> Figures:
     before = len(metrics(at.folder / "resume"))
     script("train_rl.py", *arguments)
     steps = [row["step"] for row in metrics(at.folder / "resume")]
-    if steps != [0, 1, 2, 3]:
+    if steps != list(range(8)):
         raise Failed(f"every step must be logged once, got {steps}")
     return {"steps_before": before, "steps": len(steps)}
 
@@ -501,6 +501,15 @@ def tree(at: Place) -> Figures:
     return agreeing(at, "tree") | rounded(metrics(at.folder / "tree")[-1], "saved_share")
 
 
+def lora(at: Place) -> Figures:
+    """Run two rounds of RL that train an adapter: the engine gets merged weights."""
+    if find_spec("peft") is None:
+        raise Skipped("peft is not installed")
+    arguments = rl_settings(at, "lora", "max_steps=2", "use_peft=true", "learning_rate=1e-3")
+    peak = peak_gigabytes(lambda: script("train_rl.py", *arguments))
+    return {"peak_gb": round(peak, 3), **agreeing(at, "lora")}
+
+
 def leaves(at: Place) -> Figures:
     """Compare the seconds of exploration with 4 and 16 leaves in flight, under torchrun."""
     ranks = 1
@@ -521,19 +530,25 @@ def leaves(at: Place) -> Figures:
 
 def train_step(at: Place) -> Figures:
     """Measure one optimizer step: tokens per second and MFU (bench/train_step.py)."""
-    sizes = at.choose(
-        ["--size", "tiny", "--variants", "packed,padded", "--rounds", "1"],
-        ["--size", "1.5b", "--length", "4096", "--variants", "packed_bf16", "--minutes", "7"],
-    )
+    if at.cpu:
+        sizes = ["--size", "tiny", "--variants", "packed,padded", "--rounds", "1"]
+    else:
+        import torch
+
+        memory = torch.cuda.get_device_properties(0).total_memory
+        size = "1.5b" if memory > 40e9 else "0.5b"  # its weights and moments fit
+        sizes = ["--size", size, "--length", "4096", "--variants", "packed_bf16", "--minutes", "6"]
     found = json.loads(script("bench/train_step.py", *sizes).splitlines()[-1])
-    return {name: value for name, value in found.items() if value}
+    if not found.keys() & {"packed", "packed_bf16"}:
+        raise Failed(f"nothing was measured: {found['skipped']}")
+    return {"arguments": " ".join(sizes)} | {name: value for name, value in found.items() if value}
 
 
 def search(at: Place) -> Figures:
     """Measure search against flat sampling (bench/search.py)."""
     sizes = at.choose(
         ["--engine", "hf", "--problems", "2", "--simulations", "2", "--rounds", "1"],
-        ["--engine", "vllm", "--problems", "16", "--simulations", "8", "--rounds", "2"],
+        ["--engine", "vllm", "--dtype", "bfloat16", "--problems", "16", "--simulations", "8"],
     )
     found = json.loads(script("bench/search.py", *sizes).splitlines()[-1])
     names = ("tokens_per_s", "mean_batch", "fraction_of_flat", "rollouts_vs_serial")
@@ -555,13 +570,14 @@ CHECKS: dict[str, Callable[[Place], Figures]] = {
     "adamw_8bit": adamw_8bit,
     "no_checkpointing": no_checkpointing,
     "tree": tree,
+    "lora": lora,
     "leaves": leaves,
     "train_step": train_step,
     "search": search,
 }
 NEEDS = {"rounds": "chain", "contract": "chain", "real": "chain", "real_rl": "real"}
 NEEDS |= {"offload": "chain", "adamw_8bit": "chain", "no_checkpointing": "chain"}
-NEEDS |= {"resume": "real", "tree": "real", "leaves": "real"}
+NEEDS |= {"resume": "real", "tree": "real", "lora": "real", "leaves": "real"}
 """Check -> the check whose files it uses."""
 
 

@@ -97,6 +97,18 @@ class World:
             raise UserError(failures[0])
         return [result for found, _ in shares for result in found]
 
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """Return this rank's result of `work`, which the ranks of a node run one after another.
+
+        A model that is loaded takes host memory for all of it until it is sharded. A UserError on
+        one rank is raised on all ranks.
+        """
+        turn = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun sets it
+        mine: list[T] = []
+        for number in range(int(self.max(float(turn))) + 1):
+            self.gather_or_raise(lambda now=number: mine.append(work()) if now == turn else None)
+        return mine[0]
+
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
         # An all-reduce behaves the same on gloo and nccl. dist.barrier() would guess a device.
