@@ -54,7 +54,7 @@ PRINTED = ("accuracy", "reward", "response_length", "kl", "entropy", "clip_share
 
 
 def main(cfg: RLConfig) -> None:
-    with process_group(cfg.device, wait=True) as world:
+    with process_group(cfg.device, wait=True, hsdp=cfg.hsdp) as world:
         train(cfg, world)
 
 

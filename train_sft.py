@@ -40,7 +40,7 @@ PRINTED = ("loss", "dpo_accuracy", "eval_loss", "grad_norm")
 
 
 def main(cfg: SFTConfig) -> None:
-    with process_group(cfg.device, wait=True) as world:
+    with process_group(cfg.device, wait=True, hsdp=cfg.hsdp) as world:
         train(cfg, world)
 
 

@@ -10,6 +10,7 @@ mcts_stepwise  the same with one request per act, as in the paper
 mcts_prompted  phase 1: one prompt per act
 beam, dvts     functional beam search and its diverse form: width and subtrees 2, branching 2
 
+Rates are per CPU second on a CPU, and per second of wall time on a GPU (`clock` in the last line).
 Every measurement starts with an empty prefix cache. Without --model the script makes a Qwen2 with
 2.4M parameters, whose layers compute but do not change the output. Its tokens follow a Markov chain
 with the allowed transitions of functional tokens, in segments of about ten tokens. Every
@@ -219,14 +220,14 @@ def measure(engine: Engine, work: Work, problems: list[Problem], seed: int) -> d
     return {**spent, "rollouts": rollouts, "cpu_s": cpu, "wall_s": wall}
 
 
-def summarise(totals: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return rates, and each rate relative to flat and to serial."""
+def summarise(totals: dict[str, dict[str, float]], clock: str) -> dict[str, dict[str, float]]:
+    """Return rates by the seconds of a clock, and each rate relative to flat and to serial."""
     summary = {}
     for name, t in totals.items():
         fresh = t["prompt_tokens"] - t["cached_tokens"]
         summary[name] = {
-            "tokens_per_cpu_s": t["generated_tokens"] / t["cpu_s"],
-            "rollouts_per_cpu_s": t["rollouts"] / t["cpu_s"],
+            "tokens_per_s": t["generated_tokens"] / t[f"{clock}_s"],
+            "rollouts_per_s": t["rollouts"] / t[f"{clock}_s"],
             "mean_batch": t["generated_tokens"] / t["steps"],
             "prefix_hit_rate": t["cached_tokens"] / t["prompt_tokens"],
             "prefilled_per_generated": fresh / t["generated_tokens"],
@@ -236,8 +237,8 @@ def summarise(totals: dict[str, dict[str, float]]) -> dict[str, dict[str, float]
         }
     for row in summary.values():
         flat, serial = summary["flat"], summary["serial"]
-        row["fraction_of_flat"] = row["tokens_per_cpu_s"] / flat["tokens_per_cpu_s"]
-        row["rollouts_vs_serial"] = row["rollouts_per_cpu_s"] / serial["rollouts_per_cpu_s"]
+        row["fraction_of_flat"] = row["tokens_per_s"] / flat["tokens_per_s"]
+        row["rollouts_vs_serial"] = row["rollouts_per_s"] / serial["rollouts_per_s"]
     return {name: {k: round(v, 4) for k, v in row.items()} for name, row in summary.items()}
 
 
@@ -298,10 +299,11 @@ def main() -> None:
                 known = totals.setdefault(name, dict.fromkeys(got, 0.0))
                 totals[name] = {key: known[key] + value for key, value in got.items()}
     engine.close()
-    summary = summarise(totals)
+    clock = "wall" if device == "cuda" else "cpu"
+    summary = summarise(totals, clock)
     for name, row in summary.items():
         print(f"{name:14}", *(f"{key}={value:<9g}" for key, value in row.items()))
-    print(json.dumps(summary))
+    print(json.dumps(summary | {"clock": clock}))
 
 
 def stored_weights(folder: str) -> Weights:

@@ -3,14 +3,16 @@
     python bench/train_step.py [--compare trl] [--trl-python .venv-bench/bin/python] [--rounds 3]
     python bench/train_step.py --size 1.5b --length 4096            (on a GPU)
 
-Each variant has its own process. They take turns, one step each per round, so that a busy machine
-slows all equally. On a CPU the figures are CPU seconds of one compute thread, and peak memory above
-that of the loaded model, including gradients and optimizer state. Every step is printed on stderr
-as soon as it is measured. The last line is one JSON object.
+Each variant has its own process. On a CPU they take turns, one step each per round, so that a busy
+machine slows all equally. The figures are CPU seconds of one compute thread, and peak memory above
+that of the loaded model, including gradients and optimizer state. On a GPU only one process at a
+time holds a model, and seconds are wall time. Every step is printed on stderr as soon as it is
+measured. The last line is one JSON object.
 
-`skipped` names variants in bfloat16 if the device emulates it. A round that would not end within
---minutes does not start, so `rounds` may be smaller. TRL's chunked head is a Triton kernel, which a
-CPU replaces by a fallback, so a CPU ratio does not predict the ratio on a GPU.
+`skipped` names variants that the device cannot measure, because it emulates bfloat16 or lacks the
+memory. A round that would not end within --minutes does not start, so `rounds` may be smaller.
+TRL's chunked head is a Triton kernel, which a CPU replaces by a fallback, so a CPU ratio does not
+predict the ratio on a GPU.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ LEARNING_RATE = 1e-5
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "vocab_size")  # fmt: skip
 SIZES = {
+    "tiny": dict(zip(NAMES, (64, 128, 2, 4, 2, 512), strict=True)),
     "51m": dict(zip(NAMES, (512, 2400, 8, 8, 2, 32000), strict=True)),
     "0.5b": dict(zip(NAMES, (896, 4864, 24, 14, 2, 151936), strict=True)),
     "1.5b": dict(zip(NAMES, (1536, 8960, 28, 12, 2, 151936), strict=True)),
@@ -118,17 +121,18 @@ def padded(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step
     from torch.nn.functional import log_softmax, pad
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to(device)
     model.config.use_cache = False
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
-    ids = [torch.tensor(d) for d in documents(lengths, model.config.vocab_size)]
+    ids = [torch.tensor(d, device=device) for d in documents(lengths, model.config.vocab_size)]
     x = torch.stack([pad(d, (0, max(lengths) - len(d))) for d in ids])
     real = torch.stack([pad(torch.ones_like(d), (0, max(lengths) - len(d))) for d in ids])
-    mask = real[:, 1:].bool() & (torch.arange(max(lengths) - 1) >= PROMPT - 1)
-    advantages = torch.tensor(ADVANTAGES[: len(lengths)])[:, None]
+    mask = real[:, 1:].bool() & (torch.arange(max(lengths) - 1, device=device) >= PROMPT - 1)
+    advantages = torch.tensor(ADVANTAGES[: len(lengths)], device=device)[:, None]
 
     def step() -> tuple[float, float]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
             logits = model(input_ids=x, attention_mask=real).logits[:, :-1]
         logprobs = log_softmax(logits.float(), -1).gather(-1, x[:, 1:, None])[..., 0]
         ratio = (logprobs - logprobs.detach()).exp()
@@ -151,19 +155,21 @@ def trl(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     vocabulary, n, longest = model.config.vocab_size, len(lengths), max(lengths)
     shared: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": n, "use_cpu": True,
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": n,
+        "use_cpu": device == "cpu", "gradient_checkpointing": device == "cuda",
         "bf16": dtype == "bf16", "learning_rate": LEARNING_RATE, "adam_beta2": 0.95,
-        "lr_scheduler_type": "constant", "report_to": [], "gradient_checkpointing": False,
+        "lr_scheduler_type": "constant", "report_to": [],
         "max_steps": 10, "optim": "adamw_torch_fused",
     }  # fmt: skip
     ids = [torch.tensor(d) for d in documents(lengths, vocabulary)]
     x = torch.stack([pad(d, (0, longest - len(d))) for d in ids])
     real = torch.stack([pad(torch.ones_like(d), (0, longest - len(d))) for d in ids])
-    total = torch.tensor(sum(lengths) - PROMPT * n)
+    total = torch.tensor(sum(lengths) - PROMPT * n, device=device)
     if loss == "sft":
         rows = Dataset.from_list([{"input_ids": d.tolist()} for d in ids])
         trainer = SFTTrainer(model, SFTConfig(max_length=longest, **shared), train_dataset=rows,
@@ -185,6 +191,8 @@ def trl(folder: str, dtype: str, loss: str, lengths: tuple[int, ...]) -> Step:
     trainer.create_optimizer()
     prepared, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model_wrapped = prepared
+
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
     def step() -> tuple[float, float]:
         value = trainer.training_step(prepared, dict(inputs), total)
@@ -228,17 +236,17 @@ def work(variant: str, folder: str, lengths: tuple[int, ...]) -> None:
 
     out, sys.stdout = sys.stdout, sys.stderr  # libraries may print
     torch.set_num_threads(1)
-    on_gpu = torch.cuda.is_available()
+    gpu = on_gpu()
     build, loss, dtype = VARIANTS[variant]
     step = build(folder, dtype, loss, lengths)
-    start = torch.cuda.memory_allocated() / 2**20 if on_gpu else memory_mib("VmRSS")
+    start = torch.cuda.memory_allocated() / 2**20 if gpu else memory_mib("VmRSS")
     for _ in sys.stdin:
-        begin = time.perf_counter() if on_gpu else time.process_time()
+        begin = time.perf_counter() if gpu else time.process_time()
         value, norm = step()
-        if on_gpu:
+        if gpu:
             torch.cuda.synchronize()
-        seconds = (time.perf_counter() if on_gpu else time.process_time()) - begin
-        peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory_mib("VmHWM")
+        seconds = (time.perf_counter() if gpu else time.process_time()) - begin
+        peak = torch.cuda.max_memory_allocated() / 2**20 if gpu else memory_mib("VmHWM")
         figures = {"seconds": seconds, "loss": value, "grad_norm": norm, "extra_mib": peak - start}
         ctypes.CDLL(None).malloc_trim(0)  # waiting workers must not keep freed memory
         out.write(json.dumps(figures) + "\n")
@@ -255,8 +263,15 @@ def start(variant: str, folder: str, lengths: tuple[int, ...], python: str) -> s
     return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
+class OutOfMemory(Exception):
+    """A worker lacks memory, which its device cannot give."""
+
+
 def ask(worker: subprocess.Popen) -> dict[str, float]:
-    """Run one step in a worker and return its figures. Exit if the worker has failed."""
+    """Run one step in a worker and return its figures.
+
+    Raises OutOfMemory if that is why the worker failed. Exits for another reason.
+    """
     assert worker.stdin
     assert worker.stdout
     worker.stdin.write("step\n")
@@ -264,7 +279,10 @@ def ask(worker: subprocess.Popen) -> dict[str, float]:
     line = worker.stdout.readline()
     if not line:
         assert worker.stderr
-        sys.exit(f"error: a worker failed:\n{worker.stderr.read()[-3000:]}")
+        told = worker.stderr.read()
+        if "OutOfMemoryError" in told:
+            raise OutOfMemory
+        sys.exit(f"error: a worker failed:\n{told[-3000:]}")
     return json.loads(line)
 
 
@@ -289,13 +307,18 @@ def write_model(folder: str, size: dict[str, int]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def emulates_bfloat16() -> bool:
-    """Return whether this machine emulates bfloat16, which would take unreasonable time."""
+def on_gpu() -> bool:
+    """Return whether the variants run on a GPU."""
     import torch
 
+    return torch.cuda.is_available()
+
+
+def emulates_bfloat16() -> bool:
+    """Return whether this machine emulates bfloat16, which would take unreasonable time."""
     from rftt.run.precision import computes_in_bfloat16
 
-    return not computes_in_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
+    return not computes_in_bfloat16("cuda" if on_gpu() else "cpu")
 
 
 def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
@@ -305,7 +328,7 @@ def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if on_gpu() else "cpu"
     n, repeats = (8192, 20) if device == "cuda" else (1024, 4)
     if emulated:
         n, repeats = 256, 1
@@ -319,6 +342,9 @@ def matmul_rate(dtype: str, *, emulated: bool = False) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = clock() - begin
+    if device == "cuda":
+        del a
+        torch.cuda.empty_cache()  # a worker needs the memory
     return 2 * n**3 * repeats / seconds
 
 
@@ -353,7 +379,7 @@ def summary(
         measured = rates[VARIANTS[variant][2]]
         rounds = zip(seconds[variant], measured[1:] or measured, strict=True)
         result[variant] = {
-            "tokens_per_cpu_s": n_tokens / statistics.median(seconds[variant]),
+            "tokens_per_s": n_tokens / statistics.median(seconds[variant]),
             "extra_mib": figures[0]["extra_mib"],
             "mfu": statistics.median(flops / spent / rate for spent, rate in rounds),
             "first_loss": figures[0]["loss"],
@@ -403,6 +429,36 @@ def take_turns(
     return steps, rates
 
 
+def one_by_one(
+    begin_worker: Callable[[str], subprocess.Popen],
+    variants: list[str],
+    rounds: int,
+    limit: float,
+    skipped: dict[str, str],
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, list[float]]]:
+    """Return the figures of `take_turns` for a GPU, whose memory belongs to one variant at a time.
+
+    A variant does not start after `limit`. One that lacks memory is added to `skipped`.
+    """
+    rates = {dtype: [matmul_rate(dtype) for _ in range(rounds + 1)] for dtype in ("fp32", "bf16")}
+    steps: dict[str, list[dict[str, float]]] = {}
+    for variant in variants:
+        if steps and time.monotonic() > limit:
+            continue
+        worker, found = begin_worker(variant), list[dict[str, float]]()
+        try:
+            for number in range(rounds + 1):
+                found.append(ask(worker))
+                shown = "  ".join(f"{key} {value:.4g}" for key, value in found[-1].items())
+                print(f"round {number}  {variant:18}{shown}", file=sys.stderr)
+            steps[variant] = found
+        except OutOfMemory:
+            skipped[variant] = "the GPU's memory is too small"
+            print(f"{variant}: skipped, {skipped[variant]}", file=sys.stderr)
+        worker.communicate()
+    return steps, rates
+
+
 def main() -> None:
     """Measure the variants in turns and print their figures."""
     parser = argparse.ArgumentParser(
@@ -440,24 +496,25 @@ def main() -> None:
     limit = begin + 60 * args.minutes
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, SIZES[args.size])
-        workers = {
-            variant: start(
-                variant,
-                folder,
-                lengths,
-                args.trl_python if variant.startswith("trl") else sys.executable,
-            )
-            for variant in variants
-        }
-        steps, rates = take_turns(workers, args.rounds, limit, emulated)
-    for variant in workers.keys() - steps.keys():
+
+        def begin_worker(variant: str) -> subprocess.Popen:
+            python = args.trl_python if variant.startswith("trl") else sys.executable
+            return start(variant, folder, lengths, python)
+
+        if on_gpu():
+            steps, rates = one_by_one(begin_worker, variants, args.rounds, limit, skipped)
+        else:
+            workers = {variant: begin_worker(variant) for variant in variants}
+            steps, rates = take_turns(workers, args.rounds, limit, emulated)
+    for variant in set(variants) - steps.keys() - skipped.keys():
         skipped[variant] = "--minutes were used up before its first step"
     result = summary(steps, rates, model_flops(SIZES[args.size], lengths), sum(lengths))
     peak = {dtype: statistics.median(found) / 1e9 for dtype, found in rates.items()}
     for variant, figures in result.items():
         print(f"{variant:18}" + "  ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     rounds = len(rates["fp32"]) - 1
-    more = {"matmul_gflops": peak, "rounds": rounds, "skipped": skipped}
+    clock = "wall" if on_gpu() else "cpu"
+    more = {"matmul_gflops": peak, "rounds": rounds, "skipped": skipped, "clock": clock}
     print(json.dumps(result | more))
 
 

@@ -8,6 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SEED=${SEED:-0} FAST=${FAST:-}
 OUT=${OUT:-outputs/tiny${FAST:+-fast}}
+# A rank needs a GPU of its own, so that there is only one on a machine with one GPU.
+RANKS=${RANKS:-$(python -c 'import torch; print(min(2, torch.cuda.device_count() or 2))')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 if [ -n "$FAST" ]; then  # the same code on less data
@@ -26,7 +28,7 @@ stage() {  # stage NAME COMMAND…: run it with output on stderr, and record its
   "$@" >&2
   echo "$name $((SECONDS - begin))" >> "$OUT/seconds.txt"
 }
-two_ranks() { python -m torch.distributed.run --standalone --nproc_per_node=2 "$@"; }
+two_ranks() { python -m torch.distributed.run --standalone --nproc_per_node="$RANKS" "$@"; }
 evaluate() {  # evaluate NAME MODEL [key=value …]
   local name=$1 model=$2
   shift 2

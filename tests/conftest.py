@@ -22,6 +22,9 @@ the 30 minutes that torch waits for a rank.
 """
 # Here too, before torch is imported: the last bits of a sum depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The tests are for CPUs: on a machine with one GPU two ranks could not start. CUDA_VISIBLE_DEVICES
+# from outside is kept.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # A console script starts with the path of its interpreter, which may contain a space. With
 # --standalone the system chooses the port, so that tests may run side by side.
 TORCHRUN = ("python", "-m", "torch.distributed.run", "--standalone")

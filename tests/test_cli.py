@@ -47,7 +47,7 @@ def test_a_run_directory_keeps_to_its_settings(tmp_path):
         check_same_run(file, {"seed": 1})
 
 
-NAMES = ("audit_grader", "audit_rows", "prm_serve", "prm_train")
+NAMES = ("audit_grader", "audit_rows", "gpu_check", "prm_serve", "prm_train")
 TOOLS = [f"tools/{name}" for name in (*NAMES, "report", "self_improve", "tiny_world")]
 
 

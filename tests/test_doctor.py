@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rftt.engines import build_engine
 from rftt.engines.base import Sampling
@@ -29,7 +30,7 @@ from rftt.learner.setup import load_models
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.types import UserError
 from rftt.update import Learner
-from tests.conftest import run
+from tests.conftest import ROOT, run
 from tests.small_world import damage, make_world, settings
 from tools import doctor
 from tools.memory import adapter_size, complaint, estimate, gigabytes
@@ -293,3 +294,40 @@ def test_estimate_holds_the_key_value_slots_of_a_run(world: Path) -> None:
     phases = estimate(model, n, cfg, ranks=1, logits=LOGITS, gpu_bytes=0)
     assert 0.5 * phases["explore"]["KV"] <= most <= phases["explore"]["KV"]
     assert phases["explore"]["params"] == size(engine.model.parameters())
+
+
+# ---- Recipes for one card ----
+
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "vocab_size", "tie_word_embeddings")  # fmt: skip
+PUBLISHED = {
+    "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 151936, True),
+    "qwen2.5-1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "qwen2.5-3b": (2048, 11008, 36, 16, 2, 151936, True),
+    "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064, False),
+}
+"""Values of NAMES in the config.json of Qwen2.5's instruct models."""
+RECIPES = sorted(path.name for path in ROOT.glob("configs/*gb"))
+
+
+def needs(recipe: str, kind: str) -> dict[str, float]:
+    """Phase -> GB on the card of a recipe, whose name ends with its memory."""
+    name, card = recipe.rsplit("-", 1)
+    config = Qwen2Config(**dict(zip(NAMES, PUBLISHED[name], strict=True)))  # type: ignore[arg-type]
+    with torch.device("meta"):
+        n_params = Qwen2ForCausalLM(config).num_parameters()
+    cfg = load_config(SCHEMAS[kind], [str(ROOT / f"configs/{recipe}/{kind[6:]}.yaml")])
+    size = 1e9 * int(card.removesuffix("gb"))
+    logits = CHUNK_LOGITS["cuda"], KEPT_LOGITS["cuda"]
+    phases = estimate(config, n_params, cfg, ranks=1, logits=logits, gpu_bytes=size)
+    assert complaint(phases, doctor.USABLE_GPU * size, "cuda:0") is None
+    return {phase: round(sum(parts.values()) / 1e9, 1) for phase, parts in phases.items()}
+
+
+@pytest.mark.gpu_ready
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_for_one_card_fits_it_and_says_how_much_it_needs(recipe: str) -> None:
+    for kind in ("train_sft", "train_rl"):
+        told = ", ".join(f"{phase} {size} GB" for phase, size in needs(recipe, kind).items())
+        text = (ROOT / f"configs/{recipe}/{kind[6:]}.yaml").read_text()
+        assert f"# Memory by tools/memory.py: {told}.\n" in text

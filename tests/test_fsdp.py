@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from rftt.learner.fsdp import (
     clip_gradients,
     close_world,
     full_weights,
+    mesh_of,
     open_world,
     shard,
 )
@@ -187,6 +189,59 @@ def test_a_small_step_of_an_adapter_on_a_bfloat16_base_is_not_lost(world: World)
         assert torch.equal(now, before[name]) != moved
         if "function_rows" in name:
             assert (now.bfloat16() == before[name].bfloat16()).float().mean() > 0.9
+
+
+@pytest.mark.gpu_ready
+@pytest.mark.invariant
+@pytest.mark.dist
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_8_bit_moments_are_sharded_and_resume_to_the_bit(
+    world: World, two_ranks: Path, tmp_path: Path
+) -> None:
+    """Blocks are the same on any number of ranks, so one rank also takes over."""
+    unbroken, resumed, history = json.loads((two_ranks / "result.json").read_text())["eight"]
+    assert resumed == unbroken
+    one = train(world, tmp_path, 3, optim="adamw_8bit", wide=True)
+    taken_over = train(world, two_ranks / "eight", 3, optim="adamw_8bit", wide=True)
+    for mine, theirs in zip(one.history, [*history, taken_over.history[2]], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    stored = [
+        safe_open(file, "pt")
+        for file in (two_ranks / "eight/checkpoints/step_000002/state").glob("*.safetensors")
+    ]
+    codes = {k for file in stored for k in file.keys() if k.endswith("exp_avg.codes")}  # noqa: SIM118
+    assert "optimizer.policy.state.model.embed_tokens.weight.exp_avg.codes" in codes
+
+
+@pytest.mark.gpu_ready
+@pytest.mark.invariant
+@pytest.mark.dist
+def test_replicas_on_two_nodes_equal_one_sharded_model(world: World, two_ranks: Path) -> None:
+    """A replica writes checkpoints that a flat mesh continues."""
+    result = json.loads((two_ranks / "result.json").read_text())
+    shape, history = result["hybrid"]
+    assert shape == [2, 1]
+    for mine, theirs in zip(history, result["history"], strict=False):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    taken_over = train(world, two_ranks / "hybrid", 3)
+    assert taken_over.history[2][:4] == pytest.approx(result["history"][2][:4], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.gpu_ready
+@pytest.mark.dist
+def test_the_ranks_of_a_node_load_their_models_in_turns(two_ranks: Path) -> None:
+    """Otherwise its memory would have to hold a whole model for each. An error reaches all."""
+    turns = json.loads((two_ranks / "result.json").read_text())["turns"]
+    assert turns[:2] == ["0: rank 1 has no model", "1: rank 1 has no model"]
+    assert turns[2:] == ["begin 0", "end 0", "begin 1", "end 1"]
+
+
+def test_unequal_nodes_are_one_clear_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(
+        UserError, match="needs equally many ranks on every node, got 1 ranks and 3"
+    ):
+        mesh_of("cpu", hsdp=True)
 
 
 @pytest.mark.dist

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import json
 import os
 import random
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention import list_flash_attention_impls, varlen
 
-from rftt.learner import fsdp
+from rftt.learner import attention, fsdp
+from rftt.learner.attention import layout_of
 from rftt.learner.logprobs import CHUNK_LOGITS, chunk_width
 from rftt.run.cli import cli
 from rftt.run.config import EvalConfig, RLConfig, SearchConfig, SFTConfig, load_config
 from rftt.types import UserError
-from tools import doctor
+from tests.conftest import run
+from tools import doctor, gpu_check
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +107,99 @@ def test_vllms_memory_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
 def test_engine_args_need_vllm() -> None:
     with pytest.raises(UserError, match="engine_args has no effect with engine=hf"):
         load_config(EvalConfig, [*NEEDED, "eval_file=e", "engine_args={enforce_eager: true}"])
+
+
+# ---- Flash attention, whose kernels no CPU has ----
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, *sizes: int,
+          scale: float, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:  # fmt: skip
+    """What FlashAttention documents: masks are aligned at the end of queries and keys."""
+    assert sizes == (queries.diff().max(), keys.diff().max())
+    assert enable_gqa
+    outs = []
+    for (a, b), (c, d) in zip(pairwise(queries.tolist()), pairwise(keys.tolist()), strict=True):
+        repeated = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        one, key, value = (x.transpose(0, 1) for x in (q[a:b], *repeated))
+        scores = one @ key.mT * scale
+        distance = torch.arange(d - c - (b - a), d - c)[:, None] - torch.arange(d - c)
+        allowed = distance >= -window_size[1]
+        if window_size[0] >= 0:
+            allowed &= distance <= window_size[0]
+        outs.append(scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value)
+    return torch.cat(outs, 1).transpose(0, 1)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("tree", [False, True])
+def test_flash_attention_is_asked_for_what_the_padded_path_computes(
+    tree: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = inspect.signature(varlen.varlen_attn)
+
+    def stand_in(*args: Any, **more: Any) -> Tensor:
+        real.bind(*args, **more)
+        return flash(*args, **more)
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    new, shared = (7, 4, 2), (0, 3, 5) if tree else (0, 0, 0)
+    path = [*range(7), *range(3), *range(7, 11), *range(5), 11, 12]  # two share the first's start
+    layout = layout_of(new, shared, torch.tensor(path) if tree else None, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(heads, 13, 8, generator=generator) for heads in (4, 2, 2))
+    got = attention._flash_attention(q, k, v, layout, 0.3, window)
+    expected = attention._padded_attention(q, k, v, layout, 0.3, window, None, None)
+    torch.testing.assert_close(got, expected.transpose(0, 1))
+
+
+def test_the_fastest_installed_flash_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    activated: list[str] = []
+    assert "FA3" in list_flash_attention_impls()
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", activated.append)
+    assert attention.use_flash_kernels((9, 0)) == "attention: torch's FlashAttention-2"
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)
+    assert attention.use_flash_kernels((8, 0)) == "attention: torch's FlashAttention-2"
+    assert activated == []
+    assert "FlashAttention-3" in attention.use_flash_kernels((9, 0))
+    assert activated == ["FA3"]
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, "find_spec", lambda name: name)  # but torch does not find it
+    assert "does not load: " in attention.use_flash_kernels((9, 0))
+
+
+# ---- The script for a GPU ----
+
+
+def test_the_gpu_check_prints_a_line_per_check_and_keeps_it(tmp_path: Path) -> None:
+    command = ["bash", "runs/gpu_check.sh", "--cpu", "--out", tmp_path]
+    done = run(*command, "machine", "head")
+    machine, head, summary = map(json.loads, done.stdout.splitlines())
+    assert (machine["ok"], machine["torch"]) == (True, torch.__version__)
+    assert head["ok"] is None
+    assert "needs a GPU" in head["why"]
+    assert (summary["passed"], summary["skipped"]) == (["machine"], ["head"])
+    kept = tmp_path / "lines/machine.json"
+    kept.write_text('{"name": "machine", "ok": true, "kept": 1}')
+    done = run(*command, "machine", "rounds", check=False)
+    machine, rounds, summary = map(json.loads, done.stdout.splitlines())
+    assert machine == json.loads(kept.read_text())
+    assert "needs the files of chain" in rounds["why"]
+    assert (summary["ok"], summary["failed"], done.returncode) == (False, ["rounds"], 1)
+
+
+def test_a_check_that_fails_or_hangs_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = gpu_check.Place(True, tmp_path)
+    with pytest.raises(gpu_check.Failed, match="prints: CUDA Error: invalid argument"):
+        gpu_check.check_words("train_rl.py", "all is well\nCUDA Error: invalid argument at cumem")
+    monkeypatch.setitem(gpu_check.CHECKS, "head", lambda at: gpu_check.metrics(at.folder))
+    line = gpu_check.run_one("head", at)
+    assert line["ok"] is False
+    assert "metrics.jsonl" in line["why"]
+    monkeypatch.setattr(gpu_check, "LIMIT", 0.01)
+    assert gpu_check.run_apart("machine", at)["why"] == "no end within 0 s"
 
 
 # ---- vLLM itself, in the CPU build ----

@@ -5,11 +5,15 @@ python tests/toy_training.py RUN_DIR STEPS, or under torchrun. It continues wher
 
 import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from rftt import rl
 from rftt.learner.checkpoint import Checkpoints, latest, restore
@@ -20,6 +24,7 @@ from rftt.learner.fsdp import (
     empty_like,
     flat_microbatches,
     full_weights,
+    mesh_of,
     open_world,
     shard,
 )
@@ -28,10 +33,16 @@ from rftt.learner.lora import attach
 from rftt.learner.model import Critic, prepare
 from rftt.learner.optim import build_optimizer, lr_at, set_lr
 from rftt.run.config import Training
-from tests.learners import VOCABULARY, random_batch, tiny_model, word_tokenizer
+from rftt.types import UserError
+from tests.learners import VOCABULARY, random_batch, random_qwen2, tiny_model, word_tokenizer
 
 LENGTHS = [14, 5, 30, 8, 3, 21, 6]
 SCHEDULE = Training(learning_rate=3e-3, lr_scheduler_type="cosine", warmup_ratio=0.25)
+
+
+def wide_model(seed: int = 0) -> PreTrainedModel:
+    """A model with 8-bit moments for some of its matrices; a vocabulary of odd size."""
+    return random_qwen2(VOCABULARY, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Result:
     """loss, value loss, two gradient norms: per step"""
     digest: str
     weights: dict[str, torch.Tensor]
+    mesh: list[int]
+    """Shape of the mesh of the policy's first weight."""
 
 
 def train(
@@ -51,16 +64,20 @@ def train(
     keep: int = 0,
     checkpoint: bool = True,
     adapted: bool = False,
+    optim: Literal["adamw", "adamw_8bit"] = "adamw",
+    wide: bool = False,
 ) -> Result:
     """Train from the run's latest checkpoint to `steps`, all weights or an adapter."""
-    policy = prepare(tiny_model())
+    make = wide_model if wide else tiny_model
+    policy = prepare(make())
     if adapted:
         attach(replace(SCHEDULE, use_peft=True, lora_r=4), policy, range(48, 64), seed=0)
     modules = {
         "policy": shard(policy, world, param_dtype=param_dtype),
-        "critic": shard(Critic(prepare(tiny_model(seed=1)).model), world, param_dtype=param_dtype),
+        "critic": shard(Critic(prepare(make(seed=1)).model), world, param_dtype=param_dtype),
     }
-    optimizers = {name: build_optimizer(SCHEDULE, module, 1e-3) for name, module in modules.items()}
+    schedule = replace(SCHEDULE, optim=optim)
+    optimizers = {name: build_optimizer(schedule, module, 1e-3) for name, module in modules.items()}
     controller, first, history = rl.AdaptiveKL(0.1, 0.05, 100.0), 0, []
     checkpoints = Checkpoints(run_dir, world, word_tokenizer(VOCABULARY), keep=keep)
     if path := latest(run_dir):
@@ -83,7 +100,8 @@ def train(
     weights = {name: tensor.clone() for name, tensor in full_weights(modules["policy"])}
     weights |= {name: tensor.clone() for name, tensor in full_weights(modules["critic"])}
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-    return Result(history, digest, weights)
+    mesh = list(next(modules["policy"].parameters()).device_mesh.shape)
+    return Result(history, digest, weights, mesh)
 
 
 def one_step(
@@ -117,6 +135,41 @@ def one_step(
     return (world.sum(totals) / n_tokens).tolist(), world.sum(kl.sum().item()) / n_tokens
 
 
+def in_turns(world: World, root: Path) -> list[str]:
+    """What both ranks write while they work in turns, and an error of the second one."""
+    file = root / "turns.txt"
+
+    def note(text: str) -> None:
+        with file.open("a") as opened:
+            opened.write(f"{text}\n")
+
+    def work() -> int:
+        note(f"begin {world.rank}")
+        shard(prepare(wide_model()), world)
+        note(f"end {world.rank}")
+        return world.rank
+
+    def fail() -> None:
+        if world.rank:
+            raise UserError("rank 1 has no model")
+
+    assert world.in_turns(work) == world.rank
+    try:
+        world.in_turns(fail)
+    except UserError as error:
+        note(f"{world.rank}: {error}")
+    world.barrier()
+    return sorted(file.read_text().splitlines()[4:]) + file.read_text().splitlines()[:4]
+
+
+def eight_bit(world: World, root: Path) -> list[Any]:
+    """Digests of a run with 8-bit moments and of a resumed one; the losses of the first."""
+    unbroken = train(world, root / "eight", 2, optim="adamw_8bit", wide=True)
+    train(world, root / "eight-broken", 1, optim="adamw_8bit", wide=True)
+    resumed = train(world, root / "eight-broken", 2, optim="adamw_8bit", wide=True)
+    return [unbroken.digest, resumed.digest, unbroken.history]
+
+
 def suite(world: World, root: Path) -> None:
     """Everything the two-rank test wants, in one launch; rank 0 writes result.json."""
     unbroken = train(world, root / "unbroken", 4)
@@ -126,6 +179,10 @@ def suite(world: World, root: Path) -> None:
     whole = train(world, root / "lora", 4, adapted=True)
     train(world, root / "lora_broken", 2, adapted=True)
     resumed_adapter = train(world, root / "lora_broken", 4, adapted=True)
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if each rank were on a node of its own
+    hybrid = train(replace(world, mesh=mesh_of("cpu", hsdp=True)), root / "hybrid", 2)
+    eight = eight_bit(world, root) if find_spec("torchao") else []
+    turns = in_turns(world, root)
     gathered = world.gather({"rank": world.rank})
     if world.is_main:
         result = {
@@ -134,6 +191,9 @@ def suite(world: World, root: Path) -> None:
             "world": [world.size, gathered, world.max(3.0), [unbroken.digest, resumed.digest]],
             "history": unbroken.history,
             "half": half.history,
+            "hybrid": [hybrid.mesh, hybrid.history],
+            "eight": eight,
+            "turns": turns,
         }
         (root / "result.json").write_text(json.dumps(result))
         torch.save(unbroken.weights, root / "weights.pt")

@@ -16,6 +16,8 @@ from rftt.tokens import ACTS
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 """Linear layers of a gated feed-forward layer."""
+MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 64}
+"""Bytes of both Adam moments per parameter; 8-bit ones have a float32 scale per 64 values."""
 Config = SearchConfig | SFTConfig | RLConfig | EvalConfig
 Parts = dict[str, float]
 CURES = {
@@ -49,7 +51,7 @@ def estimate(
         vocabulary = model.vocab_size * model.hidden_size
         whole = vocabulary + 2 * (n_params - vocabulary) / model.num_hidden_layers
         parts["params"] = share * (4 * learners + compute * frozen) + compute * whole
-        parts["optimizer"] = share * learners * (8 if cfg.optim == "adamw" else 2)
+        parts["optimizer"] = share * learners * MOMENTS[cfg.optim]
         activations = _activations(model, cfg, compute, logits)
         learn = parts | {"activations": activations}
         learn["optimizer"] += share * 4 * learners  # gradients

@@ -368,17 +368,19 @@ def make_pair(rng: Random, seen: set[str], family: Family = "tale") -> Pair:
 PAD, END = "<|pad|>", "<|end|>"
 
 
-def build_tokenizer(family: Family = "tale") -> PreTrainedTokenizerBase:
+def build_tokenizer(family: Family = "tale", n_unused: int = 0) -> PreTrainedTokenizerBase:
     """Build Qwen2's tokenizer over bytes, plus one entry for every phrase of this world.
 
     Phrases keep sequences short, digits are never merged, and other text is encoded as bytes. The
-    class is Qwen2's, because AutoTokenizer uses no other one for a Qwen2 folder.
+    class is Qwen2's, because AutoTokenizer uses no other one for a Qwen2 folder. Ids that no text
+    uses (`n_unused`) make the vocabulary as large as a real model's.
     """
     from tokenizers import pre_tokenizers
     from transformers import AddedToken, Qwen2Tokenizer
 
+    entries = sorted(pre_tokenizers.ByteLevel.alphabet()) + [f"unused{i}" for i in range(n_unused)]
     tokenizer = Qwen2Tokenizer(
-        vocab={byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+        vocab={entry: i for i, entry in enumerate(entries)},
         unk_token=PAD,
         pad_token=PAD,
         eos_token=END,

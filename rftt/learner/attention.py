@@ -4,7 +4,8 @@ Each document consists of `shared` tokens, with which an earlier document also s
 tokens. With flat packing `shared` is 0. Queries are the new tokens, keys are all tokens.
 
 On a GPU in half precision this is torch's varlen flash attention, whose causal mask is aligned at
-the end of queries and keys. Otherwise documents are padded, but only inside the attention, in
+the end of queries and keys. Its kernels are FlashAttention-2, or what `use_flash_kernels` finds.
+Otherwise documents are padded, but only inside the attention, in
 blocks of similar length. One call per document would save about 1 %, but would be slower for small
 models with many short documents.
 """
@@ -13,15 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from rftt.engines.attend import attend
+from rftt.run.files import one_line
 
 ATTENTION = "rftt_packed"
 
@@ -201,23 +205,46 @@ def _packed_attention(
             query[0], key[0], value[0], layout, scaling, sliding_window, softcap, s_aux
         )
         return out.transpose(0, 1).contiguous()[None], None  # some models call view()
-    from torch.nn.attention.varlen import varlen_attn
+    return _flash_attention(query[0], key[0], value[0], layout, scaling, sliding_window)[None], None
+
+
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None, window: int | None
+) -> Tensor:
+    """Return attention (N, H, d) of q, k, v (H, N, d), by torch's flash kernels."""
+    from torch.nn.attention import varlen
 
     if layout.path is not None:
-        key, value = key.index_select(2, layout.path), value.index_select(2, layout.path)
-    out = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        k, v = k.index_select(1, layout.path), v.index_select(1, layout.path)
+    out = varlen.varlen_attn(
+        q.transpose(0, 1),
+        k.transpose(0, 1),
+        v.transpose(0, 1),
         layout.cu_queries,
         layout.cu_keys,
         layout.longest[0],
         layout.longest[1],
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
     )
-    return cast(Tensor, out)[None], None
+    return cast(Tensor, out)
+
+
+def use_flash_kernels(capability: tuple[int, int]) -> str:
+    """Give torch the flash kernels for a GPU of this compute capability. Return a line for the log.
+
+    torch contains those of FlashAttention-2, so the package flash-attn would add nothing. Those of
+    FlashAttention-3 are for Hopper alone and belong to a package that few have.
+    """
+    own = "attention: torch's FlashAttention-2"
+    if capability[0] != 9 or find_spec("flash_attn_interface") is None:
+        return own
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{own}; FlashAttention-3 is installed but does not load: {one_line(error, 200)}"
+    return "attention: FlashAttention-3 (flash_attn_interface)"
 
 
 AttentionInterface.register(ATTENTION, _packed_attention)

@@ -47,6 +47,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rftt.engines.opened import BROKEN
 from rftt.learner.fsdp import TIMEOUT, World, full_weights, own_tensors
+from rftt.learner.optim import parts_of, put_parts
 from rftt.run.files import one_line, write_json
 from rftt.types import UserError
 
@@ -237,8 +238,9 @@ def restore(
         ) from error
     for name, optimizer in optimizers.items():
         state: dict[str, Any] = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
-        prefix = f"optimizer.{name}."
-        state |= {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        for key, moment in _moments(state):
+            parts = {end: tensors[f"optimizer.{name}.{key}{end}"] for end in parts_of(moment)}
+            state[key] = put_parts(moment, parts)
         set_optimizer_state_dict(modules[name], optimizer, state, options=FLAT)
     return json.loads((path / "extra.json").read_text())
 
@@ -378,7 +380,13 @@ def _tensors(modules: Modules, optimizers: Optimizers) -> dict[str, Tensor]:
         tensors |= {f"module.{name}.{key}": tensor for key, tensor in own}
     for name, optimizer in optimizers.items():
         state = get_optimizer_state_dict(modules[name], optimizer, options=FLAT)
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{name}.{key}"] = value
+        for key, moment in _moments(state):
+            for end, part in parts_of(moment).items():
+                tensors[f"optimizer.{name}.{key}{end}"] = part
     return tensors
+
+
+def _moments(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return the tensors of an optimizer's flat state, without hyper-parameters (torchao's lr)."""
+    named = [(key, value) for key, value in state.items() if key.startswith("state.")]
+    return [(key, value) for key, value in named if isinstance(value, Tensor)]

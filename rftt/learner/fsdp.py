@@ -8,6 +8,7 @@ one global count before `backward`. Gloo does not support PREMUL_SUM, hence the 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import socket
 import sys
@@ -96,6 +97,18 @@ class World:
             raise UserError(failures[0])
         return [result for found, _ in shares for result in found]
 
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """Return this rank's result of `work`, which the ranks of a node run one after another.
+
+        A model that is loaded takes host memory for all of it until it is sharded. A UserError on
+        one rank is raised on all ranks.
+        """
+        turn = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun sets it
+        mine: list[T] = []
+        for number in range(int(self.max(float(turn))) + 1):
+            self.gather_or_raise(lambda now=number: mine.append(work()) if now == turn else None)
+        return mine[0]
+
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
         # An all-reduce behaves the same on gloo and nccl. dist.barrier() would guess a device.
@@ -111,8 +124,11 @@ class World:
         return scalar.item()
 
 
-def open_world(device: str = "auto") -> World:
-    """Join torchrun's process group if its environment is set, else open a group of one."""
+def open_world(device: str = "auto", *, hsdp: bool = False) -> World:
+    """Join torchrun's process group if its environment is set, else open a group of one.
+
+    With `hsdp` models are sharded within a node and replicated across nodes.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -132,8 +148,27 @@ def open_world(device: str = "auto") -> World:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     name = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else "cpu"
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh = mesh_of(device, hsdp=hsdp)
     return World(dist.get_rank(), dist.get_world_size(), torch.device(name), mesh)
+
+
+def mesh_of(device: str, *, hsdp: bool) -> DeviceMesh:
+    """Return the mesh over which models are sharded: all ranks, or (nodes, ranks of a node).
+
+    FSDP replicates over the first of two dimensions: what crosses it is one all-reduce of gradients
+    per microbatch, instead of every weight twice.
+    """
+    size = dist.get_world_size()
+    if not hsdp:
+        return init_device_mesh(device, (size,))
+    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # torchrun sets it
+    if size % on_node:
+        raise UserError(
+            f"hsdp: true needs equally many ranks on every node, got {size} ranks and {on_node} on "
+            "this node; start the same number on each, or set hsdp: false."
+        )
+    names = ("replicate", "shard")
+    return init_device_mesh(device, (size // on_node, on_node), mesh_dim_names=names)
 
 
 def own_gpu(n_gpus: int) -> int:
@@ -213,13 +248,13 @@ def close_world(world: World, *, wait: bool = True) -> None:
 
 
 @contextmanager
-def process_group(device: str, *, wait: bool = False) -> Iterator[World]:
+def process_group(device: str, *, wait: bool = False, hsdp: bool = False) -> Iterator[World]:
     """Open the process group and leave it even if the work fails.
 
     With `wait` a finished rank waits for the others, which ranks that share a model must do. A
     failed rank never waits.
     """
-    world = open_world(device)
+    world = open_world(device, hsdp=hsdp)
     try:
         yield world
     except BaseException:
@@ -289,6 +324,37 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def whole(tensor: Tensor) -> Tensor:
     """Return the tensor that a shard is part of, or a tensor that is not sharded. Collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor, or the tensor itself if it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like_shard(own: Tensor, like: Tensor) -> Tensor:
+    """Return the tensor whose shards have the rows of those of `like`. `own` is this rank's."""
+    if not isinstance(like, DTensor):
+        return own
+    shape = torch.Size((len(like), *own.shape[1:]))
+    sharded = DTensor.from_local(
+        own,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=shape,
+        stride=torch.empty(shape, device="meta").stride(),
+    )
+    return sharded.to(like.device)  # with cpu_offload the mesh's device is another one
+
+
+def rows_on_all_ranks(tensor: Tensor) -> bool:
+    """Return whether every rank has a row of the tensor."""
+    if not isinstance(tensor, DTensor):
+        return True
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    n_shards = math.prod(size for size, placement in sizes if placement.is_shard())
+    longest = -(-len(tensor) // n_shards)
+    return longest * (n_shards - 1) < len(tensor)
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:

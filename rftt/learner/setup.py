@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,15 +72,15 @@ def load_models(
             attach(cfg, model, (*ids.openers, *ids.closers) if ids else (), cfg.seed)
         return shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
 
-    policy, reference = load(load_policy), None
-    if cfg.kl_coef:
-        reference = Reference(policy) if cfg.use_peft else load(load_policy, frozen=True)
-    return Models(
-        policy=policy,
-        reference=reference,
-        critic=load(load_critic) if cfg.advantage_estimator == "ppo" else None,
-        vocabulary=vocabulary,
-    )
+    # In turns, because the host of eight ranks may not hold a model of each.
+    policy, reference, critic = world.in_turns(partial(load, load_policy)), None, None
+    if cfg.kl_coef and cfg.use_peft:
+        reference = Reference(policy)
+    elif cfg.kl_coef:
+        reference = world.in_turns(partial(load, load_policy, frozen=True))
+    if cfg.advantage_estimator == "ppo":
+        critic = world.in_turns(partial(load, load_critic))
+    return Models(policy, reference, critic, vocabulary)
 
 
 def _function_rows(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -106,20 +107,24 @@ def load_trainee(
         config = open_config(path, trust_remote_code=cfg.trust_remote_code)
         check_rows(path, config, lengths_of(rows))
     compute = getattr(torch, cfg.dtype)
-    model = load_policy(
-        path,
-        # The optimizer needs float32 weights, and never sees frozen ones.
-        compute if cfg.use_peft else torch.float32,
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        trust_remote_code=cfg.trust_remote_code,
-        check=not cfg.skip_model_check,
-    )
-    ids = _function_rows(tokenizer) if cfg.functional_tokens else []
-    before = [matrix[ids] for matrix in matrices(model) if len(matrix) > max(ids, default=0)]
-    add_function_rows(model, tokenizer, new_tokens)
-    if not cfg.skip_model_check:
-        check_policy(model, n_tokens)
-    if cfg.use_peft:
-        attach(cfg, model, ids, cfg.seed, frozen=before)
-    shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
-    return model, n_tokens
+
+    def load() -> PreTrainedModel:
+        model = load_policy(
+            path,
+            # The optimizer needs float32 weights, and never sees frozen ones.
+            compute if cfg.use_peft else torch.float32,
+            gradient_checkpointing=cfg.gradient_checkpointing,
+            trust_remote_code=cfg.trust_remote_code,
+            check=not cfg.skip_model_check,
+        )
+        ids = _function_rows(tokenizer) if cfg.functional_tokens else []
+        before = [matrix[ids] for matrix in matrices(model) if len(matrix) > max(ids, default=0)]
+        add_function_rows(model, tokenizer, new_tokens)
+        if not cfg.skip_model_check:
+            check_policy(model, n_tokens)
+        if cfg.use_peft:
+            attach(cfg, model, ids, cfg.seed, frozen=before)
+        shard(model, world, param_dtype=compute, cpu_offload=cfg.fsdp_cpu_offload)
+        return model
+
+    return world.in_turns(load), n_tokens

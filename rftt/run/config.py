@@ -253,7 +253,7 @@ class Training:
     """LoRA: ends of the names of the adapted layers, such as [q_proj, v_proj]. all-linear is every
     linear layer but the head."""
     optim: Literal["adamw", "adamw_8bit"] = "adamw"
-    """Optimizer. adamw_8bit needs bitsandbytes and a GPU and is untested."""
+    """Optimizer. adamw_8bit is torchao's, with moments of 2 instead of 8 bytes per parameter."""
     max_grad_norm: Positive = 1.0
     """Global norm to which gradients are clipped (arXiv 2502.13389)."""
     max_tokens_per_microbatch: Runtime[Count] = 16384
@@ -262,6 +262,9 @@ class Training:
     """Recomputation of activations in the backward pass: less memory, about 30 % more compute."""
     fsdp_cpu_offload: Runtime[bool] = False
     """Storage of sharded weights and optimizer state in host memory between uses."""
+    hsdp: Runtime[bool] = False
+    """On several nodes: models are sharded within a node and replicated across nodes, so that only
+    gradients cross the network. A node must have the memory for all of them."""
     save_steps: Runtime[Whole] = 50
     """Steps between two checkpoints; 0 saves only at the end."""
     save_total_limit: Runtime[Whole] = 2

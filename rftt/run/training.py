@@ -14,8 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rftt.learner.attention import use_flash_kernels
 from rftt.learner.checkpoint import Checkpoints, export_hf, latest, newest_whole, try_saving
 from rftt.learner.fsdp import World, own_tensors, whole
 from rftt.learner.lora import adapter, lora_config, save_adapter, trained_share, why_not_alone
@@ -51,6 +53,8 @@ class Run:
         self._checkpoint = _checkpoint_to_resume(cfg, world)
         self._log = RunLog(self.folder, asdict(cfg), enabled=world.is_main, report_to=cfg.report_to)
         self.info = self._log.info
+        if world.device.type == "cuda":
+            self.info(use_flash_kernels(torch.cuda.get_device_capability()))
         self.clock = Clock()
         self.state: dict[str, Any] = {}
         """JSON values that every checkpoint stores beside weights and moments."""
