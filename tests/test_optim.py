@@ -61,7 +61,7 @@ def world() -> Iterator[World]:
 
 def test_a_missing_torchao_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(UserError, match=r"needs torchao; pip install -r requirements-lora\.txt"):
+    with pytest.raises(UserError, match=r"needs torchao; pip install -r requirements-8bit\.txt"):
         build_optimizer(Training(learning_rate=0.9, optim="adamw_8bit"), nn.Linear(2, 2), 1e-3)
     assert logging.root.manager.disable == 0
 

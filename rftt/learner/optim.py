@@ -59,7 +59,7 @@ def _adamw_8bit() -> Any:
         from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
-            "optim=adamw_8bit needs torchao; pip install -r requirements-lora.txt, or set "
+            "optim=adamw_8bit needs torchao; pip install -r requirements-8bit.txt, or set "
             "optim=adamw."
         ) from error
     finally:
