@@ -202,9 +202,9 @@ def test_every_reply_to_a_riddle_keeps_its_contract_and_a_check_names_the_guess(
 
 def test_a_riddle_is_guessed_checked_forwards_and_guessed_again():
     changes = (tiny.Change("doubles them", "*2"), tiny.Change("finds 5", "+5"))
-    riddle = tiny.Tale("Eva", "pens", 13, changes, more_than=9)
+    riddle = tiny.Tale("Eva", "pens", 13, changes, more_than=11)
     told = "Eva has some pens, doubles them, finds 5. Now 31."
-    asked = f"{told} Between 9 and 16 at first. How many?"
+    asked = f"{told} Between 11 and 15 at first. How many?"
     assert (riddle.question, riddle.answer) == (asked, 13)
     wrong = (0, -1)
     assert {act: tiny.write_line(act, riddle, (0, 13), wrong).text for act in ACTS[:5]} == {

@@ -75,7 +75,7 @@ APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.
 MAX_VALUE, MAX_AMOUNT = 99, 9
 OPERATIONS = {"tale": (1, 4), "long": (2, 5), "inverse": (2, 3)}
 """Family -> the smallest and the largest number of operations of a problem."""
-GUESSES = 6
+GUESSES = 3
 """Numbers that may be the answer of an `inverse` problem, as its question states."""
 
 
