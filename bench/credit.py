@@ -59,7 +59,7 @@ class Setting:
 
 
 SETTINGS = {
-    "long": Setting(tokens=500_000, world="long"),
+    "long": Setting(tokens=300_000, world="long"),
     "inverse": Setting(tokens=500_000, world="inverse"),
 }
 QUICK = Setting(
