@@ -300,7 +300,7 @@ PAIRS = {"act": 48, "bare": 20, "plain": 2, "verify": 12, "refine": 4, "output":
 has it, so that the warm-up starts from a model that can read one (docs/log.md).
 """
 CHECKED = {"act": 30, "verify": 40, "refine": 20}
-"""The shares that differ for `inverse`: checks alone spell sums out, and refine compares numbers."""
+"""The shares that differ for `inverse`: only checks spell sums out, and refine compares numbers."""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
 CORRECTIONS = 0.5
 """Share of the `inverse` examples whose solution so far ends with a wrong guess and its check.
