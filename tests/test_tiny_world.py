@@ -190,6 +190,7 @@ def test_every_reply_to_a_riddle_keeps_its_contract_and_a_check_names_the_guess(
         for act, text in (("verify", check), ("refine", turn)):
             assert clean(prompts, act, text) == text
             assert not breach(prompts, act, text, control, **shown)
+            shown["so_far"] += f"\n{text}"  # refine reads the check
         assert all(line.act in successors("refine", "learned") for line in after[:1])
         so_far = ""
         for line in tiny.write_path(riddle, root, None, rng, None):
@@ -215,14 +216,14 @@ def test_a_riddle_is_guessed_checked_forwards_and_guessed_again():
         "direct_answer": "so \\boxed{12}.",
     }
     assert tiny.write_check(riddle, (0, 13), wrong) == "12*2=24, 24+5=29, not 31."
-    assert tiny.write_turn(riddle, (0, 13), wrong) == "Back, 12 is too small."
+    assert tiny.write_turn(riddle, (0, 13), wrong) == "Back, 31 is larger."
 
 
 def test_half_of_the_riddles_in_the_examples_go_on_after_a_check():
     rng = Random(0)
     pairs = [tiny.make_pair(rng, set(), "inverse") for _ in range(600)]
     acts = [p for p in pairs if tiny.SO_FAR in p.messages[-1]["content"]]
-    corrected = [p for p in acts if " is too " in p.messages[-1]["content"]]
+    corrected = [p for p in acts if " is larger." in p.messages[-1]["content"]]
     assert 0.3 < len(corrected) / len(acts) < 0.6
     assert not any(pair.sound for pair in corrected)  # the wrong guess is not trained on
 

@@ -285,9 +285,13 @@ def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
 
 
 def write_turn(tale: Tale, begin: Point, slip: Slip) -> str:
-    """Write the sentence that leads back to the point before a mistake."""
+    """Write the sentence that leads back to the point before a mistake.
+
+    For `inverse` it names the larger of the end that a guess leads to and the one that is given.
+    """
     if tale.inverse:
-        return f"Back, {tale.start + slip[1]} is too {'small' if slip[1] < 0 else 'large'}."
+        reached = tale.values_from(tale.start + slip[1])[-1]
+        return f"Back, {max(reached, tale.end)} is larger."
     return f"Back to {begin[1]}, before {tale.changes[begin[0]].verb}."
 
 
@@ -415,7 +419,7 @@ PHRASES = (
 )
 GUESSED = (
     ". Now |. Between | and | at first. How many?|. Asked: how many at first.|try \\boxed{|Back, |"
-    " is too small.| is too large."
+    " is larger."
 )
 """Further phrases of `inverse`."""
 
