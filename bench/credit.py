@@ -59,7 +59,7 @@ class Setting:
 
 
 SETTINGS = {
-    "long": Setting(tokens=500_000, world="long"),
+    "long": Setting(tokens=300_000, world="long"),
     "inverse": Setting(tokens=500_000, world="inverse"),
 }
 QUICK = Setting(
@@ -217,10 +217,9 @@ def plan(
             keys += ["use_prm=true", f"prm_model_name_or_path={here / 'prm'}"]
         forbidden = [f"forbidden_acts=[{','.join(recipe.forbidden)}]"] if recipe.forbidden else []
         budget = [f"max_generated_tokens={setting.tokens}", "max_steps=400", "warmup_ratio=0.0075"]
+        budget += ["eval_file=null", "save_steps=0"]  # the evaluation is a stage of its own
         model = here / warm_up / "hf"
-        cell = script(
-            recipe_name, "rl", needs, model, train, *budget, "save_steps=0", *keys, *forbidden
-        )
+        cell = script(recipe_name, "rl", needs, model, train, *budget, *keys, *forbidden)
         search_too = [] if recipe.searched else ["simulations=[]"]
         evaluate(recipe_name, cell / "hf", [cell], *search_too, *forbidden)
     return stages

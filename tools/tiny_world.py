@@ -11,8 +11,8 @@ Acts differ in reliability, so that choosing among them matters (arXiv 2502.1338
 `verify` spells out. No answer equals an earlier value, so checks seldom leak it.
 
 Two families are harder (docs/log.md has what was tried). `long` has more operations per problem. In
-`inverse` the end is given and the start is asked for, so that checking is easier than solving: an
-act names a guess, `verify` spells out where it leads, and the next guess can use the difference.
+`inverse` the end is given, and the start is one of GUESSES numbers. Checking is easier than
+solving: an act names a guess, `verify` spells out where it leads, and another guess may follow.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ VERBS = {"finds ": "+", "buys ": "+", "wins ": "+", "sells ": "-", "loses ": "-"
 VERBS |= {"doubles them": "*2", "triples them": "*3", "halves them": "/2"}
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 MAX_VALUE, MAX_AMOUNT = 99, 9
-OPERATIONS = {"tale": (1, 4), "long": (3, 6), "inverse": (2, 3)}
+OPERATIONS = {"tale": (1, 4), "long": (2, 5), "inverse": (2, 3)}
 """Family -> the smallest and the largest number of operations of a problem."""
+GUESSES = 3
+"""Numbers that may be the answer of an `inverse` problem, as its question states."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,27 @@ class Tale:
     thing: str
     start: int
     changes: tuple[Change, ...]
-    inverse: bool = False
+    more_than: int | None = None
+    """For `inverse`: the start is one of the GUESSES numbers after this one."""
+
+    @property
+    def inverse(self) -> bool:
+        """Whether the start is the unknown quantity."""
+        return self.more_than is not None
+
+    @property
+    def guesses(self) -> range:
+        """Numbers that may be the start."""
+        first = self.start if self.more_than is None else self.more_than + 1
+        return range(first, first + (GUESSES if self.inverse else 1))
 
     @property
     def question(self) -> str:
         """Text of the problem."""
         told = ", ".join(change.verb for change in self.changes)
         if self.inverse:
-            return f"{self.name} has some {self.thing}, {told}. Now {self.end}. How many at first?"
+            known = f"Now {self.end}. Between {self.more_than} and {self.guesses.stop} at first"
+            return f"{self.name} has some {self.thing}, {told}. {known}. How many?"
         return f"{self.name} has {self.start} {self.thing}, {told}. How many now?"
 
     @property
@@ -133,8 +148,9 @@ class Tale:
 def make_tale(rng: Random, seen: set[str], family: Family = "tale") -> Tale:
     """Return a random problem whose question is not in `seen`.
 
-    Verbs are distinct, values are in 1 … MAX_VALUE, and no other value equals the answer. Nothing
-    is halved in `inverse`: a guess that is odd could not be checked.
+    Verbs are distinct, values are in 1 … MAX_VALUE, and no other value equals the answer. The same
+    holds for the values that follow from the other guesses of `inverse`. Nothing is halved there:
+    an odd guess could not be checked.
     """
     n, inverse = rng.randint(*OPERATIONS[family]), family == "inverse"
     known = [verb for verb in VERBS if not (inverse and VERBS[verb] == "/2")]
@@ -143,10 +159,12 @@ def make_tale(rng: Random, seen: set[str], family: Family = "tale") -> Tale:
         amount = [str(rng.randint(2, MAX_AMOUNT)) if VERBS[v] in APPLY else "" for v in verbs]
         changes = [Change(v + a, VERBS[v] + a) for v, a in zip(verbs, amount, strict=True)]
         start, name, thing = rng.randint(2, 40), rng.choice(NAMES), rng.choice(THINGS)
-        tale = Tale(name, thing, start, tuple(changes), inverse)
+        more_than = start - rng.randint(1, GUESSES) if inverse else None
+        tale = Tale(name, thing, start, tuple(changes), more_than)
         *before, _ = values = tale.values
         whole = all(v % 2 == 0 or c.sum != "/2" for v, c in zip(before, changes, strict=True))
-        in_range = min(values) >= 1 and max(values) <= MAX_VALUE
+        reached = [v for g in (tale.guesses[0], tale.guesses[-1]) for v in tale.values_from(g)]
+        in_range = min(reached) >= 1 and max(reached) <= MAX_VALUE
         new = values.count(tale.answer) == 1
         if whole and in_range and new and tale.question not in seen:
             return tale
@@ -257,8 +275,7 @@ def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
         values = tale.values_from(tale.start + slip[1])
         steps = zip(values, tale.changes, values[1:], strict=False)
         sums = ", ".join(f"{a}{change.sum}={b}" for a, change, b in steps)
-        missing = tale.end - values[-1]
-        return f"{sums}, not {tale.end}, {abs(missing)} too {'few' if missing > 0 else 'many'}."
+        return f"{sums}, not {tale.end}."
     value, sums = begin[1], []
     for change in tale.changes[begin[0] : slip[0] + 1]:
         sums.append(f"{value}{change.sum}={(value := change.apply(value))}")
@@ -268,9 +285,13 @@ def write_check(tale: Tale, begin: Point, slip: Slip) -> str:
 
 
 def write_turn(tale: Tale, begin: Point, slip: Slip) -> str:
-    """Write the sentence that leads back to the point before a mistake."""
+    """Write the sentence that leads back to the point before a mistake.
+
+    For `inverse` it names the larger of the end that a guess leads to and the one that is given.
+    """
     if tale.inverse:
-        return f"Back, {tale.start + slip[1]} is too {'small' if slip[1] < 0 else 'large'}."
+        reached = tale.values_from(tale.start + slip[1])[-1]
+        return f"Back, {max(reached, tale.end)} is larger."
     return f"Back to {begin[1]}, before {tale.changes[begin[0]].verb}."
 
 
@@ -282,11 +303,9 @@ PAIRS = {"act": 48, "bare": 20, "plain": 2, "verify": 12, "refine": 4, "output":
 `bare` asks for an act without role, examples and label. The question is then where a bare question
 has it, so that the warm-up starts from a model that can read one (docs/log.md).
 """
-CHECKED = {"act": 36, "verify": 30}
-"""The shares that differ for `inverse`, whose sums are spelled out in checks alone."""
+CHECKED = {"act": 30, "verify": 40, "refine": 20}
+"""The shares that differ for `inverse`: only checks spell sums out, and refine compares numbers."""
 SLIPS = (-11, -10, -9, -2, -1, 1, 2, 9, 10, 11)
-ERRORS = (-10, -5, -4, -3, -2, -2, -1, -1, 1, 1, 2, 2, 3, 4, 5, 10)
-"""Errors of the wrong guesses of `inverse`."""
 CORRECTIONS = 0.5
 """Share of the `inverse` examples whose solution so far ends with a wrong guess and its check.
 
@@ -310,9 +329,8 @@ class Pair(NamedTuple):
 
 def make_slip(rng: Random, tale: Tale, first: int = 0) -> Slip:
     """Return a random mistake in one of the changes from `first` on, or in a guess."""
-    while tale.inverse:
-        if min(tale.values_from(tale.start + (error := rng.choice(ERRORS)))) >= 1:
-            return 0, error
+    if tale.inverse:
+        return 0, rng.choice([guess for guess in tale.guesses if guess != tale.start]) - tale.start
     return rng.randrange(first, len(tale.changes)), rng.choice(SLIPS)
 
 
@@ -402,8 +420,8 @@ PHRASES = (
     "So \\boxed{|}.|, |: |? "
 )
 GUESSED = (
-    ". Now |. How many at first?|. Asked: how many at first.|try \\boxed{|Back, | is too small.|"
-    " is too large.| too few.| too many."
+    ". Now |. Between | and | at first. How many?|. Asked: how many at first.|try \\boxed{|Back, |"
+    " is larger."
 )
 """Further phrases of `inverse`."""
 
