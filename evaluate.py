@@ -154,6 +154,7 @@ async def answer(
             in_flight=cfg.leaves_in_flight,
             explore=explorer(cfg.search_method, cfg),
             value=value,
+            in_order=True,
         )
         paths = tree_rollouts(task, tree, mask_forced=False)
         row["search"] = [

@@ -155,11 +155,13 @@ async def learned_tree(
     value: Value | None = None,
     selection: Selection = "uct",
     draws: Successors | None = None,
+    in_order: bool = False,
 ) -> Tree:
     """Grow a tree over functional tokens.
 
     `value` is by default the grader's verdict, or agreement where the gold answer is hidden.
-    `draws` are the policy's own draws after an act, instead of acts that the tree forces.
+    `draws` are the policy's own draws after an act, instead of acts that the tree forces. With
+    `in_order` the first k paths are those of a search with k simulations, long or short.
     """
     sampler, problem = task.sampler, task.problem
     seed = seed_for(sampler.seed, problem.id)
@@ -171,7 +173,7 @@ async def learned_tree(
     async def expand(choice: Choice) -> list[Step]:
         forced = choice.act != DRAWN
         opener_logprob = tree.log_priors(choice.node)[choice.act] if forced else 0.0
-        metered = replace(task, meter=choice.meter)
+        metered = replace(task, meter=None if in_order else choice.meter)
         return await expand_learned(metered, choice, opener_logprob)
 
     if value is None:

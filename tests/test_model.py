@@ -116,13 +116,39 @@ def test_the_heads_backward_is_the_derivative_of_its_forward(
     starts = range(0, 13, chunk)
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _ChunkedLogprobs.apply(hidden, weight, bias, cap, targets, 0.7, starts, n_kept, True)
+        weights = (hidden, weight, bias, None, ())
+        return _ChunkedLogprobs.apply(*weights, cap, targets, 0.7, starts, n_kept, True)
 
     assert torch.autograd.gradcheck(head, own[: 2 + biased])
     logits = hidden @ weight[:13].T + (bias[:13] if biased else 0.0)
     logits = cap * torch.tanh(logits / cap) if cap else logits
     logp = (logits / 0.7).log_softmax(-1)
     logprobs, entropy = head(*own)
+    torch.testing.assert_close(logprobs, logp.gather(-1, targets[:, None])[:, 0])
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
+
+
+@pytest.mark.lora
+@pytest.mark.oracle
+@pytest.mark.parametrize(("chunk", "n_kept"), [(3, 0), (3, 2), (20, 1)])
+def test_rows_of_a_frozen_head_have_the_derivative_of_its_forward(chunk: int, n_kept: int) -> None:
+    """Float64 finite differences; the ids are in different chunks, one beyond the tokenizer's."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, own = (
+        torch.randn(n, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+        for n in (6, 4)
+    )
+    weight = torch.randn(15, 4, dtype=torch.float64, generator=generator)
+    targets, ids, starts = torch.tensor([0, 3, 12, 5, 6, 12]), (5, 12, 3, 14), range(0, 13, chunk)
+
+    def head(hidden: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (hidden, weight, None, own, ids)
+        return _ChunkedLogprobs.apply(*weights, None, targets, 0.7, starts, n_kept, True)
+
+    assert torch.autograd.gradcheck(head, (hidden, own))
+    replaced = weight.index_copy(0, torch.tensor(ids), own)
+    logp = (hidden @ replaced[:13].T / 0.7).log_softmax(-1)
+    logprobs, entropy = head(hidden, own)
     torch.testing.assert_close(logprobs, logp.gather(-1, targets[:, None])[:, 0])
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
 

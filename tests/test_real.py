@@ -384,8 +384,7 @@ def test_evaluation_of_the_trained_model(work: Path, trained: Path) -> None:
     records = [record for _, record in read_jsonl(work / "eval/eval/train.jsonl")]
     assert sorted(record["gold"] for record in records) == ["16", "20"]
     for record in records:
-        assert record["acts"][0] in ACTS  # the response begins with a functional token
-        assert record["response"].startswith(OPENERS)
+        assert record["response"].startswith(OPENERS)  # of a segment that 32 tokens may cut off
         assert record["greedy"]["tokens"] <= 32
         assert len(record["samples"]) == 2
     assert json.loads((work / "eval/eval/summary.json").read_text())["n"] == 2

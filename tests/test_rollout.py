@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -218,6 +218,30 @@ def test_rollouts_share_prefixes_and_pay_for_them_once():
     for ratios in openers.values():
         assert ratios == [7 / len(ratios)] * len(ratios)  # N(s) / N(s, a)
     assert {rollout.branching[1] for rollout in rollouts} == {0.0}
+
+
+class Paced(Scripted):
+    """Its replies depend on their seeds, have 1 to 9 tokens more, and take a step each."""
+
+    async def generate(self, prompt_ids, sampling):
+        reply = [*[165] * (sampling.seed % 9), *segment("output", "\\boxed{4}")]
+        completion = await Scripted([reply]).generate(prompt_ids, sampling)
+        for _ in completion.token_ids:
+            await asyncio.sleep(0)
+        return completion
+
+
+@pytest.mark.invariant
+def test_a_search_in_order_begins_with_the_paths_of_a_shorter_one():
+    """Else the first k paths would be short ones, and accuracy after k simulations theirs."""
+    grown = {}
+    for in_order, simulations in ((True, 12), (True, 5), (False, 12)):
+        ctx = replace(learned([]), engine=Paced([]))
+        how = {"exploration_weight": 2.0, "in_flight": 4, "in_order": in_order}
+        search = learned_tree(Task(ctx, PROBLEM, [7]), simulations=simulations, **how)
+        grown[in_order, simulations] = [leaf.key for leaf in asyncio.run(search).leaves()]
+    assert grown[True, 12][:5] == grown[True, 5]
+    assert grown[False, 12][:5] != grown[True, 5]
 
 
 @pytest.mark.parametrize("act", ["clarify", "next_step"])
