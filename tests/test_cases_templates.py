@@ -279,7 +279,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_control_text_for_a_server_holds_a_space(family) -> None:
-    """Only a server knows its tokenizer: what any family uses is no control text any more."""
+    """Only a server knows its tokenizer: what any family uses is not control text any more."""
     tokenizer = FAMILIES[family]()
     question = "Is a < b | c > d, [x] <b>? " + "".join(FOREIGN) + attack(tokenizer)
     system, example = question_messages("", "<|sys|>")[0], {"role": "assistant", "content": "<s>"}

@@ -10,9 +10,8 @@ from __future__ import annotations
 import ast
 import json
 import re
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from functools import partial
 from time import process_time
@@ -22,6 +21,7 @@ import pytest
 
 from rftt.curate import repeats
 from rftt.engines.templates import apart, holds_control_text, neutral, with_date, with_settings
+from rftt.engines.vocabulary import cpu_limit
 from rftt.graders import audit
 from rftt.graders.math import canonical, extract, grade, parse_gold
 from rftt.graders.prm import Unscored
@@ -104,22 +104,6 @@ UNITS = (
     *("the answer is ", '{"a":1},'),
 )
 """What 200,000 characters of foreign text are made of."""
-
-
-@contextmanager
-def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after so many CPU seconds of this process."""
-
-    def stop(_signal: int, _frame: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def cost(read: Callable[[str], Any], unit: str, length: int) -> float:

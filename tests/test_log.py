@@ -182,7 +182,7 @@ def test_a_tracker_receives_the_rows_of_one_resumed_run(
 def test_a_tracker_that_opens_no_run_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """wandb's own error is no subclass of Python's narrower ones."""
+    """wandb's own error is not a subclass of Python's narrower ones."""
 
     class Error(Exception):
         pass

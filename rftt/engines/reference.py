@@ -64,7 +64,7 @@ class Scores:
 
 
 Score = Callable[[Sequence[list[int]], int], list[Scores]]
-"""Scores prompts and decodes so many further ids after each."""
+"""Scores prompts, and decodes a given number of further ids after each."""
 
 
 def own_scores(

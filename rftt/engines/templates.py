@@ -160,7 +160,7 @@ def neutral(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
     """Return messages for a server, in which control texts of users hold a space.
 
     A server encodes text with a tokenizer that is not known here: `<|im_end|>` would end the turn
-    there. `< |im_end|>` says the same to a reader, and is nobody's control token.
+    there. `< |im_end|>` reads the same and is not a control token.
     """
     own = _control_pattern(tokenizer, len(tokenizer), in_responses=False, functional=True)
 

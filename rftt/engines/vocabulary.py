@@ -79,13 +79,19 @@ def check_question(
     name = tokenizer.name_or_path
     for question in (QUESTION, LONG_QUESTION):
         try:
-            with _in_time(name):
+            # Jinja has no limit of its own: two loops of 100,000 would run for hours.
+            with cpu_limit(MAX_SECONDS):
                 text = cast(
                     str,
                     tokenizer.apply_chat_template(
                         ask(question), add_generation_prompt=True, tokenize=False
                     ),
                 )
+        except TimeoutError as error:
+            raise UserError(
+                f"the chat template of {name} writes no prompt within {MAX_SECONDS:g} CPU seconds; "
+                "set chat_template to another file."
+            ) from error
         except FAULTS:
             return
         if len(text) > len(question) + MAX_OVERHEAD:
@@ -113,24 +119,20 @@ def _first_change(question: str, written: str) -> str:
 
 
 @contextmanager
-def _in_time(name: str) -> Iterator[None]:
-    """Let a template fail with UserError if it has not ended after MAX_SECONDS of CPU time.
+def cpu_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after that many CPU seconds of this process.
 
-    Jinja has no limit of its own: two loops of 100,000 would run for hours. Only the main thread
-    can be interrupted.
+    Only the main thread can be interrupted, so that other threads have no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(_signal: int, _frame: object) -> None:
-        raise UserError(
-            f"the chat template of {name} writes no prompt within {MAX_SECONDS:g} CPU seconds; set "
-            "chat_template to another file."
-        )
+        raise TimeoutError
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
